@@ -1,0 +1,7 @@
+"""`python -m llmshrink`."""
+
+import sys
+
+from llmshrink.cli import main
+
+sys.exit(main())

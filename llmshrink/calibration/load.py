@@ -1,0 +1,94 @@
+"""From a recipe's words (`auto`, `self`, a file, a dataset) to token rows, with what had to be chosen told as events."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from llmshrink.calibration.rows import Rows, tokenize
+from llmshrink.calibration.sample import sample_rows
+from llmshrink.calibration.text import documents
+from llmshrink.errors import ModelNotFoundError
+from llmshrink.forms import Event
+from llmshrink.model.source import Source
+from llmshrink.progress import Progress
+from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
+
+GENERAL_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # what `auto` means where there is a network
+SELF_EVALUATION_SEED = 1_000_003  # so that no sample for calibration is evaluated
+
+
+class TextLoader:
+    """Makes the rows of one run."""
+
+    def __init__(self, source: Source, *, embedded: bool, device: torch.device, progress: Progress) -> None:
+        self._source, self._embedded, self._device, self._progress = source, embedded, device, progress
+        self.events: list[Event] = []
+
+    def calibration(self, spec: CalibrationSpec, length: int) -> Rows:
+        """Rows for the methods."""
+        if spec.data != "auto":
+            return self._rows(spec.data, spec.split or "train", spec.column, spec.samples, length, spec.seed, spec.packed)
+        if self._embedded:
+            return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
+        if not _offline():
+            try:
+                return self._rows(GENERAL_TEXT, "train", None, spec.samples, length, spec.seed, spec.packed)
+            except ModelNotFoundError:
+                pass
+        message = "calibrated on the model's own samples: no text was given and the Hub cannot be reached"
+        self.events.append(Event("self_calibration", message))
+        return self._rows("self", "train", None, spec.samples, length, spec.seed, spec.packed)
+
+    def evaluation(self, spec: EvaluationSpec, length: int, calibration: Rows | None) -> list[Rows]:
+        """Rows of each text to evaluate on."""
+        names: list[str] = []
+        for name in spec.data:
+            names += self._auto_texts() if name == "auto" else [name]
+        texts = []
+        for name in dict.fromkeys(names):
+            rows = self._rows(name, spec.split or "test", spec.column, spec.rows, length, 0, spec.packed)
+            if calibration is not None and _overlap(calibration, rows):
+                message = f"calibration and evaluation share a text: {name}. The figures on it flatter the result"
+                self.events.append(Event("shared_corpus", message))
+            texts.append(rows)
+        return texts
+
+    def _auto_texts(self) -> list[str]:
+        if self._embedded or _offline():
+            return ["generator", "self"]
+        try:
+            next(documents(GENERAL_TEXT, seed=0, split="test"))
+        except (ModelNotFoundError, StopIteration):
+            return ["generator", "self"]
+        return [GENERAL_TEXT, "self"]
+
+    def _rows(
+        self, data: str, split: str, column: str | None, count: int, length: int, seed: int, packed: bool
+    ) -> Rows:
+        if data == "self":
+            shift = 0 if split == "train" else SELF_EVALUATION_SEED
+            return sample_rows(
+                self._source, rows=count, length=length, seed=seed + shift, device=self._device, progress=self._progress
+            )
+        found = documents(data, seed=seed, split=split, column=column)
+        rows = tokenize(found, self._source.tokenizer, rows=count, length=length, packed=packed, data=data)
+        if len(rows.tokens) < count:
+            message = f"{data} gives {len(rows.tokens)} rows where {count} were asked for"
+            self.events.append(Event("few_rows", message, data={"rows": float(len(rows.tokens))}))
+        origin = {"generator": "the built-in story generator"}.get(data, data)
+        return replace(rows, origin=f"{origin}, {split} split" if data == "generator" else origin)
+
+
+def _overlap(calibration: Rows, rows: Rows) -> bool:
+    """Whether the two come from one place; the generator's splits share no story, nor do the model's samples."""
+    if calibration.data == rows.data:
+        return rows.data not in ("generator", "self")
+    seen = {row.numpy().tobytes() for row in calibration.tokens}
+    return any(row.numpy().tobytes() in seen for row in rows.tokens)
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

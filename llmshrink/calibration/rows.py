@@ -1,0 +1,103 @@
+"""Rows of token ids for calibration and evaluation.
+
+Packed rows all have one length and no padding: documents are joined with the model's BOS (else EOS) token between
+them and cut. With one document to a row, rows keep their own lengths and are never padded either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmshrink.errors import InputError
+
+MIN_ROW = 2  # a row of one token predicts nothing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows with what a report says about them."""
+
+    tokens: tuple[Tensor, ...]  # each int64 [length]
+    data: str  # as the recipe names it
+    origin: str  # in words
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row) for row in self.tokens)
+
+    @property
+    def count(self) -> int:
+        """Tokens in all rows."""
+        return sum(len(row) for row in self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids, row by row."""
+        digest = hashlib.sha256()
+        for row in self.tokens:
+            digest.update(len(row).to_bytes(8, "little"))
+            digest.update(row.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, tokens: int) -> list[Tensor]:
+        """Rows stacked into [rows, length] with at most `tokens` tokens (at least one row), in order."""
+        found: list[list[Tensor]] = []
+        for row in self.tokens:
+            if found and len(found[-1][0]) == len(row) and (len(found[-1]) + 1) * len(row) <= tokens:
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return [torch.stack(rows) for rows in found]
+
+
+def tokenize(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, packed: bool, data: str
+) -> Rows:
+    """Turn documents into at most `rows` rows of at most `length` tokens.
+
+    Raises:
+        InputError: the text gives not even one row.
+    """
+    found = _pack(documents, tokenizer, rows, length) if packed else _separate(documents, tokenizer, rows, length)
+    if not found:
+        raise InputError(
+            f"The text {data!r} is too short: it does not fill one row of {length if packed else MIN_ROW} tokens.",
+            hint="Give more text, or a smaller length.",
+        )
+    return Rows(tuple(found), data, data)
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _pack(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[Tensor]:
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = []
+    for text in documents:
+        if text:
+            ids += ([] if separator is None else [separator]) + _ids(text, tokenizer)
+        if len(ids) >= rows * length:
+            break
+    usable = min(rows, len(ids) // length)
+    return list(torch.tensor(ids[: usable * length], dtype=torch.long).view(usable, length))
+
+
+def _separate(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[Tensor]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    found: list[Tensor] = []
+    for text in documents:
+        ids = (start + _ids(text, tokenizer))[:length]
+        if len(ids) >= MIN_ROW:
+            found.append(torch.tensor(ids, dtype=torch.long))
+        if len(found) == rows:
+            break
+    return found

@@ -1,0 +1,260 @@
+"""The commands: each parses, calls the library, prints, and leaves with a documented exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmshrink import __version__
+from llmshrink.cli import console, recipes
+from llmshrink.cli import options as opt
+from llmshrink.cli.progress import listener
+from llmshrink.errors import GateError, LlmshrinkError, UsageError
+
+if TYPE_CHECKING:
+    from llmshrink.recipe.schema import Recipe
+    from llmshrink.report.schema import Check, Report
+
+EPILOG = (
+    "Exit codes: 0 ok, 1 internal error, 2 usage, 3 recipe or plan refused, 4 model not found, 5 refused for safety, "
+    "6 not enough memory or disk, 7 output exists or is locked, 8 bad input, 9 a check or --strict failed, "
+    "10 a package is missing, 12 interrupted and resumable, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="llmshrink",
+    help="Make a language model smaller, and prove what it cost.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Work")
+def quantize(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    evaluation: opt.Evaluation = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    sequential: opt.Sequential = None,
+    strict: opt.Strict = None,
+    resume: opt.Resume = None,
+    overwrite: opt.Overwrite = False,
+    plan: opt.Plan = False,
+    smoke: opt.Smoke = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Store a model's weights in fewer bits, verify the result, and measure what it cost."""
+    if plan and smoke:
+        raise UsageError("--plan and --smoke are two questions: ask one at a time")
+    wanted = opt.build_recipe("quantize", ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    if plan:
+        _plan(wanted, json=json, quiet=quiet, verbose=verbose)
+    elif smoke:
+        _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
+    else:
+        report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
+        _show_report(report, json=json, quiet=quiet)
+        if not json:
+            print(report.output)
+
+
+@app.command("eval", rich_help_panel="Work")
+def evaluate(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    revision: opt.Revision = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    evaluation: opt.Evaluation = None,
+    rows: opt.Rows = None,
+    row_length: opt.RowLength = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure a model: perplexity, size, speed, memory."""
+    wanted = opt.build_recipe("eval", ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    _show_report(_execute(wanted, quiet=quiet, verbose=verbose), json=json)
+
+
+@app.command(rich_help_panel="Work")
+def plan(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    evaluation: opt.Evaluation = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    sequential: opt.Sequential = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show what quantize would do to every layer, with bytes and memory, without doing it."""
+    wanted = opt.build_recipe("quantize", ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    _plan(wanted, json=json, quiet=quiet, verbose=verbose)
+
+
+@app.command(rich_help_panel="Look")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A result of llmshrink.")],
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Check a result's files again: hashes, shapes, and that it loads."""
+    from llmshrink import run
+
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        checks = run.verify(folder, progress=progress)
+    _show_checks(checks, json=json)
+
+
+@app.command(rich_help_panel="Look")
+def env(json: opt.Json = False) -> None:
+    """Show versions and devices, for reports of faults."""
+    from llmshrink import run
+
+    found = run.environment()
+    if json:
+        console.show_json(found)
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value}")
+
+
+app.add_typer(recipes.app, name="recipes", rich_help_panel="Look")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; `arguments` are those of the process unless given.
+
+    Returns:
+        The exit code, as in `llmshrink.errors`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    verbose = "--verbose" in given or "-v" in given
+    try:
+        code: int | None = app(args=given, prog_name="llmshrink", standalone_mode=False)
+        return code or 0
+    except LlmshrinkError as error:
+        console.report_error(error, error.exit_code, str(error), as_json=as_json, verbose=verbose)
+        return error.exit_code
+    except typer.TyperException as error:
+        message = error.format_message()
+        if message:  # none where the help page is the answer
+            console.report_error(error, error.exit_code, message, as_json=as_json, verbose=False)
+        return error.exit_code
+    except Exception as error:
+        hint = "" if verbose else "\n  run it again with --verbose to see the traceback"
+        message = f"internal error: {type(error).__name__}: {error}{hint}"
+        console.report_error(error, LlmshrinkError.exit_code, message, as_json=as_json, verbose=verbose)
+        return LlmshrinkError.exit_code
+
+
+def _tell_default(model: str | None, quiet: bool) -> None:
+    if model is None and not quiet:
+        console.say("no model named: using the one inside llmshrink")
+
+
+def _plan(wanted: Recipe, *, json: bool, quiet: bool, verbose: bool) -> None:
+    from llmshrink import run
+    from llmshrink.report import table
+
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        found = run.make_plan(wanted, progress)
+    if json:
+        console.show_json(found.model_dump(mode="json"))
+    else:
+        console.show(table.render_plan(found))
+
+
+def _smoke(wanted: Recipe, *, json: bool, quiet: bool, verbose: bool) -> None:
+    from llmshrink import run
+
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        checks = run.smoke(wanted, progress=progress)
+    _show_checks(checks, json=json)
+
+
+def _execute(wanted: Recipe, *, quiet: bool, verbose: bool, overwrite: bool = False) -> Report:
+    from llmshrink import run
+
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        return run.execute(wanted, progress=progress, overwrite=overwrite)
+
+
+def _show_report(report: Report, *, json: bool, quiet: bool = False) -> None:
+    from llmshrink.report import table
+
+    if json:
+        console.show_json(report.model_dump(mode="json"))
+    elif not quiet:
+        console.show(table.render(report))
+
+
+def _show_checks(checks: Sequence[Check], *, json: bool) -> None:
+    from llmshrink.report import table
+
+    failed = [check.name for check in checks if not check.passed]
+    if json:
+        console.show_json({"passed": not failed, "checks": [check.model_dump(mode="json") for check in checks]})
+    else:
+        console.show(table.render_checks(checks))
+    if failed:
+        raise GateError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")

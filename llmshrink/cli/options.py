@@ -1,0 +1,156 @@
+"""The options that commands share. Most are names for recipe keys: RECIPE_KEYS says which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llmshrink.recipe.schema import Recipe
+
+RECIPE_KEYS = {
+    "model": "model.id",
+    "revision": "model.revision",
+    "method": "method.name",
+    "bits": "method.bits",
+    "group_size": "method.group_size",
+    "symmetric": "method.symmetric",
+    "format": "format.name",
+    "calibration": "calibration.data",
+    "samples": "calibration.samples",
+    "length": "calibration.length",
+    "seed": "calibration.seed",
+    "evaluation": "evaluation.data",
+    "rows": "evaluation.rows",
+    "row_length": "evaluation.length",
+    "device": "run.device",
+    "threads": "run.threads",
+    "sequential": "run.sequential",
+    "strict": "run.strict",
+    "resume": "run.resume",
+    "output": "output",
+}
+_WHAT, _TEXT, _HOW, _SHOW = "What", "Text", "How", "Show"  # panels of the help page
+
+
+def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
+    """Names of built-in recipes with their summaries."""
+    from llmshrink.recipe.load import built_in, summary
+
+    return [(name, summary(path)) for name, path in built_in().items() if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Names of methods."""
+    from llmshrink.recipe.schema import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def complete_format(incomplete: str) -> list[str]:
+    """Names of checkpoint formats."""
+    from llmshrink.recipe.schema import format_names
+
+    return [name for name in format_names() if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="Hub id or folder; without it the model inside llmshrink.")
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A built-in recipe or a YAML file.",
+        autocompletion=complete_recipe,
+        rich_help_panel=_WHAT,
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option(help="The algorithm.", autocompletion=complete_method, rich_help_panel=_WHAT)
+]
+Bits = Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=_WHAT)]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share a scale; -1: a whole row.", rich_help_panel=_WHAT)
+]
+Symmetric = Annotated[
+    bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", rich_help_panel=_WHAT)
+]
+Format = Annotated[
+    str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_WHAT)]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the result.", rich_help_panel=_WHAT)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any recipe key, e.g. method.damp=0.1; repeatable.", rich_help_panel=_WHAT
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="Text to calibrate on: auto, generator, self, a file, a Hub dataset.", rich_help_panel=_TEXT),
+]
+Samples = Annotated[int | None, typer.Option(help="Rows of calibration text.", rich_help_panel=_TEXT)]
+Length = Annotated[int | None, typer.Option(help="Tokens in a row of calibration text.", rich_help_panel=_TEXT)]
+Seed = Annotated[int | None, typer.Option(help="Which calibration rows are drawn.", rich_help_panel=_TEXT)]
+Evaluation = Annotated[
+    list[str] | None, typer.Option(help="Text to measure on, as --calibration; repeatable.", rich_help_panel=_TEXT)
+]
+Rows = Annotated[int | None, typer.Option(help="Rows of each text.", rich_help_panel=_TEXT)]
+RowLength = Annotated[int | None, typer.Option("--length", help="Tokens in a row.", rich_help_panel=_TEXT)]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_HOW)]
+Sequential = Annotated[
+    str | None,
+    typer.Option(help="Layers see compressed inputs after each block, or subset.", rich_help_panel=_HOW),
+]
+Strict = Annotated[bool | None, typer.Option("--strict", help="Exit 9 if anything was degraded.", rich_help_panel=_HOW)]
+Resume = Annotated[
+    bool | None,
+    typer.Option("--resume/--no-resume", help="Go on with an interrupted run (the default).", rich_help_panel=_HOW),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.", rich_help_panel=_HOW)]
+Plan = Annotated[bool, typer.Option("--plan", help="Only show what would be done.", rich_help_panel=_HOW)]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Try one block from end to end, in seconds.", rich_help_panel=_HOW)
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel=_SHOW)]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Nothing on stderr but errors; a result is its path.", rich_help_panel=_SHOW),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Every note of the run; tracebacks.", rich_help_panel=_SHOW)
+]
+
+
+def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
+    """The recipe of a command: the named recipe, under the flags, under `--set`.
+
+    Args:
+        task: a stage that the recipe must have; without `--recipe` it is the only one.
+        values: the command's parameters by name; None means not given.
+
+    Raises:
+        UsageError: the recipe is for another command.
+        RecipeError: the recipe does not validate.
+    """
+    from llmshrink.errors import UsageError
+    from llmshrink.recipe import load
+
+    name = values.get("recipe")
+    data: dict[str, Any] = load.read(name) if name else {"version": 1, "stages": [{"task": task}]}
+    for flag, key in RECIPE_KEYS.items():
+        value = values.get(flag)
+        if value not in (None, (), []):
+            data = load.override(data, key, list(value) if isinstance(value, tuple) else value)
+    recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
+    tasks = {stage.task for stage in recipe.stages}
+    command = "quantize" if "quantize" in tasks else "eval"
+    if command != task:
+        raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
+    return recipe

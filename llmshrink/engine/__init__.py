@@ -1,0 +1,1 @@
+"""The streaming engine: one block resident, statistics gathered, compressed, written, journaled, dropped."""

@@ -1,0 +1,291 @@
+"""One block after another: gather, compress, write, journal, go on with the compressed weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.engine.gather import gather
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.workspace import WORK, Workspace
+from llmshrink.forms import Event, Layer, Quantized, decode
+from llmshrink.io import safetensors
+from llmshrink.methods import load_method
+from llmshrink.methods.base import Method, Prepared
+from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.plan import Work
+from llmshrink.progress import Progress
+from llmshrink.report.schema import LayerReport
+from llmshrink.statistics import Hessian, NoStatistic, Statistic
+
+
+@dataclass
+class Result:
+    """What became of the blocks."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Take over a journal entry."""
+        self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
+        self.events += [Event(**event) for event in entry["events"]]
+        self.files |= {name: digest for name, digest in entry["files"].items() if not name.startswith(WORK)}
+        for step, seconds in entry["seconds"].items():
+            self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+
+class Compressor:
+    """Carries out a plan on all blocks."""
+
+    def __init__(
+        self,
+        work: Work,
+        workspace: Workspace,
+        hidden: Hidden,
+        batches: int,
+        *,
+        subset: bool,
+        progress: Progress,
+        stop: Callable[[], None],
+    ) -> None:
+        """`hidden` holds `batches` batches of calibration rows, then the probe rows; `stop` may raise between blocks."""
+        self._work, self._model, self._workspace = work, work.model, workspace
+        self._hidden, self._batches = hidden, batches
+        self._subset, self._progress, self._stop = subset, progress, stop
+
+    def run(self, done: list[dict[str, Any]]) -> Result:
+        """Compress every block that `done`, the journal's entries, does not hold yet."""
+        result = Result()
+        for entry in done:
+            result.add(entry)
+        blocks = self._model.anatomy.blocks
+        self._progress.start("compress", sum(m.numel for b in blocks for m in b.matrices))
+        self._progress.advance(sum(m.numel for b in blocks[: len(done)] for m in b.matrices))
+        if done and len(done) <= len(blocks):
+            self._hidden.load(self._workspace.work / _hidden_name(len(done)))
+        with ThreadPoolExecutor(1) as disk:
+            pending: Future[dict[str, Any]] | None = None
+            for block in blocks[len(done) :]:
+                self._stop()
+                entry, tensors = self._block(block)
+                if pending is not None:
+                    result.add(pending.result())
+                # Files are written and synced while the next block computes; the journal line comes last.
+                states = list(self._hidden.states)
+                pending = disk.submit(self._write, block, tensors, states, entry)
+                size = sum(m.numel for m in block.matrices)
+                worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
+                self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
+            if pending is not None:
+                result.add(pending.result())
+        if len(done) <= len(blocks):
+            entry = self._others()
+            result.add(entry)
+        self._progress.finish()
+        return result
+
+    # --- one block
+
+    def _block(self, block: Block) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        model, clock = self._model, _Clock()
+        model.load_block(block.index)
+        compressed = {m.key for m in block.matrices if m in self._work.methods}
+        tensors = {key: model.weights.get(key) for key in block.keys if key not in compressed}
+        clock.lap("read")
+        layers: list[LayerReport] = []
+        events: list[Event] = []
+        for groups in self._steps(block):
+            statistics = self._gather(block, groups)
+            clock.lap("calibrate")
+            decoded: dict[Matrix, Tensor] = {}
+            for group in groups:
+                self._group(group, statistics.pop(group), tensors, decoded, layers, events)
+            model.replace(decoded)
+            clock.lap("compress")
+        with torch.no_grad():
+            self._hidden.advance(block.index)
+        model.drop_block(block.index)
+        clock.lap("forward")
+        order = {m.name: i for i, m in enumerate(block.matrices)}
+        layers.sort(key=lambda layer: order[layer.name])
+        entry = {
+            "block": block.index,
+            "layers": [layer.model_dump(mode="json") for layer in layers],
+            "events": [vars(event) for event in events],
+            "seconds": clock.seconds,
+        }
+        return entry, tensors
+
+    def _steps(self, block: Block) -> Iterator[list[Group]]:
+        """Groups that are calibrated together: all, or one stretch of the forward pass after another."""
+        groups = [g for g in block.groups if any(m in self._work.methods for m in g.matrices)]
+        if not self._subset:
+            if groups:
+                yield groups
+            return
+        # All experts' first matrices belong to one stretch, their second matrices to the next.
+        groups.sort(key=lambda g: next(i for i, h in enumerate(block.groups) if _stretch(h) == _stretch(g)))
+        for _, members in groupby(groups, key=_stretch):
+            yield list(members)
+
+    def _gather(self, block: Block, groups: list[Group]) -> dict[Group, Statistic]:
+        kinds = {g: self._needs(g) for g in groups}
+        if all(kind is NoStatistic for kind in kinds.values()):
+            return {g: NoStatistic(g.width, self._model.device) for g in groups}
+        return gather(self._model, block, groups, kinds, self._hidden, self._batches)
+
+    def _needs(self, group: Group) -> type[Statistic]:
+        """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
+        kinds = {self._work.methods[m].needs for m in group.matrices if m in self._work.methods}
+        return max(kinds, key=lambda kind: kind.bytes(group.width))
+
+    def _group(
+        self,
+        group: Group,
+        statistic: Statistic,
+        tensors: dict[str, Tensor],
+        decoded: dict[Matrix, Tensor],
+        layers: list[LayerReport],
+        events: list[Event],
+    ) -> None:
+        prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
+        for matrix in group.matrices:
+            method = self._work.methods.get(matrix)
+            if method is None:
+                continue
+            start = time.perf_counter()
+            used, event = self._or_baseline(method, matrix, statistic)
+            key = (type(used), used.config)
+            if key not in prepared:
+                prepared[key] = used.prepare(statistic)
+            weight = self._model.read(matrix)
+            layer = used.compress(weight, prepared[key])
+            found = [*([event] if event else []), *prepared[key].events, *layer.events]
+            events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
+            slot = self._work.slots[matrix]
+            packed = self._work.format.pack(slot, layer)
+            # Go on with what the file means, not with what the method meant.
+            decoded[matrix] = decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
+            tensors |= packed
+            fallback = any(e.kind.endswith("_fallback") for e in found)
+            layers.append(
+                _report(matrix, used, layer, packed, weight, decoded[matrix], statistic, fallback, self._work, start)
+            )
+
+    def _or_baseline(
+        self, method: Method[Any], matrix: Matrix, statistic: Statistic
+    ) -> tuple[Method[Any], Event | None]:
+        """An expert that saw fewer tokens than it has inputs has a singular Hessian: its weights speak for themselves."""
+        starved = matrix.site.expert is not None and statistic.tokens < matrix.shape[1]
+        if method.baseline is None or not starved:
+            return method, None
+        baseline = load_method(method.baseline)
+        known = method.config.model_dump()
+        config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
+        message = f"{method.baseline} from the weights alone: it saw {statistic.tokens} calibration tokens"
+        return baseline(config), Event("expert_fallback", message, data={"tokens": float(statistic.tokens)})
+
+    # --- files
+
+    def _write(
+        self, block: Block, tensors: dict[str, Tensor], states: list[Tensor], entry: dict[str, Any]
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        name = self._work.shards[block.index]
+        files = {name: safetensors.write(self._workspace.folder / name, tensors)}
+        kept = block.index + 1
+        hidden = self._workspace.work / _hidden_name(kept)
+        files[f"{WORK}/{hidden.name}"] = safetensors.write(hidden, {f"{i:06d}": s for i, s in enumerate(states)})
+        entry = {**entry, "files": files, "seconds": {**entry["seconds"], "write": time.perf_counter() - start}}
+        self._workspace.append(entry)
+        (self._workspace.work / _hidden_name(kept - 2)).unlink(missing_ok=True)
+        return entry
+
+    def _others(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        anatomy, name = self._model.anatomy, self._work.shards[-1]
+        tensors = {key: self._model.weights.get(key) for key in (*anatomy.others, *anatomy.unused)}
+        digest = safetensors.write(self._workspace.folder / name, tensors)
+        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest}}
+        entry["seconds"] = {"write": time.perf_counter() - start}
+        self._workspace.append(entry)
+        return entry
+
+
+def _hidden_name(index: int) -> str:
+    """The file of the states that enter block `index`."""
+    return f"hidden-{index:05d}.safetensors"
+
+
+def _stretch(group: Group) -> tuple[str, str]:
+    return group.sites[0].module, group.sites[0].leaf
+
+
+class _Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
+        self._last = now
+
+
+def _report(
+    matrix: Matrix,
+    method: Method[Any],
+    layer: Layer,
+    packed: dict[str, Tensor],
+    weight: Tensor,
+    decoded: Tensor,
+    statistic: Statistic,
+    fallback: bool,
+    work: Work,
+    start: float,
+) -> LayerReport:
+    original = weight.float()
+    rest = original - decoded
+    norm = float(original.square().sum())
+    objective = None
+    if isinstance(statistic, Hessian) and statistic.tokens:
+        scale = float(((original @ statistic.matrix) * original).sum())
+        objective = float(((rest @ statistic.matrix) * rest).sum()) / scale if scale else 0.0
+    form = layer.weight
+    size = sum(t.numel() * t.itemsize for t in packed.values())
+    return LayerReport(
+        name=matrix.name,
+        shape=matrix.shape,
+        method=type(method).__module__.rpartition(".")[2],
+        form=type(form).__name__,
+        format=work.format.name,
+        bits=form.bits if isinstance(form, Quantized) else None,
+        group_size=_group_size(form, matrix.shape[1]),
+        parameters=matrix.numel,
+        bytes_before=matrix.numel * matrix.dtype.itemsize,
+        bytes_after=size,
+        bits_per_weight=8 * size / matrix.numel,
+        relative_error=(float(rest.square().sum()) / norm) ** 0.5 if norm else 0.0,
+        objective=objective,
+        seconds=time.perf_counter() - start,
+        fallback=fallback,
+    )
+
+
+def _group_size(form: Any, width: int) -> int | None:
+    if not isinstance(form, Quantized):
+        return None
+    size = form.block if isinstance(form.block, int) else form.block[1]
+    return None if size == width else size

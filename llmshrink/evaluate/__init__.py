@@ -1,0 +1,1 @@
+"""What a model costs and is worth: quality, bytes, memory and speed."""

@@ -1,0 +1,151 @@
+"""The part of the foreign reader that runs in the child: transformers, and what it says about a folder."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import modeling_auto
+from transformers.models.llama import modeling_llama
+
+from llmshrink.errors import InputError
+from llmshrink.evaluate.memory import PeakMonitor, resident_bytes
+from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
+
+# Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
+IMPORTED = (modeling_auto, modeling_llama)
+QUANTIZERS = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}  # quant_method -> package
+
+PREFILL_TOKENS = 128
+DECODE_TOKENS = 32
+RUNS = 3  # after a short one to warm up
+ENOUGH_SECONDS = 20.0  # no further run after this long: big models on a CPU
+
+
+def read(request: ReadRequest) -> ReadResult:
+    """Load a folder offline, without remote code, and measure what the request asks for."""
+    if not (Path(request.folder) / "config.json").is_file():
+        raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
+    _import_for(request.folder)
+    with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
+        start = time.perf_counter()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            request.folder,
+            dtype=request.dtype,
+            device_map={"": request.device},  # bitsandbytes would take a GPU by itself
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model.eval()
+        seconds = time.perf_counter() - start
+        at_load = loaded_bytes(model)
+        model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
+        after = loaded_bytes(model)
+        logits = _logits(model, request.tokens)
+        sample = _sample(model, request)
+        prefill, decode = _speed(model, request) if request.speed else (None, None)
+    found = Found(
+        class_name=type(model).__name__,
+        missing=_names(info["missing_keys"]),
+        unexpected=_names(info["unexpected_keys"]),
+        mismatched=_names(info["mismatched_keys"]),
+        load_seconds=seconds,
+        bytes_at_load=at_load,
+        loaded_bytes=after,
+        peak_bytes=memory.above_entry_bytes,
+        device_bytes=memory.device_bytes,
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=decode,
+        sample=sample,
+    )
+    return ReadResult(found=found, logits=logits)
+
+
+def loaded_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, buffers and bitsandbytes tables; memory that several tensors share counts once."""
+    tensors: list[Tensor] = [*model.buffers()]
+    for parameter in model.parameters():
+        tensors += [parameter.data, *_tables(getattr(parameter, "quant_state", None))]
+    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
+
+
+def _tables(state: Any) -> list[Tensor]:
+    """Scales and levels of a bitsandbytes state, the nested one's too: they are neither parameters nor buffers."""
+    if state is None:
+        return []
+    return [*(value for value in vars(state).values() if isinstance(value, Tensor)), *_tables(state.state2)]
+
+
+def _import_for(folder: str) -> None:
+    """Import what loading needs beforehand, so that neither time nor memory of the imports is the model's."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method in QUANTIZERS:
+        importlib.import_module(QUANTIZERS[method])
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        _ = AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def _names(keys: Any) -> list[str]:
+    """Sorted; a mismatched key comes as (name, shape on disk, shape in the model)."""
+    return sorted(key if isinstance(key, str) else f"{key[0]}: {key[1:]}" for key in keys)
+
+
+def _logits(model: nn.Module, rows: list[list[int]] | None) -> Tensor | None:
+    """float32 [rows, T, V]; one row at a time, so that only their sum is large."""
+    if rows is None:
+        return None
+    device = next(model.parameters()).device
+    return torch.cat([model(torch.tensor([row], device=device), use_cache=False).logits.float().cpu() for row in rows])
+
+
+def _sample(model: nn.Module, request: ReadRequest) -> str | None:
+    if request.prompt is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
+    new, _, _ = greedy(model, request.prompt, request.max_new_tokens)
+    stop = new.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in new else len(new)
+    return str(tokenizer.decode(new[:stop]))
+
+
+def _speed(model: nn.Module, request: ReadRequest) -> tuple[float, float]:
+    """Tokens per second of prefill and of decoding: medians, one row, greedy, with the KV cache."""
+    longest = getattr(model.config, "max_position_embeddings", None) or PREFILL_TOKENS + DECODE_TOKENS
+    count = max(1, min(PREFILL_TOKENS, longest - DECODE_TOKENS))
+    text = (request.tokens or [request.prompt or [0]])[0]
+    prompt = (text * (count // len(text) + 1))[:count]
+    greedy(model, prompt, 2)
+    start = time.perf_counter()
+    runs = [greedy(model, prompt, DECODE_TOKENS)]
+    while len(runs) < RUNS and time.perf_counter() - start < ENOUGH_SECONDS:
+        runs.append(greedy(model, prompt, DECODE_TOKENS))
+    return count / median(run[1] for run in runs), (DECODE_TOKENS - 1) / median(run[2] for run in runs)
+
+
+def greedy(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], float, float]:
+    """Continue a prompt by the most likely token, whatever the folder's generation_config says.
+
+    Returns:
+        `count` new tokens, the seconds for the prompt and the first of them, the seconds for all others.
+    """
+    device = next(model.parameters()).device
+    step = torch.tensor([prompt], device=device)
+    cache: Any = None
+    new: list[int] = []
+    times = [time.perf_counter()]
+    for _ in range(count):
+        out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        new.append(int(step.item()))  # also waits for an accelerator
+        times.append(time.perf_counter())
+    return new, times[1] - times[0], times[-1] - times[1]
+
+
+__all__ = ["greedy", "loaded_bytes", "read"]

@@ -1,0 +1,97 @@
+"""Everything measured of a model before and after: quality on each text, sizes, load time, speed, memory, a sample."""
+
+from __future__ import annotations
+
+import torch
+
+from llmshrink.calibration.rows import Rows
+from llmshrink.evaluate.memory import available_memory
+from llmshrink.evaluate.reader import Found, ReadRequest, measure
+from llmshrink.evaluate.texts import score_texts
+from llmshrink.forms import Event
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.progress import Progress
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import ModelMeasure, TextScore
+
+ROOM = 1.5  # memory a reader needs while loading and running, as a multiple of the dense weights
+PROMPT = 16  # tokens
+
+
+def measure_models(
+    recipe: Recipe, models: dict[str, StreamedModel], texts: list[Rows], events: list[Event], progress: Progress
+) -> dict[str, ModelMeasure]:
+    """Measure one model, or the original and what it became.
+
+    Args:
+        recipe: what to measure and how.
+        models: by label; the first is the original, the second (if any) is compared with it.
+        texts: rows of each evaluation text; none: quality is not measured.
+        events: gets an entry for what could not be measured.
+        progress: told of the steps.
+    """
+    scores: list[list[TextScore]] = [[] for _ in models]
+    if texts:
+        base, other = [*models.values(), None][:2]
+        assert base is not None
+        found = score_texts(
+            base,
+            other,
+            texts,
+            packed=recipe.evaluation.packed,
+            batch_tokens=recipe.run.batch_tokens,
+            progress=progress,
+        )
+        scores = list(found)[: len(models)]
+    prompt = texts[0].tokens[0][:PROMPT].tolist() if texts else None
+    readings = [_read(m, prompt, events, progress) if recipe.evaluation.speed else None for m in models.values()]
+    return {
+        label: _measure(label, model, reading, score)
+        for (label, model), reading, score in zip(models.items(), readings, scores, strict=True)
+    }
+
+
+def _read(
+    model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress
+) -> Found | None:
+    """Load the folder as its users do and time it; None, with an event, where it cannot be done here."""
+    folder = model.source.folder
+    needed = int(ROOM * sum(info.bytes for info in model.weights.infos.values()))
+    if model.device.type == "cpu" and needed > available_memory():
+        events.append(Event("not_measured", f"speed: {needed / 2**30:.1f} GiB needed to load {folder} as a whole"))
+        return None
+    progress.start(f"time {'the result' if model.weights.compressed else 'the model'}", 0)
+    request = ReadRequest(folder=str(folder), prompt=prompt, speed=True, device=str(model.device))
+    result = measure([request])[0]
+    progress.finish()
+    if result.found is None:
+        events.append(Event("not_measured", f"speed: {result.error}"))
+    return result.found
+
+
+def _measure(label: str, model: StreamedModel, found: Found | None, scores: list[TextScore]) -> ModelMeasure:
+    checkpoint = model.source.checkpoint
+    parameters = sum(info.numel for info in model.weights.infos.values())
+    sample = {}
+    if found is not None:
+        sample = {
+            "loaded_bytes": found.loaded_bytes,
+            "load_seconds": found.load_seconds,
+            "prefill_tokens_per_second": found.prefill_tokens_per_second,
+            "decode_tokens_per_second": found.decode_tokens_per_second,
+            "peak_memory_bytes": found.peak_bytes,
+            "sample": found.sample,
+        }
+    return ModelMeasure(
+        label=label,
+        parameters=parameters,
+        zeros=sum(_zeros(model.weights.get(key)) for key in model.weights.infos),
+        tensor_bytes=checkpoint.bytes,
+        bits_per_weight=8 * checkpoint.bytes / parameters,
+        scores=scores,
+        **sample,  # type: ignore[arg-type]
+    )
+
+
+def _zeros(tensor: torch.Tensor) -> int:
+    return tensor.numel() - int(torch.count_nonzero(tensor))

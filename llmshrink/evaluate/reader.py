@@ -1,0 +1,146 @@
+"""A foreign reader: load a folder with plain transformers, in a process of its own, and say what was found there.
+
+Nothing of llmshrink takes part in reading, so what comes back is what any user of the folder gets. Each request has a
+fresh child, forked from a server that has imported transformers once: a crash, a hang or a full memory ends in an
+error text, memory is measured from a clean level, and later requests do not pay for the imports. What comes back
+through the pipe is JSON and the raw bytes of the logits; nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+SERVER_IMPORTS = ["llmshrink.evaluate.foreign"]
+GRACE = 5.0  # seconds for a child that has answered to leave by itself
+
+
+class ReadRequest(BaseModel):
+    """What to read and what to measure; sizes are small, everything runs in one process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    tokens: list[list[int]] | None = None  # rows of one length whose logits come back
+    dtype: str = "auto"  # "float32" computes in float32 whatever the checkpoint's dtype; "auto" as stored
+    prompt: list[int] | None = None  # token ids to continue greedily
+    max_new_tokens: int = 48
+    speed: bool = False
+    device: str = "cpu"
+
+
+class Found(BaseModel):
+    """The numbers of a reading; None is what was not asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    class_name: str
+    missing: list[str]  # in the model, not in the folder: transformers fills them with random values
+    unexpected: list[str]  # in the folder, not in the model: transformers drops them
+    mismatched: list[str]
+    load_seconds: float
+    bytes_at_load: int  # of parameters, buffers and quantization tables, each once, before the first forward pass
+    loaded_bytes: int  # the same after it: some readers decompress there
+    peak_bytes: int  # resident memory above the level after the imports; mapped weights counted
+    device_bytes: int | None = None  # peak allocated on the accelerator
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    sample: str | None = None  # the continuation, without the prompt
+
+    @property
+    def complete(self) -> bool:
+        """Every tensor of the folder found its place and every place its tensor."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+
+class ReadResult(BaseModel):
+    """What the reader found, or why it could not: exactly one of `found` and `error` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    found: Found | None = None
+    logits: Tensor | None = None  # float32 [rows, T, V], on the CPU
+    error: str | None = None
+
+
+def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadResult]:
+    """Read each folder in a child process of its own, one after the other.
+
+    Args:
+        requests: What to read; the answers come in this order.
+        timeout: Seconds for each request; the first of a process also pays for the imports (about 10 s).
+
+    Returns:
+        One result per request. A failure of any kind is an `error` text, never an exception.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SERVER_IMPORTS)
+    results = []
+    for request in requests:
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, request.model_dump_json(), torch.get_num_threads())
+        child = context.Process(target=_answer, args=arguments, daemon=True)
+        child.start()
+        sender.close()  # the child holds the only other end: when it dies, the pipe says so
+        try:
+            results.append(_receive(receiver, request, timeout))
+        except EOFError:
+            child.join()
+            results.append(ReadResult(error=f"the reader of {request.folder} died: {_cause(child.exitcode)}"))
+        finally:
+            receiver.close()
+            child.join(GRACE if results and results[-1].error is None else 0)
+            child.kill()
+            child.join()
+    return results
+
+
+def _receive(receiver: Connection, request: ReadRequest, timeout: float) -> ReadResult:
+    if not receiver.poll(timeout):
+        return ReadResult(error=f"the reader of {request.folder} gave no answer within {timeout:g} s")
+    result = ReadResult.model_validate_json(receiver.recv_bytes())
+    if result.found is None or request.tokens is None:
+        return result
+    raw = torch.frombuffer(bytearray(receiver.recv_bytes()), dtype=torch.float32)
+    return result.model_copy(update={"logits": raw.view(len(request.tokens), len(request.tokens[0]), -1)})
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"{name}, often a sign that memory ran out" if name == "SIGKILL" else name
+
+
+def _answer(sender: Connection, request: str, threads: int) -> None:
+    """In the child: silence the libraries, read, send."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    torch.set_num_threads(threads)
+    try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a bar makes a semaphore, which a killed child would leave behind
+        result = read(ReadRequest.model_validate_json(request))
+    except Exception as error:  # whatever a library raises is the answer
+        result = ReadResult(error=f"{type(error).__name__}: {error}")
+    sender.send_bytes(result.model_dump_json(exclude={"logits"}).encode())
+    if result.logits is not None:
+        sender.send_bytes(result.logits.numpy().tobytes())
+
+
+def read(request: ReadRequest) -> ReadResult:
+    """Read a folder in this process. Raises whatever the libraries raise."""
+    from llmshrink.evaluate import foreign  # seconds of imports, which only the child should pay for
+
+    return foreign.read(request)
+
+
+__all__ = ["Found", "ReadRequest", "ReadResult", "measure", "read"]

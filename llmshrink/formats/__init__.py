@@ -1,0 +1,42 @@
+"""Checkpoint formats, one file each: pure pairs of form -> tensors and tensors -> form."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmshrink.formats.base import Format
+
+_SUPPORT = {"base", "bits", "runtimes"}  # modules of this folder that are not formats
+
+
+def format_names() -> list[str]:
+    """Names a recipe may use, from the file names: imports nothing."""
+    names = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SUPPORT)
+    return sorted(name.replace("_", "-") for name in names)
+
+
+def load_format(name: str) -> Format:
+    """One format; imports its file (and torch) only now.
+
+    Raises:
+        KeyError: there is no such format.
+    """
+    if name not in format_names():
+        raise KeyError(name)
+    found: Format = import_module(f"llmshrink.formats.{name.replace('-', '_')}").FORMAT
+    return found
+
+
+def format_of(config: dict[str, Any]) -> Format | None:
+    """The format of a checkpoint, from its config.json; None: it is quantized in a way that is not known here."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return load_format("dense")
+    for name in format_names():
+        candidate = load_format(name)
+        if candidate.quant_method is not None and candidate.quant_method == quantization.get("quant_method"):
+            return candidate
+    return None

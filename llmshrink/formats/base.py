@@ -1,0 +1,81 @@
+"""The contract of a checkpoint format.
+
+`pack` runs on `meta` too, so the plan knows every byte before a weight is read. `unpack` reads what `pack` wrote, and
+the engine goes on with what `unpack` gives: the error it measures is the error of the file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmshrink.forms import Form, Layer
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one matrix in a checkpoint."""
+
+    key: str  # name on disk of the dense weight, e.g. model.layers.0.mlp.up_proj.weight
+    module: str  # module name as loaders match it
+    shape: tuple[int, int]  # [out, in]
+    dtype: torch.dtype  # of the dense weight on disk
+    transposed: bool  # the dense weight is on disk as [in, out] (GPT-2's Conv1D)
+    expert: bool  # one expert's matrix, fused with others in memory
+
+    @property
+    def name(self) -> str:
+        """The key without `.weight`."""
+        return self.key.removesuffix(".weight")
+
+
+class Format(ABC):
+    """How compressed matrices are stored, and how a loader is told."""
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str | None]  # of `quantization_config`, by which loaders choose
+    exact: ClassVar[bool] = True  # whether transformers computes in float32 with it when asked to
+
+    @abstractmethod
+    def check(self, slot: Slot, layer: Layer) -> str | None:
+        """Why this layer cannot be stored so that transformers reads it back, or None."""
+
+    def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
+        """Why these layers cannot stand together in one checkpoint, or None."""
+        return None
+
+    @abstractmethod
+    def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """The tensors to write, by their names on disk."""
+
+    @abstractmethod
+    def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
+        """The form behind the tensors that `get` returns by name; `config` is the `quantization_config`."""
+
+    @abstractmethod
+    def config(
+        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """The `quantization_config`: `layers` are stored compressed, modules named in `left` are not."""
+
+    @abstractmethod
+    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """For each matrix among the stored tensor names: its dense key -> the tensor that marks it as compressed.
+
+        Tensors that only accompany one (scales, shapes) belong to `companions` of it.
+        """
+
+    @abstractmethod
+    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
+        """Names of all tensors that together store the matrix `key`."""
+
+    @abstractmethod
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor]
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape [out, in] and dtype of a compressed matrix once it is decoded."""

@@ -1,0 +1,51 @@
+"""Dense bit packing: value i of a row at bit i*b, least significant first, crossing word boundaries.
+
+This is the layout of compressed-tensors' pack-quantized since 0.17. For 2, 4 and 8 bits no value crosses a word. The
+functions also run on the `meta` device, which gives exact shapes without data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, n], each below 2^bits -> int32 [rows, ceil(n * bits / 32)]."""
+    rows, n = values.shape
+    period, words = _period(bits)
+    blocks = math.ceil(n / period)
+    padded = torch.nn.functional.pad(values, (0, blocks * period - n)).view(rows, blocks, period)
+    packed = torch.zeros(rows, blocks, words, dtype=torch.int64, device=values.device)
+    for i in range(period):
+        word, offset = divmod(i * bits, 32)
+        value = padded[:, :, i].long()
+        packed[:, :, word] |= (value << offset) & 0xFFFFFFFF
+        if offset + bits > 32:
+            packed[:, :, word + 1] |= value >> (32 - offset)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed)
+    return packed.view(rows, blocks * words)[:, : math.ceil(n * bits / 32)].to(torch.int32).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """int32 [rows, ceil(n * bits / 32)] -> uint8 [rows, n]."""
+    rows, have = packed.shape
+    period, words = _period(bits)
+    blocks = math.ceil(n / period)
+    padded = torch.nn.functional.pad(packed, (0, blocks * words - have)).view(rows, blocks, words).long() & 0xFFFFFFFF
+    values = torch.empty(rows, blocks, period, dtype=torch.uint8, device=packed.device)
+    for i in range(period):
+        word, offset = divmod(i * bits, 32)
+        value = padded[:, :, word] >> offset
+        if offset + bits > 32:
+            value = value | (padded[:, :, word + 1] << (32 - offset))
+        values[:, :, i] = (value & (2**bits - 1)).to(torch.uint8)
+    return values.view(rows, blocks * period)[:, :n].contiguous()
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """After how many values, and words, the pattern of a row repeats."""
+    common = math.gcd(bits, 32)
+    return 32 // common, bits // common

@@ -1,0 +1,161 @@
+"""bitsandbytes 4-bit, as transformers serializes it (`load_in_4bit`).
+
+A matrix `X.weight` [out, in] becomes
+    X.weight                uint8 [out * in / 2, 1], two codes a byte, the first in the high nibble, rows flattened
+    X.weight.absmax         float32 [blocks], or uint8 where the scales are quantized themselves
+    X.weight.quant_map      float32 [16]
+    X.weight.nested_absmax, X.weight.nested_quant_map     float32 [blocks / 256], [256] (double quantization)
+    X.weight.quant_state.bitsandbytes__nf4    uint8, a JSON object with dtype, shape, block sizes and offset
+Transformers replaces linears and Conv1Ds (a Conv1D is stored as [out, in]); fused experts stay dense in memory
+whatever the file says, so they are refused. The JSON is padded with spaces to a length that does not depend on the
+offset's digits: the plan knows the file's size exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmshrink.errors import InputError
+from llmshrink.formats.base import Format, Slot
+from llmshrink.forms import Dense, Form, Layer, Quantized
+
+FLOAT_DIGITS = 32  # room for any float64 in JSON
+STATE = "quant_state.bitsandbytes__"
+
+
+class BitsAndBytes(Format):
+    """Blocks of the flattened matrix, a table of 16 levels."""
+
+    name: ClassVar[str] = "bnb"
+    quant_method: ClassVar[str | None] = "bitsandbytes"
+    exact: ClassVar[bool] = False  # it multiplies in the compute dtype of its own config
+
+    def check(self, slot: Slot, layer: Layer) -> str | None:
+        """4-bit codes into a level table, blocks over the flattened matrix, no fused experts."""
+        form = layer.weight
+        if not isinstance(form, Quantized) or form.levels is None or form.bits != 4 or not isinstance(form.block, int):
+            return "it stores 4-bit codes into a table of levels (methods nf4 and fp4); use compressed-tensors or dense"
+        if slot.expert:
+            return "transformers leaves fused experts dense when it reads this format; use compressed-tensors"
+        if slot.shape[0] * slot.shape[1] % 2:
+            return "an odd number of weights does not fill whole bytes"
+        return None
+
+    def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
+        """One `quantization_config` describes all layers."""
+        kinds = {(_quant_type(f), f.block, isinstance(f.scale, Quantized)) for _, f in _forms(layers)}
+        return "it has one kind, block size and scale table for all layers" if len(kinds) > 1 else None
+
+    def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """Codes, tables and the JSON that bitsandbytes reads back."""
+        form = layer.weight
+        assert isinstance(form, Quantized)
+        assert form.levels is not None
+        codes = form.codes.reshape(-1, 2)
+        state: dict[str, Any] = {
+            "quant_type": _quant_type(form),
+            "blocksize": form.block,
+            "dtype": str(slot.dtype).removeprefix("torch."),
+            "shape": list(slot.shape),
+        }
+        tensors = {"": ((codes[:, 0] << 4) | codes[:, 1]).unsqueeze(1), ".quant_map": form.levels}
+        if isinstance(form.scale, Quantized):
+            nested = form.scale
+            assert isinstance(nested.scale, Dense)
+            assert nested.levels is not None
+            tensors |= {".absmax": nested.codes, ".nested_absmax": nested.scale.weight, ".nested_quant_map": nested.levels}
+            offset = 0.0 if nested.offset is None or nested.offset.is_meta else float(nested.offset)
+            state |= {"nested_blocksize": nested.block, "nested_dtype": "float32", "nested_offset": offset}
+        else:
+            tensors[".absmax"] = form.scale.weight
+        tensors[f".{STATE}{_quant_type(form)}"] = _json_tensor(state)
+        return {slot.key + suffix: tensor for suffix, tensor in tensors.items()}
+
+    def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
+        """Codes and tables as bitsandbytes would see them."""
+        state = _read_state(slot.key, get, config)
+        data = get(slot.key).flatten()
+        codes = torch.stack((data >> 4, data & 15), dim=1).view(slot.shape)
+        absmax = get(f"{slot.key}.absmax")
+        scale: Form = Dense(absmax)
+        if "nested_blocksize" in state:
+            scale = Quantized(
+                absmax,
+                Dense(get(f"{slot.key}.nested_absmax")),
+                None,
+                get(f"{slot.key}.nested_quant_map"),
+                int(state["nested_blocksize"]),
+                8,
+                torch.tensor(state["nested_offset"], dtype=torch.float32),
+            )
+        return Quantized(codes, scale, None, get(f"{slot.key}.quant_map"), int(state["blocksize"]), 4)
+
+    def config(
+        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """What BitsAndBytesConfig needs to load without being told anything."""
+        _, form = next(iter(_forms(layers)))
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": _quant_type(form),
+            "bnb_4bit_use_double_quant": isinstance(form.scale, Quantized),
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": sorted(left),
+        }
+
+    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """A weight with a quantization state beside it."""
+        return {name.partition(f".{STATE}")[0]: name for name in stored if f".weight.{STATE}" in name}
+
+    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
+        """The weight and everything below its name."""
+        return [name for name in stored if name == key or name.startswith(key + ".")]
+
+    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype from the state."""
+        state = _read_state(key, get, None)
+        return tuple(state["shape"]), getattr(torch, state["dtype"])
+
+
+def _forms(layers: Iterable[tuple[Slot, Layer]]) -> Iterable[tuple[Slot, Quantized]]:
+    return ((slot, layer.weight) for slot, layer in layers if isinstance(layer.weight, Quantized))
+
+
+def _quant_type(form: Quantized) -> str:
+    """nf4 or fp4: the FP4 table is not sorted, its second half being the negative of the first."""
+    assert form.levels is not None
+    return "nf4" if bool((form.levels.diff() > 0).all()) else "fp4"
+
+
+def _json_tensor(state: dict[str, Any]) -> Tensor:
+    raw = json.dumps(state)
+    length = len(raw)
+    if "nested_offset" in state:
+        length += FLOAT_DIGITS - len(json.dumps(state["nested_offset"]))
+    return torch.tensor(list(raw.ljust(length).encode()), dtype=torch.uint8)
+
+
+def _read_state(key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> dict[str, Any]:
+    kinds = [config["bnb_4bit_quant_type"]] if config else ["nf4", "fp4"]
+    for kind in kinds:
+        try:
+            raw = get(f"{key}.{STATE}{kind}")
+        except KeyError:
+            continue
+        try:
+            state: dict[str, Any] = json.loads(bytes(raw.tolist()))
+        except ValueError as error:
+            raise InputError(f"{key}: its quantization state is not valid JSON: {error}") from error
+        return state
+    raise InputError(f"{key}: no quantization state beside it; the file is incomplete.")
+
+
+FORMAT = BitsAndBytes()

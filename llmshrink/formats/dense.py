@@ -1,0 +1,58 @@
+"""Plain weights in the checkpoint's own dtype: every runtime loads them, and nothing is smaller on disk.
+
+What pruning and fake-quantization studies need, and the way out when no loader knows the compressed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmshrink.formats.base import Format, Slot
+from llmshrink.forms import Dense, Form, Layer, decode
+
+
+class DenseFormat(Format):
+    """Decoded weights under their own names."""
+
+    name: ClassVar[str] = "dense"
+    quant_method: ClassVar[str | None] = None
+
+    def check(self, slot: Slot, layer: Layer) -> str | None:
+        """Everything can be stored dense."""
+        return None
+
+    def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """The decoded matrix, rounded to the checkpoint's dtype, in the disk's own order."""
+        weight = decode(layer.weight).to(slot.dtype)
+        return {slot.key: weight.T.contiguous() if slot.transposed else weight}
+
+    def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
+        """The matrix as [out, in]."""
+        weight = get(slot.key)
+        return Dense(weight.T if slot.transposed else weight)
+
+    def config(
+        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """A dense checkpoint needs no word of it."""
+        return None
+
+    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """Nothing is compressed."""
+        return {}
+
+    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
+        """The weight alone."""
+        return [key]
+
+    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """What the tensor is."""
+        weight = get(key)
+        return tuple(weight.shape), weight.dtype
+
+
+FORMAT = DenseFormat()

@@ -1,0 +1,91 @@
+"""What a compression method may return: a small closed set of frozen forms that nest.
+
+A form holds what is STORED: codes as integers, scales already rounded to the dtype they are written in. `decode`
+gives back the float32 matrix that the stored numbers mean, so that "the error of the file" and "the error of the
+method" are the same thing. Formats pack forms into tensors and back; methods make them; neither knows the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix (or table of scales) stored as it is."""
+
+    weight: Tensor  # any shape, any float dtype
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integer codes under a table of scales.
+
+    `block` says which weights share a scale: a pair (rows, cols) tiles the matrix, e.g. (1, 128) for groups of 128
+    inputs, (1, in) for one scale per output channel; an int counts weights of the flattened matrix (bitsandbytes).
+
+    A weight means `scale * (code - zero)`, or `scale * levels[code]` where a table of levels is given.
+    """
+
+    codes: Tensor  # [out, in]; int8, signed in [-2^(bits-1), 2^(bits-1)-1], or uint8 indices into `levels`
+    scale: Form  # decodes to [out / rows, in / cols], or [ceil(out * in / block)]
+    zero: Tensor | None  # int8, the shape of the scales, signed like the codes; None: symmetric
+    levels: Tensor | None  # float32 [2^bits], None for an even grid
+    block: tuple[int, int] | int
+    bits: int
+    offset: Tensor | None = None  # float32 scalar added to what the codes mean (the mean of a nested scale table)
+
+
+Form = Dense | Quantized
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a run did differently from what the recipe says, or that its reader should know."""
+
+    kind: str  # a stable word: "rtn_fallback", "damping", "dead_columns", ...
+    message: str
+    layer: str | None = None
+    data: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The result of compressing one matrix."""
+
+    weight: Form
+    bias: Tensor | None = None
+    events: tuple[Event, ...] = ()
+
+
+def decode(form: Form) -> Tensor:
+    """The float32 matrix that the stored numbers mean, exactly as a reader computing in float32 finds it."""
+    if isinstance(form, Dense):
+        return form.weight.float()
+    scale = decode(form.scale)
+    values = form.codes.float() if form.levels is None else form.levels.float()[form.codes.long()]
+    if isinstance(form.block, int):
+        flat = scale.flatten().repeat_interleave(form.block)[: values.numel()].view(values.shape)
+        values = values * flat
+    else:
+        rows, cols = form.block
+        out, width = values.shape
+        tiled = values.view(out // rows, rows, width // cols, cols)
+        if form.zero is not None:
+            tiled = tiled - form.zero.float()[:, None, :, None]
+        values = (tiled * scale[:, None, :, None]).view(out, width)
+    return values if form.offset is None else values + form.offset.float()
+
+
+def storage_bytes(form: Form) -> int:
+    """Bytes of the codes and tables when packed without padding; the file's own figure comes from its format."""
+    if isinstance(form, Dense):
+        return form.weight.numel() * form.weight.element_size()
+    bits = form.codes.numel() * form.bits
+    zeros = 0 if form.zero is None else form.zero.numel() * form.bits
+    return (bits + zeros + 7) // 8 + storage_bytes(form.scale)
+
+
+__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "storage_bytes"]

@@ -1,0 +1,1 @@
+"""Files: safetensors containers, atomic writes, and where a model's files come from."""

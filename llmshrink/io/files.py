@@ -1,0 +1,94 @@
+"""Durable writes: a temporary file beside the target, fsync, rename, and the mode the user's umask asks for.
+
+safetensors 0.8 writes mode 0600 and never syncs, so a power cut can leave a full-size file of zeros that loads; every
+file of an output goes through here instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHUNK = 1 << 22
+
+
+class HashingWriter:
+    """A binary file that hashes what passes through it."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._sha = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of `data`."""
+        self._raw.write(data)
+        self._sha.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._sha.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[HashingWriter]:
+    """Open `path` for writing so that it appears complete or not at all.
+
+    The temporary file is created exclusively and without following links, so a prepared symlink in the folder cannot
+    redirect the write.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as raw:
+            yield HashingWriter(raw)
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a small file durably; returns its SHA-256."""
+    with atomic_file(path) as file:
+        file.write(data)
+    return file.sha256
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write a JSON file durably; returns its SHA-256."""
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copy the content of a file (a snapshot in the Hub's cache is a link) durably; returns its SHA-256."""
+    with source.open("rb") as raw, atomic_file(target) as file:
+        while data := raw.read(CHUNK):
+            file.write(data)
+    return file.sha256
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()

@@ -1,0 +1,235 @@
+"""The safetensors container: headers checked before use, tensors mapped rather than read, files written durably.
+
+Layout: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the tensors'
+bytes without gaps. The header is padded with spaces to a multiple of 8, so a file's size follows from its tensors'
+names, dtypes and shapes alone: `file_size` is what the plan promises and what the writer writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmshrink.errors import InputError, UnsafeError
+from llmshrink.io.files import atomic_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_INDEX = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of one file, with the file's length checked against them.
+
+    Raises:
+        InputError: the file is truncated, is not a safetensors file, or its tensors overlap or leave holes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            raise InputError(f"{path} is a Git LFS pointer, not weights.", hint="Fetch the file with `git lfs pull`.")
+        if len(start) < 8 or length > MAX_HEADER or 8 + length > size:
+            raise InputError(_broken(path, f"its header claims {length} bytes and the file has {size}"))
+        raw = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()}
+    except KeyError as error:
+        raise InputError(_broken(path, f"its header has an unknown or missing entry {error}")) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(_broken(path, "its header cannot be parsed")) from error
+    position = 0
+    for begin, end, name in spans:
+        if begin != position or end - begin != infos[name].bytes:
+            raise InputError(_broken(path, f"tensor {name!r} does not lie where its shape says"))
+        position = end
+    if 8 + length + position != size:
+        raise InputError(_broken(path, f"the header describes {8 + length + position} bytes and the file has {size}"))
+    return infos
+
+
+def _broken(path: Path, why: str) -> str:
+    return f"{path} is truncated or damaged: {why}. Download it again, or restore it from its source."
+
+
+class Checkpoint:
+    """The tensors of a model folder, by their names on disk; mapped, so they cost no anonymous memory until used."""
+
+    def __init__(self, folder: Path, infos: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.infos = infos
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read all headers of a folder and check them against each other.
+
+        Raises:
+            InputError: no safetensors, a shard is missing or damaged, or index and shards disagree.
+            UnsafeError: only pickled weights, or an index that names a file outside the folder.
+        """
+        if (folder / INDEX).exists():
+            return cls(folder, _read_index(folder))
+        if (folder / SINGLE).exists():
+            return cls(folder, read_header(_inside(folder, SINGLE)))
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
+        if pickles:
+            raise UnsafeError(
+                f"{folder} holds only pickled weights ({pickles[0]}): opening them can run any code.",
+                hint="Convert them to safetensors first, or use a revision of the model that has safetensors.",
+            )
+        raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def get(self, name: str) -> Tensor:
+        """One tensor as stored, mapped from its file: do not write to it."""
+        return self._file(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise InputError(_broken(self.folder / name, str(error))) from error
+        return self._open[name]
+
+    def release(self) -> None:
+        """Unmap all files (they are mapped again when needed)."""
+        self._open.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold tensors."""
+        return sorted({info.file for info in self.infos.values()})
+
+
+def _read_index(folder: Path) -> dict[str, TensorInfo]:
+    path = _inside(folder, INDEX)
+    if path.stat().st_size > MAX_INDEX:
+        raise InputError(f"{path} is larger than any real index ({path.stat().st_size} bytes).")
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a valid index: no JSON object with a 'weight_map'.") from error
+    infos: dict[str, TensorInfo] = {}
+    for name in names:
+        shard = _inside(folder, name)
+        if not shard.exists():
+            raise InputError(f"{path} names {name!r}, which is not there. Download the model again.")
+        found = read_header(shard)
+        if twice := sorted(infos.keys() & found.keys()):
+            raise InputError(f"Tensor {twice[0]!r} is in {name!r} and in {infos[twice[0]].file!r}: which one counts?")
+        infos |= found
+    wrong = sorted(key for key, file in weight_map.items() if key not in infos or infos[key].file != file)
+    if wrong:
+        raise InputError(f"{path} says tensor {wrong[0]!r} is in {weight_map[wrong[0]]!r}, which does not hold it.")
+    return infos
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file named by a stranger, which must lie in the folder and be a safetensors or index file."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+    if not plain or not name.endswith((".safetensors", ".json")):
+        raise UnsafeError(f"{folder / INDEX} names the file {name!r}, which is not a file of this folder.")
+    path = folder / name
+    if path.is_symlink() and not _in_cache(path):
+        raise UnsafeError(f"{path} is a link out of the model's folder ({path.resolve()}).")
+    return path
+
+
+def _in_cache(path: Path) -> bool:
+    """Whether a link is one of the Hub cache's own: snapshots/<commit>/file -> blobs/<hash> of the same repository."""
+    target, folder = path.resolve(), path.parent.resolve()
+    return target.is_relative_to(folder) or any(
+        parent.name == "snapshots" and target.is_relative_to(parent.parent / "blobs") for parent in folder.parents
+    )
+
+
+def _header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8)
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Size in bytes of the file that `write` makes of these tensors; they may lie on `meta`."""
+    header = _header((n, t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items()))
+    return 8 + len(header) + sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors, sorted by name, to a safetensors file; one tensor at a time passes through memory.
+
+    Returns:
+        The file's SHA-256.
+    """
+    ordered = sorted(tensors.items())
+    header = _header((n, t.dtype, tuple(t.shape)) for n, t in ordered)
+    with atomic_file(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            file.write(memoryview(flat.numpy()))
+    return file.sha256

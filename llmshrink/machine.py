@@ -1,0 +1,121 @@
+"""The machine a run works on: device, threads, versions, signals, and libraries kept quiet."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+
+import torch
+
+from llmshrink import __version__
+from llmshrink.errors import InterruptedRun, UsageError
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` takes a GPU where there is one.
+
+    Raises:
+        UsageError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {name!r}.", hint="Use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Device {name!r} is not supported.", hint="Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"This machine has no device {name!r}.", hint="Use --device cpu.")
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bytes of a result."""
+    found = {"llmshrink": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, str]:
+    """What a bug report needs to know."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": ", ".join(gpus) or "none",
+    }
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers and datasets say nothing below an error, and draw no bars: this program speaks for them."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Set torch's threads for a run: products come out with other bytes when their number changes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: the first asks to stop at the next block, a second stops at once with exit code 130."""
+
+    def __init__(self) -> None:
+        self._caught: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: whoever owns the process handles its signals
+            self._previous.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._caught is not None:
+            raise KeyboardInterrupt
+        self._caught = signal.Signals(number).name
+
+    def check(self) -> None:
+        """Raise InterruptedRun if a signal came."""
+        if self._caught is not None:
+            raise InterruptedRun(f"Stopped by {self._caught} between two blocks.", hint="The same command goes on there.")

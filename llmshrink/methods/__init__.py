@@ -1,0 +1,29 @@
+"""Compression algorithms, one file each; the file's name is the method's name in a recipe."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmshrink.methods.base import Method
+
+_SUPPORT = {"base", "grid"}  # modules of this folder that are not methods
+
+
+def method_names() -> list[str]:
+    """Names a recipe may use, from the file names: imports nothing."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SUPPORT)
+
+
+def load_method(name: str) -> type[Method]:
+    """The class of one method; imports its file (and torch) only now.
+
+    Raises:
+        KeyError: there is no such method.
+    """
+    if name not in method_names():
+        raise KeyError(name)
+    found: type[Method] = import_module(f"llmshrink.methods.{name}").METHOD
+    return found

@@ -1,0 +1,281 @@
+"""The blocks of a model, the matrices in each, and which of them are fed by the same tensor.
+
+Everything is found by structure, on `meta`: the one ModuleList of decoder layers, the linears, Conv1Ds and fused
+experts in each, and, by running one block's forward pass on tensors without data, the linears that receive the very
+same input. No table of families is needed for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmshrink.errors import InputError, PlanError
+from llmshrink.io.safetensors import TensorInfo
+from llmshrink.model.capture import Record, Recorder
+from llmshrink.model.mapping import WeightMap
+from llmshrink.model.skeleton import drop_parameters, set_parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an input can be seen: a linear module, or one expert's first or second matrix in a fused module."""
+
+    module: str
+    expert: int | None = None
+    leaf: str = "weight"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One 2-D weight on disk: the unit of compression. Seen as [out, in] whatever the disk's order."""
+
+    key: str  # name on disk, e.g. model.layers.0.mlp.experts.3.up_proj.weight
+    parameter: str  # the parameter in memory that it is, or is a part of
+    site: Site
+    shape: tuple[int, int]  # [out, in]
+    dtype: torch.dtype
+    transposed: bool  # on disk as [in, out] (Conv1D)
+    module: str  # module name as loaders match it (of the key for experts, which are no modules in memory)
+
+    @property
+    def name(self) -> str:
+        """The key without `.weight`."""
+        return self.key.removesuffix(".weight")
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices whose input is the same tensor, in the order of the forward pass."""
+
+    sites: tuple[Site, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def width(self) -> int:
+        """Input features."""
+        return self.matrices[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer."""
+
+    index: int
+    prefix: str  # in memory, e.g. model.layers.0
+    parameters: tuple[str, ...]  # in memory: parameters and persistent buffers
+    keys: tuple[str, ...]  # on disk
+    groups: tuple[Group, ...]
+    left: tuple[tuple[str, str], ...]  # 2-D or larger weights that no method sees, and why
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All matrices of the block."""
+        return tuple(m for g in self.groups for m in g.matrices)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's blocks, and the tensors outside them."""
+
+    blocks: tuple[Block, ...]
+    others: tuple[str, ...]  # keys on disk outside the blocks: embeddings, final norm, head
+    unused: tuple[str, ...]  # keys on disk that no parameter takes; copied as they are
+
+
+def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the list of decoder blocks.
+
+    Raises:
+        PlanError: no list, or more than one, could be it; the candidates are named.
+    """
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    kinds = set(model._no_split_modules or ())
+    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    found = [(name, m) for name, m in lists if len(m) == count and (type(m[0]).__name__ in kinds or not kinds)]
+    if len(found) != 1:
+        seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists) or "none"
+        raise PlanError(f"{type(model).__name__}: cannot tell which list holds the {count} decoder blocks; lists: {seen}.")
+    name, blocks = found[0]
+    return f"{prefix}.{name}" if prefix else name, blocks
+
+
+def dissect(model: PreTrainedModel, meta: PreTrainedModel, weights: WeightMap, infos: Mapping[str, TensorInfo]) -> Anatomy:
+    """Find blocks, matrices and groups.
+
+    Args:
+        model: the skeleton.
+        meta: the same model with its buffers on `meta` too, for the forward pass without data.
+        weights: the map between disk and memory.
+        infos: shapes and dtypes on disk.
+
+    Raises:
+        InputError: parameters without a tensor on disk, or of another shape.
+    """
+    _check_complete(model, weights, infos)
+    prefix, blocks = block_list(model)
+    meta_blocks = block_list(meta)[1]
+    record = _record_on_meta(model, list(blocks))
+    orders: dict[Any, list[list[Site]]] = {}
+    found, inside = [], set()
+    for index in range(len(blocks)):
+        name = f"{prefix}.{index}"
+        parameters = tuple(p for p in weights.origins if p.startswith(name + "."))
+        keys = tuple(k for p in parameters for k in weights.origins[p].keys)
+        matrices, left = _matrices(model, parameters, weights, infos)
+        signature = tuple((p.removeprefix(name), tuple(model.get_parameter(p).shape)) for p in parameters if _is_parameter(model, p))
+        if signature not in orders:
+            orders[signature] = _input_groups(meta_blocks[index], name, index, record)
+        groups = _group(matrices, orders[signature], name, prefix)
+        found.append(Block(index, name, parameters, keys, groups, tuple(left)))
+        inside.update(keys)
+    others = tuple(k for k in infos if k not in inside and k not in weights.unused)
+    return Anatomy(tuple(found), others, tuple(weights.unused))
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(owner)._parameters
+
+
+def _check_complete(model: PreTrainedModel, weights: WeightMap, infos: Mapping[str, TensorInfo]) -> None:
+    if weights.missing:
+        shown = ", ".join(weights.missing[:3])
+        raise InputError(
+            f"{len(weights.missing)} parameters of {type(model).__name__} have no tensor on disk "
+            f"({shown}{', ...' if len(weights.missing) > 3 else ''}).",
+            hint="The checkpoint is incomplete, or its config.json describes another model.",
+        )
+    state = model.state_dict()
+    for name, origin in weights.origins.items():
+        shape = infos[origin.keys[0]].shape
+        if not weights.joined(name) and shape != tuple(state[name].shape):
+            raise InputError(
+                f"Tensor {origin.keys[0]!r} is {list(shape)} on disk, but config.json asks for "
+                f"{list(state[name].shape)}.",
+                hint="The weights and config.json do not belong together.",
+            )
+
+
+def _matrices(
+    model: PreTrainedModel, parameters: tuple[str, ...], weights: WeightMap, infos: Mapping[str, TensorInfo]
+) -> tuple[list[Matrix], list[tuple[str, str]]]:
+    """The matrices among the parameters of a block, and the larger weights that are none."""
+    found: list[Matrix] = []
+    left: list[tuple[str, str]] = []
+    for parameter in parameters:
+        owner_name, _, leaf = parameter.rpartition(".")
+        owner, keys = model.get_submodule(owner_name), weights.origins[parameter].keys
+        linear = isinstance(owner, nn.Linear | Conv1D) and leaf == "weight"
+        experts = hasattr(owner, "is_transposed") and hasattr(owner, leaf) and weights.joined(parameter)
+        for key in keys:
+            info = infos[key]
+            if len(info.shape) < 2:
+                continue
+            if not (linear and len(keys) == 1) and not (experts and len(info.shape) == 2):
+                left.append((key, f"{type(owner).__name__}.{leaf} is not a linear"))
+                continue
+            transposed = isinstance(owner, Conv1D)
+            rows, cols = info.shape
+            shape = (cols, rows) if transposed else (rows, cols)
+            site = Site(owner_name, _expert_index(key), leaf) if experts else Site(owner_name)
+            module = key.removesuffix(".weight") if experts else owner_name
+            found.append(Matrix(key, parameter, site, shape, info.dtype, transposed, module))
+    return found, left
+
+
+def _expert_index(key: str) -> int:
+    """The expert's number in a key such as model.layers.0.mlp.experts.3.up_proj.weight."""
+    return int(re.findall(r"\.(\d+)(?=\.)", key)[-1])
+
+
+def _group(matrices: list[Matrix], order: list[list[Site]], name: str, prefix: str) -> tuple[Group, ...]:
+    """Matrices put together by the sites that the forward pass saw, in its order."""
+    by_site: dict[Site, list[Matrix]] = {}
+    for matrix in matrices:
+        by_site.setdefault(matrix.site, []).append(matrix)
+    groups = []
+    for sites in order:
+        here = tuple(Site(re.sub(rf"^{re.escape(prefix)}\.\d+", name, s.module), s.expert, s.leaf) for s in sites)
+        members = tuple(m for s in here for m in by_site.pop(s, []))
+        if members:
+            groups.append(Group(here, members))
+    # A linear that the pass never reached still is a matrix; it stands alone.
+    groups += [Group((site,), tuple(members)) for site, members in by_site.items()]
+    return tuple(groups)
+
+
+def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> Record:
+    """What the blocks are called with for four positions, as tensors on `meta`.
+
+    Masks and position tables are computed from real values, so the pass runs on the skeleton with an embedding given;
+    what else stands before the blocks (learned positions, a norm) is zero for the moment.
+    """
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [n for n, p in model.named_parameters() if id(p) not in inside]
+    big = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    stem = [n for n in outside if id(model.get_parameter(n)) not in big]
+    width = model.get_input_embeddings().weight.shape[1]
+    try:
+        for name in stem:
+            set_parameter(model, name, torch.zeros_like(model.get_parameter(name), device="cpu"))
+        with Recorder(model, blocks) as recorder:
+            record = recorder.record(inputs_embeds=torch.zeros(1, 4, width, dtype=model.dtype))
+    finally:
+        drop_parameters(model, stem)
+    on_meta: Record = tree_map_only(Tensor, lambda t: t.to("meta"), (record.hidden, record.arguments))
+    return Record(*on_meta)  # type: ignore[misc]
+
+
+def _input_groups(block: nn.Module, name: str, index: int, record: Record) -> list[list[Site]]:
+    """Sites of one block on `meta` in the order of its forward pass, those with the very same input together."""
+    seen: dict[Any, list[Site]] = {}
+    alive: list[Tensor] = []  # an input that dies could lend its address to the next
+
+    def observe(site: Site, x: Tensor) -> None:
+        alive.append(x)
+        key = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.shape[-1], x.numel())
+        if site.expert is not None:  # each expert has its own rows
+            key = (*key, site.expert, site.leaf)
+        if site not in (sites := seen.setdefault(key, [])):
+            sites.append(site)
+
+    with torch.no_grad(), watch(block, name, observe):
+        record.run(block, index, record.hidden)
+    return list(seen.values())
+
+
+@contextmanager
+def watch(block: nn.Module, name: str, observe: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call `observe(site, x)` for the input of every linear, Conv1D and fused expert in the block called `name`."""
+    handles, experts = [], []
+    for path, module in block.named_modules(prefix=name):
+        if isinstance(module, nn.Linear | Conv1D):
+            site = Site(path)
+            handles.append(module.register_forward_pre_hook(lambda _m, args, site=site: observe(site, args[0])))
+        elif hasattr(module, "is_transposed"):
+            module.observer = lambda e, leaf, x, path=path: observe(Site(path, e, leaf), x)  # type: ignore[assignment]
+            experts.append(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in experts:
+            del module.observer

@@ -1,0 +1,126 @@
+"""The pass-through recorder: what each block is called with, without running any block.
+
+One forward pass of the model in which every block hands its input on unchanged. The model itself computes embeddings,
+masks and position tables, so no family needs code here. Recorded arguments are then used to run the real blocks one by
+one; replacing the last block's result and letting the model go on gives the exact logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmshrink.errors import PlanError
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, never seen outside
+    pass
+
+
+@dataclass(frozen=True)
+class Record:
+    """The input of the first block [rows, length, hidden], and the other arguments of every block."""
+
+    hidden: Tensor
+    arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+    def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run the block at `index` on a batch of the recorded shape."""
+        args, kwargs = self.arguments[index]
+        out = block(hidden, *args, **kwargs)
+        result: Tensor = out if isinstance(out, Tensor) else out[0]
+        return result
+
+
+class Recorder:
+    """Replaces the forward of each block for as long as it is open; the block objects stay what they are."""
+
+    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._as_tuple = False  # whether this family's blocks return a tuple
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def record(self, **inputs: Tensor) -> Record:
+        """Record one batch: `input_ids` [rows, length], or `inputs_embeds` [rows, length, hidden].
+
+        Raises:
+            PlanError: blocks are not called one after another on a hidden state.
+        """
+        try:
+            return self._record(inputs)
+        except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as first:
+            self._as_tuple = not self._as_tuple
+            try:
+                return self._record(inputs)
+            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError):
+                name = type(self._model).__name__
+                raise PlanError(f"{name}: its blocks cannot be run one by one: {first}") from first
+
+    def _record(self, inputs: dict[str, Tensor]) -> Record:
+        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if calls and hidden is not calls[-1][0]:
+                raise _Mismatch("a block does not get the very tensor that the one before it returned")
+            calls.append((hidden, args, kwargs))
+            if len(calls) == len(self._blocks):
+                raise _Stop
+            return (hidden,) if self._as_tuple else hidden
+
+        self._patch([stub] * len(self._blocks))
+        try:
+            self._model(**inputs, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            self._restore()
+        if len(calls) != len(self._blocks):
+            raise _Mismatch(f"{len(self._blocks)} blocks, but {len(calls)} calls")
+        for _, args, kwargs in calls:
+            if args and args[0] is not None and not isinstance(args[0], Tensor | tuple):
+                raise _Mismatch("a block is handed a cache")
+            if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
+                raise _Mismatch("a block is handed a cache")
+        return Record(calls[0][0], tuple((a, k) for _, a, k in calls))
+
+    @torch.no_grad()
+    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [rows, length, vocabulary] for the last block's output, through the model's own norm and head."""
+
+        def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (h,) if self._as_tuple else h
+
+        def last(h: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._as_tuple else hidden
+
+        self._patch([pass_on] * (len(self._blocks) - 1) + [last])
+        try:
+            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._restore()
+        return logits
+
+    def _patch(self, forwards: list[Any]) -> None:
+        for block, forward in zip(self._blocks, forwards, strict=True):
+            block.__dict__["forward"] = forward
+
+    def _restore(self) -> None:
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _Mismatch(Exception):  # noqa: N818
+    pass

@@ -1,0 +1,179 @@
+"""Where a model comes from: a folder, or a Hub id resolved once to a commit; checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError
+from llmshrink.io.files import sha256
+from llmshrink.io.safetensors import INDEX, Checkpoint
+
+WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$|.*\.index\.json$")
+CODE_FILES = re.compile(r".*\.(py|pyc|so|pkl|pickle)$")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder that passed the safety checks."""
+
+    id: str  # as the user named it
+    folder: Path
+    commit: str | None  # of a Hub repository
+
+    @cached_property
+    def config_dict(self) -> dict[str, Any]:
+        """config.json as it is on disk."""
+        return _read_config(self.folder)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The configuration, as transformers understands it."""
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=False, local_files_only=True
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}") from error
+        return config
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The weights, mapped."""
+        return Checkpoint.open(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=False, local_files_only=True
+            )
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+            raise InputError(
+                f"{self.folder} has no tokenizer that transformers can load: {error}",
+                hint="Calibration and evaluation text must be tokenized; copy the tokenizer files into the folder.",
+            ) from error
+        return tokenizer
+
+    @cached_property
+    def companions(self) -> list[Path]:
+        """Files that belong to the model and go into the output byte for byte: tokenizer, generation config, licence."""
+        skip = {"config.json", "README.md", "report.json", "recipe.yaml", "llmshrink-manifest.json", INDEX}
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and path.name not in skip
+            and not path.name.startswith(".")
+            and not WEIGHT_FILES.match(path.name)
+            and not CODE_FILES.match(path.name)
+        )
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that decides the result."""
+        names = ["config.json", *self.checkpoint.files, *(p.name for p in self.companions)]
+        return {name: _content_hash(self.folder / name) for name in sorted(names)}
+
+    @property
+    def licence(self) -> str | None:
+        """The licence its model card declares."""
+        card = self.folder / "README.md"
+        if not card.is_file():
+            return None
+        found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.\-]+)", card.read_text(encoding="utf-8", errors="replace"))
+        return found.group(1) if found else None
+
+
+def _content_hash(path: Path) -> str:
+    """SHA-256 of a file; the Hub's cache names large files by it already."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name) else sha256(path)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no config.json: it is not a Hugging Face model folder.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object.")
+    return value
+
+
+def open_source(model_id: str, revision: str | None = None) -> Source:
+    """Find a model: a folder on disk, else a Hub id (downloaded into the Hub's own cache).
+
+    Raises:
+        ModelNotFoundError: neither exists, access is refused, or there is no network.
+        UnsafeError: the model can only be loaded by running its own code.
+        InputError: the folder is not a model.
+    """
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        source = Source(model_id, path.resolve(), None)
+    elif path.exists():
+        raise InputError(f"{model_id} is a file; give the folder of the model.")
+    elif re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model_id):
+        source = _download(model_id, revision)
+    else:
+        raise ModelNotFoundError(f"There is no folder {model_id!r}, and it is not a Hub id (owner/name) either.")
+    _refuse_remote_code(source)
+    return source
+
+
+def _download(model_id: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{model_id} is gated.", hint="Ask for access on its page, then run `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise ModelNotFoundError(
+            f"{model_id!r} (revision {revision or 'main'}) was not found on the Hub, or you may not read it.",
+            hint="Check the name; for a private model run `hf auth login`.",
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"There is no folder {model_id!r} here, it is not in the Hub's cache, and the Hub could not be reached.",
+            hint="Check the spelling, the network, or HF_HUB_OFFLINE.",
+        ) from error
+    return Source(model_id, folder, folder.name)
+
+
+def _refuse_remote_code(source: Source) -> None:
+    """A model with `auto_map` is used only where transformers has its own class for the same `model_type`."""
+    config = source.config_dict
+    model_type = config.get("model_type")
+    if _has_key(config, "auto_map") and model_type not in CONFIG_MAPPING:
+        raise UnsafeError(
+            f"{source.id} brings its own Python code (auto_map in config.json) and transformers has no class of its "
+            f"own for model_type {model_type!r}; llmshrink does not run code from a model.",
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"{source.folder / 'config.json'}: transformers knows no model_type {model_type!r}.")
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, Mapping):
+        return key in value or any(_has_key(v, key) for v in value.values())
+    return isinstance(value, list) and any(_has_key(v, key) for v in value)
+
+

@@ -1,0 +1,140 @@
+"""A model of which one block at a time is in memory; the embedding and the head stay mapped from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmshrink.errors import InputError
+from llmshrink.model.anatomy import Anatomy, Matrix, block_list, dissect
+from llmshrink.model.capture import Record, Recorder
+from llmshrink.model.mapping import WeightMap
+from llmshrink.model.skeleton import build, drop_parameters, set_parameter
+from llmshrink.model.source import Source
+from llmshrink.model.weights import Weights
+
+HEAD_ROWS = 8192  # rows of the head converted to the compute dtype at a time
+
+
+class StreamedModel:
+    """Runs a checkpoint block by block, in memory that does not grow with its depth."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source = source
+        self.device = device
+        config = source.config
+        stored = config.dtype or torch.float32
+        # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
+        self.dtype = torch.float32 if device.type == "cpu" else stored
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the skeleton is that of the dense model
+        self.model = build(config, self.dtype)
+        self.weights = Weights(source.checkpoint, source.config_dict)
+        self.map = WeightMap(self.model, self.weights.infos)
+        self.weights.transpose(
+            key
+            for name, origin in self.map.origins.items()
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            for key in origin.keys
+        )
+        meta = build(config, self.dtype, all_meta=True)
+        self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
+        self._blocks = list(block_list(self.model)[1])
+        self._moved = False
+        self._recorder = Recorder(self.model, self._blocks)
+        self._overrides: dict[str, Tensor] = {}
+
+    # --- blocks
+
+    def load_block(self, index: int) -> nn.Module:
+        """Put the weights of one block into memory, in the compute dtype."""
+        for name in self.anatomy.blocks[index].parameters:
+            self._set(name)
+        return self._blocks[index]
+
+    def replace(self, matrices: Mapping[Matrix, Tensor]) -> None:
+        """Put other weights, float32 [out, in], in the place of matrices of the loaded block."""
+        for matrix, weight in matrices.items():
+            self._overrides[matrix.key] = weight.T if matrix.transposed else weight
+        for name in sorted({matrix.parameter for matrix in matrices}):
+            self._set(name)
+
+    def drop_block(self, index: int) -> None:
+        """Free one block."""
+        drop_parameters(self.model, list(self.anatomy.blocks[index].parameters))
+        self._overrides.clear()
+
+    def read(self, matrix: Matrix) -> Tensor:
+        """One matrix as stored in the checkpoint, seen as [out, in], on the compute device."""
+        weight = self.weights.get(matrix.key)
+        return (weight.T if matrix.transposed else weight).to(self.device)
+
+    def _set(self, name: str) -> None:
+        def get(key: str) -> Tensor:
+            if key in self._overrides:
+                return self._overrides[key].to(self.device, self.dtype)
+            tensor = self.weights.get(key)
+            # A copy even where the dtype is right already: parameters must not lie in a file that is mapped.
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+        set_parameter(self.model, name, self.map.build(name, get).contiguous())
+
+    # --- before and behind the blocks
+
+    def record(self, tokens: Tensor) -> Record:
+        """What the blocks are called with for a batch of token ids [rows, length]."""
+        self._load_outside()
+        return self._recorder.record(input_ids=tokens.to(self.device))
+
+    def run(self, index: int, record: Record, hidden: Tensor) -> Tensor:
+        """The output of the loaded block for a batch of the recorded shape."""
+        return record.run(self._blocks[index], index, hidden)
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [rows, length, vocabulary] from the last block's output."""
+        self._load_outside()
+        return self._recorder.finish(tokens.to(self.device), hidden)
+
+    def _load_outside(self) -> None:
+        if self._moved:
+            return
+        self._moved = True
+        inside = {p for block in self.anatomy.blocks for p in block.parameters}
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        mapped = {}
+        if self.device.type == "cpu":  # a GPU holds them in full
+            mapped = {id(m): m for m in (embedding, head) if type(m) in (nn.Embedding, nn.Linear)}
+        for name in self.map.origins:
+            if name in inside:
+                continue
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if id(module) in mapped and not self.map.joined(name) and name.endswith(".weight"):
+                set_parameter(self.model, name, self.weights.get(self.map.origins[name].keys[0]))
+            else:
+                self._set(name)
+        self.model.tie_weights()
+        for module in mapped.values():
+            module.forward = _lookup(module) if isinstance(module, nn.Embedding) else _project(module)
+        for name, buffer in self.model.named_buffers():
+            set_parameter(self.model, name, buffer.to(self.device))
+        if left := [n for n, p in self.model.named_parameters() if p.is_meta and n not in inside]:
+            raise InputError(f"{self.source.folder}: no tensor on disk for {', '.join(left[:3])}.")
+
+
+def _lookup(module: nn.Embedding):  # type: ignore[no-untyped-def]
+    def forward(ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, module.weight, module.padding_idx).float()
+
+    return forward
+
+
+def _project(module: nn.Linear):  # type: ignore[no-untyped-def]
+    def forward(x: Tensor) -> Tensor:
+        parts = [nn.functional.linear(x, rows.float()) for rows in module.weight.split(HEAD_ROWS)]
+        out = torch.cat(parts, dim=-1)
+        return out if module.bias is None else out + module.bias
+
+    return forward

@@ -1,0 +1,41 @@
+"""The recipe's JSON schema (draft 2020-12), so that an editor completes and checks a recipe while it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmshrink.formats import format_names
+from llmshrink.methods import load_method, method_names
+from llmshrink.recipe.schema import DEFAULT_METHOD, Recipe
+
+Schema = dict[str, Any]
+_REF = "#/$defs/{model}"
+
+
+def json_schema() -> Schema:
+    """The schema of `Recipe`, in which a method is one of all methods there are, each with its own settings."""
+    schema = Recipe.model_json_schema(ref_template=_REF)
+    definitions = schema["$defs"]
+    branches = []
+    for name in method_names():
+        settings = load_method(name).Config.model_json_schema(ref_template=_REF)
+        definitions.update(settings.pop("$defs", {}))
+        branches.append(_named(settings, name))
+    definitions["MethodSpec"] = {"anyOf": branches, "description": "A method's name and its own settings."}
+    definitions["FormatSpec"]["properties"]["name"]["enum"] = format_names()
+    overrides = [{key: part for key, part in branch.items() if key != "required"} for branch in branches]
+    layers = definitions["QuantizeStage"]["properties"]["layers"]
+    layers["additionalProperties"] = {"anyOf": [*overrides, {"type": "null"}, {"const": "skip"}]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llmshrink recipe",
+        **{key: part for key, part in schema.items() if key != "title"},
+    }
+
+
+def _named(settings: Schema, name: str) -> Schema:
+    """One method's settings with its name; only the default method may go without."""
+    constant: Schema = {"enum": [name, None]} if name == DEFAULT_METHOD else {"const": name}
+    properties = {"name": {**constant, "description": "the algorithm"}, **settings["properties"]}
+    branch = {**settings, "title": name, "properties": properties}
+    return branch if name == DEFAULT_METHOD else {**branch, "required": ["name"]}

@@ -1,0 +1,201 @@
+"""From a file, a built-in name or overrides to a `Recipe`, with all problems told at once; and back to YAML."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from llmshrink.errors import RecipeError, UsageError
+from llmshrink.recipe import text
+from llmshrink.recipe.schema import EvalStage, QuantizeStage, Recipe
+from llmshrink.recipe.section import KeyPath, did_you_mean
+
+_STAGE_KEYS = {"quantize": set(QuantizeStage.model_fields), "eval": set(EvalStage.model_fields)}
+
+
+def recipes_folder() -> Path:
+    """The folder of the built-in recipes: inside an installed package, else beside it in a clone."""
+    package = Path(__file__).parent.parent
+    shipped = package / "_recipes"
+    return shipped if shipped.is_dir() else package.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name -> file of every built-in recipe, e.g. `gptq-w4g128` -> `quantize/gptq-w4g128.yaml`."""
+    return {path.stem: path for path in sorted(recipes_folder().rglob("*.yaml"), key=lambda p: p.stem)}
+
+
+def summary(path: Path) -> str:
+    """What a recipe says about itself: its second line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[1].removeprefix("# ") if len(lines) > 1 and lines[1].startswith("# ") else ""
+
+
+def resolve_name(path_or_name: str) -> Path:
+    """The file of a built-in recipe's name, or of a path.
+
+    Raises:
+        RecipeError: neither a built-in name nor a file.
+    """
+    known = built_in()
+    if path_or_name in known:
+        return known[path_or_name]
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise RecipeError(f"{path_or_name} is a folder; a recipe is a YAML file")
+    looks_like_path = path.suffix in {".yaml", ".yml"} or len(path.parts) > 1
+    what = "no such file" if looks_like_path else "no built-in recipe of this name"
+    raise RecipeError(f"{path_or_name}: {what}{did_you_mean(path.stem, known)}", hint="llmshrink recipes ls shows all")
+
+
+def read(path_or_name: str) -> dict[str, Any]:
+    """The plain data of a recipe, not validated yet.
+
+    Raises:
+        RecipeError: no such recipe, not readable, not YAML, or not a mapping.
+    """
+    path = resolve_name(path_or_name)
+    try:
+        if path.stat().st_size > text.MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {text.MAX_BYTES:,} bytes; a recipe is a page of text")
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    data = text.parse(content, str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping that begins with `version: 1`")
+    return data
+
+
+def load(path_or_name: str) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: it cannot be read, or does not validate; `problems` holds every fault.
+    """
+    return validate(read(path_or_name), origin=path_or_name)
+
+
+def validate(data: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """A `Recipe` from plain data.
+
+    Raises:
+        RecipeError: `problems` holds one line for each fault, with its path and the nearest known word.
+    """
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_problem(found) for found in error.errors(include_url=False)]
+    raise RecipeError(f"{origin}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
+
+
+def override(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a recipe's data with one value changed; a mapping that is missing on the way is made.
+
+    Args:
+        data: plain data, not validated; the result is not validated either.
+        path: such as `calibration.data`; in a recipe of one stage it may leave out `stages.0.`.
+        value: plain data.
+
+    Raises:
+        RecipeError: no recipe has this path.
+    """
+    result = copy.deepcopy(dict(data))
+    place: Any = result
+    keys = _full_path(path, result)
+    for depth, key in enumerate(keys):
+        index: str | int = key
+        if isinstance(place, list):
+            if not key.isdecimal() or int(key) >= len(place):
+                raise RecipeError(f"{path}: '{key}' is not one of 0..{len(place) - 1}")
+            index = int(key)
+        elif not isinstance(place, dict):
+            raise RecipeError(f"{path}: there is nothing below {'.'.join(keys[:depth])}")
+        elif depth < len(keys) - 1 and place.get(key) is None:
+            place[key] = {}
+        if depth == len(keys) - 1:
+            place[index] = value
+        else:
+            place = place[index]
+    return result
+
+
+def apply_overrides(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's data under settings such as `method.bits=3`, whose values are YAML; see `override`.
+
+    Raises:
+        UsageError: a setting that is not `path=value`.
+        RecipeError: no recipe has this path, or the value is not YAML.
+    """
+    result = dict(data)
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not (equals and path):
+            raise UsageError(f"--set {setting}: write it as path=value, e.g. --set method.bits=3")
+        result = override(result, path, text.parse(value, f"--set {setting}"))
+    return result
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with all defaults written out, in the order of the models; it validates to the same run."""
+    data = recipe.model_dump(mode="json")
+    for stage, plain in zip(recipe.stages, data["stages"], strict=True):
+        if isinstance(stage, QuantizeStage):
+            plain["on_indivisible"] = stage.indivisible
+            plain["method"] = stage.method and stage.method.complete()
+    return text.write(data)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of what decides the compressed weights: not of the output, the evaluation, or the machine."""
+    data = text.parse(dump(recipe), "recipe")
+    decisive = {
+        "model": data["model"],
+        "stages": data["stages"],
+        "calibration": data["calibration"],
+        "run": {key: data["run"][key] for key in ("sequential", "batch_tokens")},
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _problem(found: ErrorDetails) -> str:
+    """One line: path, what is wrong, and the value where that helps."""
+    at, value = found["loc"], found["input"]
+    if at[:1] == ("stages",) and len(at) > 2 and at[2] in _STAGE_KEYS:  # the union's branch, which pydantic adds
+        at = (*at[:2], *at[3:])
+    got = f"; got {value!r}" if "Input" in found["msg"] and isinstance(value, int | float | str) else ""
+    return f"{_dotted(at)}: {found['msg']}{got}" if at else found["msg"]
+
+
+def _dotted(at: KeyPath) -> str:
+    words = ""
+    for key in at:
+        plain = isinstance(key, str) and re.fullmatch(r"[\w-]+", key)
+        words += (f".{key}" if words else f"{key}") if plain else f"[{key!r}]"
+    return words
+
+
+def _full_path(path: str, data: Mapping[str, Any]) -> list[str]:
+    keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
+    if keys[0] in Recipe.model_fields:
+        return keys
+    stages = data.get("stages")
+    tasks = [s.get("task") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
+    known = {name for task, names in _STAGE_KEYS.items() if task in tasks for name in names}
+    if keys[0] not in known:
+        raise RecipeError(f"{path}: unknown key{did_you_mean(keys[0], known | set(Recipe.model_fields))}")
+    if len(tasks) > 1:
+        raise RecipeError(f"{path}: the recipe has several stages; write stages.0.{path}, stages.1.{path}, ...")
+    return ["stages", "0", *keys]

@@ -1,0 +1,235 @@
+"""The recipe as pydantic models: what to do, with which text, how measured. Unknown keys are refused.
+
+Nothing here imports torch until a method's settings are validated, because the method itself describes them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails
+
+from llmshrink.formats import format_names as format_names
+from llmshrink.methods import load_method
+from llmshrink.methods import method_names as method_names
+from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
+
+DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
+
+OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
+
+
+class ModelSpec(Section):
+    """Which model."""
+
+    id: str | None = Field(None, min_length=1, description="Hub id or folder; null: the model inside llmshrink")
+    revision: str | None = Field(None, min_length=1, description="branch, tag or commit on the Hub; null: main")
+
+
+class MethodSpec(BaseModel):
+    """A method's name beside that method's own settings: the keys that were typed, without defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    name: str | None = Field(None, description="the algorithm; null: the default one for the model")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The typed settings, without the name."""
+        return dict(self.model_extra or {})
+
+    def override(self, keys: Mapping[str, Any]) -> MethodSpec:
+        """This method under a layer's own keys; another `name` starts from that method's defaults."""
+        name = keys.get("name") or self.name
+        kept = self.settings if name == self.name else {}
+        return MethodSpec.model_validate({**kept, **keys, "name": name})
+
+    def complete(self) -> dict[str, Any]:
+        """Name and settings, with the defaults of a named method written out."""
+        if self.name is None:
+            return {"name": None, **self.settings}
+        return {"name": self.name, **load_method(self.name).Config(**self.settings).model_dump(mode="json")}
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        name = self.name or DEFAULT_METHOD
+        if name not in method_names():
+            raise refuse([fault(("name",), f"there is no method '{name}'" + did_you_mean(name, method_names()), name)])
+        config = load_method(name).Config
+        try:
+            config.model_validate(self.settings, strict=True)
+        except ValidationError as error:
+            raise refuse(faults_of(error, config.model_fields)) from None
+        return self
+
+
+class FormatSpec(Section):
+    """How the result is written."""
+
+    name: str = Field(description="the checkpoint format")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in format_names():
+            message = f"there is no format '{name}'" + did_you_mean(name, format_names())
+            raise refuse([fault((), message, name)])
+        return name
+
+
+class QuantizeStage(Section):
+    """Fewer bits for each weight."""
+
+    task: Literal["quantize"] = Field(description="what this stage does")
+    method: MethodSpec | None = Field(
+        None,
+        description="the algorithm and its settings; null: gptq with 4 bits, or nf4 where gptq cannot be read back",
+    )
+    layers: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict,
+        description="regular expression over whole layer names -> the method's keys that differ there; null or `skip` "
+        "leaves the layers as they are. The last match wins; an expression that matches nothing is an error",
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="regular expressions over whole layer names; these are left as they are"
+    )
+    format: FormatSpec | None = Field(
+        None, description="checkpoint format; null: what the method is usually written as"
+    )
+    on_indivisible: OnIndivisible | None = Field(
+        None,
+        description="what to do with a layer that the group size does not divide: refuse, take a smaller group, "
+        "skip the layer, or take one group for each output channel; null: refuse where the recipe names a group_size, "
+        "else smaller_group",
+    )
+
+    @property
+    def indivisible(self) -> OnIndivisible:
+        """`on_indivisible` with its default worked out."""
+        typed = [self.method.settings if self.method else {}, *(keys or {} for keys in self.layers.values())]
+        default: OnIndivisible = (
+            "refuse" if any(keys.get("group_size") is not None for keys in typed) else "smaller_group"
+        )
+        return self.on_indivisible or default
+
+    def method_for(self, layer: str, method: MethodSpec) -> MethodSpec | None:
+        """The method of one layer; None leaves it as it is.
+
+        Args:
+            layer: the layer's name in the checkpoint, without `.weight`.
+            method: the stage's method, or the one chosen for the model where the recipe leaves it out.
+        """
+        if any(re.fullmatch(pattern, layer) for pattern in self.ignore):
+            return None
+        found = [keys for pattern, keys in self.layers.items() if re.fullmatch(pattern, layer)]
+        if not found:
+            return method
+        return None if found[-1] is None else method.override(found[-1])
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _skip_is_null(cls, layers: Any) -> Any:
+        return {k: None if v == "skip" else v for k, v in layers.items()} if isinstance(layers, dict) else layers
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: dict[str, dict[str, Any] | None], info: ValidationInfo) -> Any:
+        faults = _pattern_faults({p: (p,) for p in layers})
+        for pattern, keys in layers.items():
+            if keys is None or "method" not in info.data:  # a faulty method is told on its own line
+                continue
+            try:
+                (info.data["method"] or MethodSpec()).override(keys)
+            except ValidationError as error:
+                faults += faults_of(error, (), (pattern,))
+        if faults:
+            raise refuse(faults)
+        return layers
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_ignore(cls, patterns: list[str]) -> list[str]:
+        faults = _pattern_faults({p: (i,) for i, p in enumerate(patterns)})
+        if faults:
+            raise refuse(faults)
+        return patterns
+
+
+class EvalStage(Section):
+    """Measure a model without changing it."""
+
+    task: Literal["eval"] = Field(description="what this stage does")
+
+
+Stage = Annotated[QuantizeStage | EvalStage, Field(discriminator="task")]
+
+
+class CalibrationSpec(Section):
+    """The text that methods look at while they compress."""
+
+    data: str = Field(
+        "auto",
+        min_length=1,
+        description="auto, generator (the built-in stories), self (sampled from the model), a .txt, .json, .jsonl or "
+        ".parquet file, or a dataset id on the Hub",
+    )
+    split: str | None = Field(None, min_length=1, description="split of a Hub dataset; null: train")
+    column: str | None = Field(None, min_length=1, description="the column or key that holds the text; null: found")
+    samples: int = Field(128, ge=1, description="rows of tokens")
+    length: int | None = Field(None, ge=2, description="tokens in a row; null: 2048, or the model's positions if fewer")
+    seed: int = Field(0, ge=0, description="which rows are drawn")
+    packed: bool = Field(True, description="fill rows with documents end to end; false: one document in each row")
+
+
+class EvaluationSpec(Section):
+    """The text on which the model before and after is compared, and whether speed is measured."""
+
+    data: list[str] = Field(
+        default=["auto"], description="texts, each named as calibration.data; an empty list measures no quality"
+    )
+    split: str | None = Field(None, min_length=1, description="split of a Hub dataset; null: test")
+    column: str | None = Field(None, min_length=1, description="the column or key that holds the text; null: found")
+    rows: int = Field(64, ge=1, description="rows of tokens from each text")
+    length: int | None = Field(None, ge=2, description="tokens in a row; null: 2048, or the model's positions if fewer")
+    packed: bool = Field(True, description="fill rows with documents end to end; false: one document in each row")
+    speed: bool = Field(True, description="load the model in a process of its own and time load, prefill and decode")
+
+
+class RunSpec(Section):
+    """How a run works, apart from what it makes."""
+
+    device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as torch takes")
+    sequential: Literal["block", "subset"] = Field(
+        "block",
+        description="when later layers see compressed inputs: after each block, or within it too (q,k,v, then o, then "
+        "gate,up, then down: slower)",
+    )
+    resume: bool = Field(True, description="go on with an interrupted run of the same recipe")
+    strict: bool = Field(False, description="exit 9 where an event says that something was degraded")
+    batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass; fewer need less memory")
+
+
+class Recipe(Section):
+    """Everything a run needs to know."""
+
+    version: Literal[1] = Field(description="version of the recipe's language")
+    model: ModelSpec = Field(default_factory=ModelSpec, description="which model")
+    stages: list[Stage] = Field(min_length=1, description="what to do, in this order")
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec, description="text for the methods")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="text and measures for comparison")
+    run: RunSpec = Field(default_factory=RunSpec, description="how, kept apart from what")
+    output: str | None = Field(None, min_length=1, description="folder of the result; null: out/<model>-<method><bits>")
+
+
+def _pattern_faults(patterns: Mapping[str, tuple[str | int, ...]]) -> list[InitErrorDetails]:
+    faults = []
+    for pattern, at in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            faults.append(fault(at, f"not a regular expression: {error}", pattern))
+    return faults

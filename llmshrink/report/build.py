@@ -1,0 +1,161 @@
+"""From what a run did to its report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmshrink import __version__
+from llmshrink.calibration.rows import Rows
+from llmshrink.engine.compress import Result
+from llmshrink.evaluate.memory import PeakMonitor
+from llmshrink.formats.runtimes import RUNTIMES, worst
+from llmshrink.forms import Event
+from llmshrink.machine import versions
+from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan import Plan, Work
+from llmshrink.recipe import text
+from llmshrink.recipe.load import dump, recipe_hash
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import (
+    CalibrationReport,
+    Check,
+    EventRecord,
+    MemoryReport,
+    ModelInfo,
+    ModelMeasure,
+    Report,
+    RuntimeSupport,
+    StageReport,
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is fixed when a run starts."""
+
+    recipe: Recipe
+    source: Source
+    embedded: bool
+    device: torch.device
+    threads: int
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out."""
+        data: dict[str, Any] = text.parse(dump(self.recipe), "recipe")
+        return data
+
+    def identity(self, rows: Rows | None) -> dict[str, Any]:
+        """Everything that decides the bytes of the result; two runs may share a journal only if it is equal."""
+        recipe = self.resolved
+        return {
+            "recipe": {k: recipe[k] for k in ("stages", "calibration")},
+            "run": {k: recipe["run"][k] for k in ("sequential", "batch_tokens")},
+            "model": self.source.hashes,
+            "calibration": rows.fingerprint if rows is not None else None,
+            "versions": versions(),
+            "device": str(self.device),
+            "threads": self.threads,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    def report(
+        self,
+        *,
+        stages: list[StageReport],
+        calibration: Rows | None,
+        measures: dict[str, ModelMeasure],
+        events: list[Event],
+        output: str | None,
+        seconds: float,
+    ) -> Report:
+        """The report of the whole run; `measures` holds `before` and, after a compression, `after`."""
+        return Report(
+            llmshrink_version=__version__,
+            command=["llmshrink", *sys.argv[1:]],
+            recipe=self.resolved,
+            recipe_hash=recipe_hash(self.recipe),
+            model=ModelInfo(
+                id=self.source.id,
+                source="embedded" if self.embedded else "hub" if self.source.commit else "folder",
+                commit=self.source.commit,
+                files=self.source.hashes,
+                architecture=next(iter(self.source.config.architectures or []), None),
+                licence=self.source.licence,
+            ),
+            versions=versions(),
+            device=str(self.device),
+            seed=self.recipe.calibration.seed,
+            threads=self.threads,
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            calibration=_calibration(calibration),
+            stages=stages,
+            before=measures.get("before"),
+            after=measures.get("after"),
+            events=[EventRecord.model_validate(event) for event in events],
+            output=output,
+            seconds=seconds,
+        )
+
+
+def _calibration(rows: Rows | None) -> CalibrationReport | None:
+    if rows is None:
+        return None
+    return CalibrationReport(
+        data=rows.data,
+        origin=rows.origin,
+        fingerprint=rows.fingerprint,
+        rows=len(rows.tokens),
+        length=rows.length,
+        tokens=rows.count,
+    )
+
+
+def quantize_stage(
+    work: Work,
+    plan: Plan,
+    result: Result,
+    checks: list[Check],
+    memory: PeakMonitor,
+    written: StreamedModel,
+    seconds: float,
+) -> StageReport:
+    """What one quantize stage did, from the plan, the engine's result and the files."""
+    first = next(iter(work.methods.values()))
+    after = sum(layer.bytes_after for layer in result.layers)
+    return StageReport(
+        task="quantize",
+        method={"name": plan.method, **first.config.model_dump(mode="json")},
+        format=work.format.name,
+        layers=result.layers,
+        bytes_before=plan.bytes_before,
+        bytes_after=written.source.checkpoint.bytes,
+        planned_bytes_after=plan.bytes_after,
+        bits_per_weight=8 * after / sum(layer.parameters for layer in result.layers),
+        seconds={"compress_stage": seconds, **result.seconds},
+        memory=MemoryReport(
+            planned_bytes=plan.memory_bytes,
+            measured_bytes=memory.above_entry_bytes,
+            device_bytes=memory.device_bytes,
+        ),
+        checks=checks,
+        loads_in=_loads_in(work, checks),
+    )
+
+
+def _loads_in(work: Work, checks: list[Check]) -> list[RuntimeSupport]:
+    """What the table says of this output; transformers' line is proved by the check that loaded it."""
+    proof = {"transformers": "check 'reader'"} if any(c.name == "reader" and c.passed for c in checks) else {}
+    bits = {getattr(method.config, "bits", 4) for method in work.methods.values()}
+    symmetric = all(getattr(method.config, "symmetric", True) for method in work.methods.values())
+    found = []
+    for runtime in RUNTIMES:
+        entry = worst(work.format.name, work.kinds(), runtime, bits=bits, symmetric=symmetric)
+        more = {"proof": proof[runtime]} if runtime in proof else {}
+        found.append(RuntimeSupport(runtime=runtime, support=entry.support, reason=entry.reason, **more))
+    return found

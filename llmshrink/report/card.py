@@ -1,0 +1,145 @@
+"""The model card: README.md of a result, with the front matter that the Hub reads.
+
+Names, licences and messages come from untrusted files. The front matter is dumped as YAML data; in the text they are
+escaped, so that none of them can become markup, a link or HTML.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from llmshrink.report.rows import (
+    clean,
+    comparison,
+    grouped_events,
+    protocols,
+    source_name,
+    stage_lines,
+)
+from llmshrink.report.schema import Check, Report, RuntimeSupport
+
+PACKAGES = {"compressed-tensors": "compressed-tensors", "bnb": "accelerate bitsandbytes"}  # beside transformers
+TRANSFORMERS = """\
+```python
+# pip install {packages}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
+```"""
+VLLM = """\
+```sh
+vllm serve path/to/this/folder
+```"""
+
+
+def model_card(report: Report, recipe_yaml: str) -> str:
+    """The text of README.md.
+
+    Args:
+        report: The whole report; only what it holds is told.
+        recipe_yaml: The resolved recipe, shown as it is.
+    """
+    name = escape(source_name(report.model))
+    parts = [front_matter(report), f"# {name}, made smaller\n", _introduction(report, name)]
+    parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
+    for stage in report.stages:
+        parts += ["## What was done\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
+    parts += _usage(report)
+    checks = [check for stage in report.stages for check in stage.checks]
+    if checks:
+        parts += ["## Verified\n", *(_check(check) for check in checks), ""]
+    if report.events:
+        parts += ["## Worth knowing\n", *(f"- {escape(line)}" for line in grouped_events(report.events)), ""]
+    return "\n".join([*parts, "## Recipe\n", fenced(recipe_yaml, "yaml"), ""])
+
+
+def front_matter(report: Report) -> str:
+    """The YAML block at the top; a base model only where it is on the Hub, a licence only where it is known."""
+    data: dict[str, Any] = {}
+    if report.model.source == "hub":
+        data |= {"base_model": clean(report.model.id), "base_model_relation": "quantized"}
+    if report.model.licence:
+        data["license"] = clean(report.model.licence)
+    formats = [stage.format for stage in report.stages]
+    tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
+    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def escape(text: str) -> str:
+    """Untrusted text on one line that Markdown and HTML show as it is."""
+    plain = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", plain)
+    return re.sub(r"://|(?<=www)\.|@", lambda m: "".join(f"&#{ord(c)};" for c in m[0]), escaped)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code that its own text cannot end."""
+    visible = "".join(c for c in text if c.isprintable() or c == "\n").strip("\n")
+    longest = max((len(run) for run in re.findall(r"`+", visible)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{visible}\n{fence}"
+
+
+def _methods(report: Report) -> list[str]:
+    return [clean(str(stage.method["name"])) for stage in report.stages if stage.method.get("name")]
+
+
+def _introduction(report: Report, name: str) -> str:
+    commit = f" at commit {escape(report.model.commit)}" if report.model.commit else ""
+    text = [f"Made from {name}{commit} with llmshrink {escape(report.llmshrink_version)} on {report.created:%Y-%m-%d}."]
+    if report.calibration is not None:
+        data = report.calibration
+        text.append(f"Calibrated on {data.rows} rows of {data.length} tokens: {escape(data.origin)}.")
+    if report.model.licence:
+        text.append(f"The licence of the original holds: {escape(report.model.licence)}.")
+    else:
+        text.append("The licence of the original is not known to llmshrink: look it up before you share this model.")
+    return " ".join(text) + "\n"
+
+
+def _table(report: Report) -> str:
+    lines = ["| | before | after | change |", "|---|--:|--:|--:|"]
+    for row in comparison(report):
+        cells = (row.label.strip(), row.before, row.after, row.change)
+        lines.append(f"| {' | '.join(escape(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _check(check: Check) -> str:
+    value = "" if check.value is None else f" ({check.value:.3g})"
+    verdict = "passed" if check.passed else "**FAILED**"
+    return f"- {escape(check.name)}: {verdict}{value}" + (f". {escape(check.detail)}" if check.detail else "")
+
+
+def _usage(report: Report) -> list[str]:
+    """Snippets for the runtimes that load this very format, and a line for each that does not."""
+    if not report.stages or not report.stages[-1].loads_in:
+        return []
+    stage = report.stages[-1]
+    parts = ["## How to load it\n"]
+    parts += [_support(line) for line in stage.loads_in] + [""]
+    for line in stage.loads_in:
+        if line.support == "no":
+            continue
+        if line.runtime == "transformers":
+            packages = " ".join(["torch transformers", *filter(None, [PACKAGES.get(stage.format)])])
+            parts += [TRANSFORMERS.format(packages=packages), ""]
+        elif line.runtime == "vllm":
+            parts += [VLLM, ""]
+    return parts
+
+
+def _support(line: RuntimeSupport) -> str:
+    words = {"native": "yes", "plugin": "with a plugin", "dense-only": "yes, but dense in memory", "no": "no"}
+    return f"- {escape(line.runtime)}: {words[line.support]}; {escape(line.reason)} ({escape(line.proof)})"
+
+
+__all__ = ["escape", "fenced", "front_matter", "model_card"]

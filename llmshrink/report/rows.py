@@ -1,0 +1,202 @@
+"""The words and lines that the terminal and the model card share: sizes, changes, before and after, and safe text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from llmshrink.report.schema import EventRecord, ModelInfo, ModelMeasure, Report, StageReport, TextScore
+
+NOT_MEASURED = "not measured"
+NOTHING = "-"  # where a number makes no sense, such as the original's divergence from itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison."""
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+
+
+def clean(text: str) -> str:
+    """Untrusted text on one line, without control characters, terminal escapes or marks that reorder text."""
+    return " ".join("".join(c if c.isprintable() else " " if c.isspace() else "" for c in text).split())
+
+
+def source_name(model: ModelInfo) -> str:
+    """The model's id; of a folder only its last part, because paths of a machine are nobody's business."""
+    return clean(Path(model.id).name if model.source == "folder" else model.id)
+
+
+def comparison(report: Report) -> list[Row]:
+    """Every measure before and after; what was not measured is said so."""
+    before, after = report.before, report.after
+    rows = _sizes(report)
+    for old, new in _texts(before, after):
+        rows += _quality(old, new)
+    if not any(measure and measure.scores for measure in (before, after)):
+        rows.append(Row("perplexity", NOT_MEASURED, NOT_MEASURED))
+    return rows + [
+        _row("load", before, after, lambda m: m.load_seconds, seconds),
+        _row("prefill", before, after, lambda m: m.prefill_tokens_per_second, _speed),
+        _row("decode", before, after, lambda m: m.decode_tokens_per_second, _speed),
+        _row("peak memory, load and run", before, after, lambda m: m.peak_memory_bytes, decimal),
+    ]
+
+
+def _sizes(report: Report) -> list[Row]:
+    before, after, stages = report.before, report.after, report.stages
+    old = before.tensor_bytes if before and before.tensor_bytes is not None else None
+    new = after.tensor_bytes if after and after.tensor_bytes is not None else None
+    if stages:  # what was written is known, evaluated or not
+        old = stages[0].bytes_before if old is None else old
+        new = stages[-1].bytes_after if new is None else new
+    bits = after.bits_per_weight if after and after.bits_per_weight is not None else None
+    if bits is None and stages:
+        bits = stages[-1].bits_per_weight
+    old_bits = before.bits_per_weight if before else None
+    return [
+        Row("tensors on disk", _or(old, decimal), _or(new, decimal), _change(old, new)),
+        Row("bits per weight, all tensors", _or(old_bits, _bits), _or(bits, _bits), _change(old_bits, bits)),
+        _row("loaded, after a forward pass", before, after, lambda m: m.loaded_bytes, decimal),
+    ]
+
+
+def _texts(before: ModelMeasure | None, after: ModelMeasure | None) -> list[tuple[TextScore | None, TextScore | None]]:
+    """Scores on the same tokens side by side, in the order they were measured."""
+    old = {(s.dataset, s.fingerprint): s for s in (before.scores if before else [])}
+    new = {(s.dataset, s.fingerprint): s for s in (after.scores if after else [])}
+    return [(old.get(key), new.get(key)) for key in {**new, **old}]
+
+
+def _quality(old: TextScore | None, new: TextScore | None) -> list[Row]:
+    name = clean((new or old).dataset)  # type: ignore[union-attr]  # one of them is given
+    before, after = (score.perplexity if score else None for score in (old, new))
+    rows = [Row(f"perplexity, {name}", _or(before, _perplexity), _or(after, _perplexity), _change(before, after))]
+    if new is not None:
+        rows.append(Row("  KL to the original, nats/token", NOTHING, _or(new.kl, _divergence)))
+        rows.append(Row("  same first choice", NOTHING, _or(new.top1, share)))
+    return rows
+
+
+def _row(
+    label: str,
+    before: ModelMeasure | None,
+    after: ModelMeasure | None,
+    get: Callable[[ModelMeasure], float | None],
+    form: Callable[..., str],
+) -> Row:
+    old, new = (None if measure is None else get(measure) for measure in (before, after))
+    return Row(label, _or(old, form), _or(new, form), _change(old, new))
+
+
+def _or(value: float | None, form: Callable[..., str]) -> str:
+    return NOT_MEASURED if value is None else form(value)
+
+
+def _change(old: float | None, new: float | None) -> str:
+    return f"{100 * (new - old) / old:+.1f} %" if old and new is not None else ""
+
+
+def _bits(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.3f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _divergence(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f} tok/s" if value >= 100 else f"{value:.1f} tok/s"
+
+
+def share(value: float) -> str:
+    """A share of one as a percentage."""
+    return f"{100 * value:.1f} %"
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things: 1 layer, 2 layers."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def seconds(value: float) -> str:
+    """A duration in words."""
+    if value < 60:
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def protocols(report: Report) -> list[str]:
+    """How each text was scored, one line for texts that share a protocol."""
+    texts: dict[str, list[str]] = {}
+    for old, new in _texts(report.before, report.after):
+        score = new or old
+        if score is not None:
+            where = f"{clean(score.dataset)} ({score.rows} rows, {score.tokens:,} tokens)"
+            texts.setdefault(clean(score.protocol), []).append(where)
+    return [f"{', '.join(names)}: {protocol}" for protocol, names in texts.items()]
+
+
+def stage_lines(stage: StageReport) -> list[str]:
+    """What a stage did, what it took, and what it had planned."""
+    done = [layer for layer in stage.layers if layer.method is not None]
+    weights = sum(layer.parameters for layer in done)
+    settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in ("bits", "group_size") and v is not None)
+    lines = [f"{stage.task} with {stage.method.get('name', '?')} ({settings or 'default settings'}), {stage.format}"]
+    if weights:
+        bits = 8 * sum(layer.bytes_after for layer in done) / weights
+        lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
+    fallbacks = sum(layer.fallback for layer in stage.layers)
+    if fallbacks:
+        lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
+    if stage.planned_bytes_after is not None:
+        same = "as planned" if stage.planned_bytes_after == stage.bytes_after else "NOT as planned"
+        lines.append(f"{decimal(stage.bytes_after)} of tensors, {same}")
+    planned, measured = stage.memory.planned_bytes, stage.memory.measured_bytes
+    if measured is not None:
+        lines.append(f"peak memory {decimal(measured)}" + (f", planned {decimal(planned)}" if planned else ""))
+    if stage.seconds:
+        lines.append(", ".join(f"{step} {seconds(taken)}" for step, taken in stage.seconds.items()))
+    return [clean(line) for line in lines]
+
+
+def grouped_events(events: Iterable[EventRecord]) -> list[str]:
+    """One line per kind and message; the layers counted, the first of them named."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for event in events:
+        groups.setdefault((event.kind, event.message), []).append(event.layer or "")
+    lines = []
+    for (kind, message), layers in groups.items():
+        named = [layer for layer in layers if layer]
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        times = f" ({len(layers)} times)" if len(layers) > 1 and not named else ""
+        lines.append(clean(f"{kind}: {message}" + (f" [{named[0]}{more}]" if named else times)))
+    return lines
+
+
+__all__ = [
+    "NOTHING",
+    "NOT_MEASURED",
+    "Row",
+    "clean",
+    "comparison",
+    "count",
+    "grouped_events",
+    "protocols",
+    "seconds",
+    "share",
+    "source_name",
+    "stage_lines",
+]

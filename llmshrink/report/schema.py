@@ -1,0 +1,192 @@
+"""The report of a run: a versioned, frozen model of everything that was decided, done and measured.
+
+`Report.model_dump_json()` is `report.json`; `Report.model_json_schema()` describes it. A number that was not measured
+is None, never zero. Sizes are bytes, times are seconds, rates are tokens per second, divergences are nats per token.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BY_RULE = "by rule (not run)"
+
+Support = Literal["native", "plugin", "dense-only", "no"]
+
+
+class Record(BaseModel):
+    """Base of every part: frozen, unknown keys refused, no NaN; also read from an object's attributes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, from_attributes=True)
+
+
+class Check(Record):
+    """One thing that was verified, with the number that decided it where there is one."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+    value: float | None = None
+
+
+class EventRecord(Record):
+    """Something that a run did differently from what its recipe says, or that its reader should know."""
+
+    kind: str
+    message: str
+    layer: str | None = None
+    data: dict[str, float] | None = None
+
+
+class LayerReport(Record):
+    """What became of one matrix [out, in] of the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    method: str | None = Field(description="None: left as it is")
+    form: str = Field(description="the form's name: Dense, Quantized, ...")
+    format: str
+    bits: int | None = None
+    group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float = Field(description="scales and zero points counted")
+    relative_error: float | None = Field(default=None, description="||W - Q|| / ||W||, Frobenius")
+    objective: float | None = Field(default=None, description="the method's own error, relative to a zero layer's")
+    seconds: float | None = None
+    fallback: bool = Field(default=False, description="done by the method's fallback; an event says why")
+
+
+class TextScore(Record):
+    """Quality on one text. The rows allow a paired comparison with another model on the same text."""
+
+    dataset: str
+    fingerprint: str = Field(description="sha256 of the token ids")
+    rows: int
+    length: int = Field(description="tokens of the longest row")
+    tokens: int = Field(description="tokens predicted: length - 1 per row")
+    protocol: str = Field(description="how perplexity was computed, in words")
+    perplexity: float = Field(description="exp of the mean negative log likelihood per token")
+    kl: float | None = Field(default=None, description="KL(original || this model), nats per token")
+    top1: float | None = Field(default=None, description="share of tokens where both rank the same token first")
+    tokens_rows: list[int] = Field(default_factory=list, description="tokens predicted in each row")
+    nll_rows: list[float] = Field(default_factory=list, description="sum over each row's tokens, nats")
+    kl_rows: list[float] = Field(default_factory=list, description="sum over each row's tokens, nats")
+
+
+class ModelMeasure(Record):
+    """One model as it was measured, before or after."""
+
+    label: str
+    parameters: int | None = None
+    zeros: int | None = None
+    tensor_bytes: int | None = Field(default=None, description="bytes of all tensors on disk")
+    bits_per_weight: float | None = Field(default=None, description="tensor bits over parameters, everything counted")
+    loaded_bytes: int | None = Field(default=None, description="tensors in memory after the first forward pass")
+    load_seconds: float | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = Field(default=None, description="while loading and running, imports not counted")
+    sample: str | None = Field(default=None, description="greedy continuation of a fixed prompt")
+    scores: list[TextScore] = Field(default_factory=list)
+
+
+class MemoryReport(Record):
+    """Peak anonymous memory above the level after the imports."""
+
+    planned_bytes: int | None = None
+    measured_bytes: int | None = None
+    device_bytes: int | None = Field(default=None, description="peak allocated on the accelerator")
+
+
+class RuntimeSupport(Record):
+    """Whether a runtime loads the output, why, and how that is known."""
+
+    runtime: str
+    support: Support
+    reason: str
+    proof: str = Field(default=BY_RULE, description="the check that proved it, or 'by rule (not run)'")
+
+
+class StageReport(Record):
+    """One stage of the recipe."""
+
+    task: str
+    method: dict[str, Any] = Field(description="resolved settings, with the method's name")
+    format: str
+    layers: list[LayerReport]
+    bytes_before: int = Field(description="of all tensors of the model")
+    bytes_after: int = Field(description="of all tensors of the model")
+    planned_bytes_after: int | None = None
+    bits_per_weight: float = Field(description="of all tensors over all parameters, scales and embeddings counted")
+    seconds: dict[str, float] = Field(default_factory=dict, description="step -> seconds")
+    memory: MemoryReport = MemoryReport()
+    checks: list[Check] = Field(default_factory=list)
+    loads_in: list[RuntimeSupport] = Field(default_factory=list)
+
+
+class ModelInfo(Record):
+    """Where the model came from."""
+
+    id: str
+    source: str = Field(description="hub, folder or embedded")
+    commit: str | None = None
+    files: dict[str, str] = Field(default_factory=dict, description="file name -> sha256")
+    architecture: str | None = None
+    licence: str | None = Field(default=None, description="SPDX id or the model card's word; None: not known")
+
+
+class CalibrationReport(Record):
+    """The text that calibrated the run."""
+
+    data: str
+    origin: str = Field(description="where the text came from, in words")
+    fingerprint: str = Field(description="sha256 of the token ids")
+    rows: int
+    length: int
+    tokens: int
+
+
+class Report(Record):
+    """Everything about one run."""
+
+    schema_version: Literal[1] = 1
+    llmshrink_version: str
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0), description="UTC")
+    command: list[str] | None = None
+    recipe: dict[str, Any] = Field(description="resolved: every default written out")
+    recipe_hash: str
+    model: ModelInfo
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str
+    seed: int
+    threads: int
+    cpu_capability: str | None = None
+    calibration: CalibrationReport | None = None
+    stages: list[StageReport] = Field(default_factory=list)
+    before: ModelMeasure | None = None
+    after: ModelMeasure | None = None
+    events: list[EventRecord] = Field(default_factory=list)
+    output: str | None = Field(default=None, description="the folder that was written")
+    seconds: float = Field(description="wall clock of the whole run")
+
+
+__all__ = [
+    "BY_RULE",
+    "CalibrationReport",
+    "Check",
+    "EventRecord",
+    "LayerReport",
+    "MemoryReport",
+    "ModelInfo",
+    "ModelMeasure",
+    "Record",
+    "Report",
+    "RuntimeSupport",
+    "StageReport",
+    "Support",
+    "TextScore",
+]

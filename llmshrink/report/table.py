@@ -1,0 +1,181 @@
+"""Plans, reports and checks on the terminal. Names come from untrusted files: they are cleaned and never markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llmshrink.report.rows import (
+    NOT_MEASURED,
+    clean,
+    comparison,
+    count,
+    grouped_events,
+    protocols,
+    seconds,
+    share,
+    source_name,
+    stage_lines,
+)
+from llmshrink.report.schema import Check, EventRecord, Report, RuntimeSupport
+
+if TYPE_CHECKING:
+    from llmshrink.plan import LayerPlan, Plan
+
+OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
+COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
+
+
+def render(report: Report) -> Group:
+    """The report in one screen: before and after, what was done, checks, events, where the result loads."""
+    parts: list[RenderableType] = [Text(source_name(report.model), style="bold"), _comparison(report)]
+    parts += [_line(text, "dim") for text in protocols(report)]
+    for stage in report.stages:
+        parts += [_heading("What was done"), *(_line(text) for text in stage_lines(stage))]
+        if stage.checks:
+            parts += [_heading("Verified"), _checks_in_short(stage.checks)]
+    parts += _samples(report)
+    parts += _events(report.events)
+    runtimes = [line for stage in report.stages[-1:] for line in stage.loads_in]
+    if runtimes:
+        parts += [_heading("Loads in"), _runtimes(runtimes)]
+    if report.output is not None:
+        parts += [_heading("Result"), _line(clean(report.output), "bold")]
+    return Group(*parts, _line(f"{seconds(report.seconds)} in all", "dim"))
+
+
+def render_checks(checks: Sequence[Check]) -> Table:
+    """Every check on a line of its own."""
+    table = _table("", "check", "value", "detail", right=("value",))
+    for check in checks:
+        value = "" if check.value is None else f"{check.value:.3g}"
+        table.add_row(_verdict(check.passed), Text(clean(check.name)), value, Text(clean(check.detail)))
+    return table
+
+
+def render_plan(plan: Plan) -> Group:
+    """The plan in one screen: one line for each kind of layer, then sizes, memory, disk and events."""
+    covered = plan.parameters_compressed / plan.parameters if plan.parameters else 0.0
+    lines = [
+        f"{plan.parameters_compressed:,} of {plan.parameters:,} parameters ({share(covered)}) are compressed",
+        f"tensors {decimal(plan.bytes_before)} -> {decimal(plan.bytes_after)}, "
+        f"{plan.bits_per_weight:.2f} bits per weight, all tensors counted",
+        f"peak memory about {decimal(plan.memory_bytes)}",
+        f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
+    ]
+    reasons = sorted({layer.reason for block in plan.blocks for layer in block.layers if layer.reason})
+    title = f"{plan.model}: {plan.method} -> {plan.format}, {count(len(plan.blocks), 'block')}"
+    return Group(
+        Text(clean(title), style="bold"),
+        _plan_table(plan),
+        *(_line(text) for text in lines),
+        *([_heading("Left as they are"), *(_line(clean(reason)) for reason in reasons)] if reasons else []),
+        *_events([EventRecord.model_validate(event) for event in plan.events]),
+    )
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = _table("layers", "count", "shape", "how", "before", "after", right=("count", "before", "after"))
+    kinds: dict[tuple[str, str], list[LayerPlan]] = {}
+    for block in plan.blocks:
+        for layer in block.layers:
+            kinds.setdefault((_kind(layer.name), _how(layer)), []).append(layer)
+    for (kind, how), layers in kinds.items():
+        shapes = {"x".join(str(n) for n in layer.shape) for layer in layers}
+        table.add_row(
+            Text(kind),
+            str(len(layers)),
+            shapes.pop() if len(shapes) == 1 else "various",
+            Text(how, style="" if layers[0].method else "dim"),
+            decimal(sum(layer.bytes_before for layer in layers)),
+            decimal(sum(layer.bytes_after for layer in layers)),
+        )
+    others: dict[str, list[int]] = {}
+    for tensor in plan.others:
+        others.setdefault(_kind(tensor.name.removesuffix(".weight")), []).append(tensor.bytes)
+    largest = sorted(others.items(), key=lambda item: -sum(item[1]))
+    for kind, sizes in largest[:OTHERS_SHOWN]:
+        table.add_row(Text(kind), str(len(sizes)), "", Text("copied", "dim"), *[decimal(sum(sizes))] * 2)
+    rest = [size for _, sizes in largest[OTHERS_SHOWN:] for size in sizes]
+    if rest:
+        table.add_row("other tensors", str(len(rest)), "", Text("copied", "dim"), *[decimal(sum(rest))] * 2)
+    return table
+
+
+def _kind(name: str) -> str:
+    """A layer's name within its block, with any other number as a star: `mlp.experts.*.down_proj`."""
+    starred = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", clean(name))
+    return starred.partition(".*.")[2] or starred
+
+
+def _how(layer: LayerPlan) -> str:
+    if layer.method is None:
+        return "left as it is"
+    group = {None: "", -1: " per channel"}.get(layer.group_size, f" g{layer.group_size}")
+    return clean(f"{layer.method} W{layer.bits}{group}")
+
+
+def _comparison(report: Report) -> Table:
+    table = _table("", "before", "after", "change", right=("before", "after", "change"))
+    for row in comparison(report):
+        cells = [Text(cell, style="dim" if cell == NOT_MEASURED else "") for cell in (row.before, row.after)]
+        table.add_row(Text(row.label), *cells, row.change)
+    return table
+
+
+def _samples(report: Report) -> list[RenderableType]:
+    found = [(m.label, m.sample) for m in (report.before, report.after) if m is not None and m.sample is not None]
+    if not found:
+        return []
+    return [_heading("A sample"), *(_line(f"{clean(label)}: {clean(sample)}") for label, sample in found)]
+
+
+def _checks_in_short(checks: Sequence[Check]) -> RenderableType:
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        return Group(_line(f"{len(failed)} of {count(len(checks), 'check')} FAILED", "red"), render_checks(failed))
+    names = ", ".join(clean(check.name) for check in checks)
+    return _line(f"{count(len(checks), 'check')} passed: {names}", "green")
+
+
+def _events(events: Sequence[EventRecord]) -> list[RenderableType]:
+    if not events:
+        return []
+    return [_heading("Worth knowing"), *(_line(text, "yellow") for text in grouped_events(events))]
+
+
+def _runtimes(runtimes: Sequence[RuntimeSupport]) -> Table:
+    table = _table("runtime", "support", "why", "known")
+    for line in runtimes:
+        support = Text(line.support, style=COLOURS[line.support])
+        table.add_row(Text(clean(line.runtime)), support, Text(clean(line.reason)), Text(clean(line.proof)))
+    return table
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("ok", style="green") if passed else Text("FAILED", style="red")
+
+
+def _heading(text: str) -> RenderableType:
+    return Padding(Text(text, style="bold"), (1, 0, 0, 0))
+
+
+def _line(text: str, style: str = "") -> RenderableType:
+    return Padding(Text(text, style=style), (0, 0, 0, 2))
+
+
+__all__ = ["render", "render_checks", "render_plan"]

@@ -1,0 +1,327 @@
+"""The whole story on one screen: resolve, plan, compress, verify, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.load import TextLoader
+from llmshrink.calibration.rows import Rows
+from llmshrink.demo import MODEL_DIR, NAME
+from llmshrink.engine.budget import planned_memory
+from llmshrink.engine.compress import Compressor, Result
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.workspace import Workspace
+from llmshrink.errors import GateError, InputError, LlmshrinkError, OutputError, PlanError, ResourceError
+from llmshrink.evaluate.measure import measure_models
+from llmshrink.evaluate.memory import PeakMonitor, available_memory, fix_malloc
+from llmshrink.io.files import copy_file, write_bytes, write_json
+from llmshrink.io.safetensors import INDEX
+from llmshrink.machine import StopSignal, environment, pick_device, quiet_libraries, threads
+from llmshrink.model.source import Source, open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.truncate import truncate
+from llmshrink.plan import Plan, Work, describe, resolve, row_length
+from llmshrink.progress import Progress
+from llmshrink.recipe.load import dump
+from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.report.build import RunFacts, quantize_stage
+from llmshrink.report.card import model_card
+from llmshrink.report.schema import Check, Report
+from llmshrink.verify import check_blocks, check_hashes, check_layers, check_reader, probe_tokens, streamed_logits, verify_folder
+
+__all__ = ["environment", "execute", "make_plan", "smoke", "verify"]
+
+SMOKE_ROWS, SMOKE_LENGTH = 8, 64
+
+
+def make_plan(recipe: Recipe, progress: Progress) -> Plan:
+    """What `execute` would do, without doing it; reads no weights.
+
+    Raises:
+        PlanError: the recipe cannot be carried out on this model.
+    """
+    with quiet_libraries():
+        source, _ = _open(recipe)
+        return _plan(recipe, StreamedModel(source, pick_device(recipe.run.device)))[1]
+
+
+def execute(recipe: Recipe, *, progress: Progress, overwrite: bool = False) -> Report:
+    """Carry out a recipe.
+
+    Raises:
+        GateError: the run degraded something and `run.strict` is set; the result is kept.
+        InterruptedRun: a signal came; the same call goes on where it was.
+        LlmshrinkError: any of the errors of `llmshrink.errors`.
+    """
+    fix_malloc()
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        count = stack.enter_context(threads(recipe.run.threads))
+        stop = stack.enter_context(StopSignal())
+        source, embedded = _open(recipe)
+        facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count)
+        run = _Run(facts, progress, stop)
+        report = run.evaluate() if _quantize_stage(recipe) is None else run.quantize(overwrite)
+    if recipe.run.strict and report.events:
+        shown = "\n".join(f"  - {event.message}" for event in report.events[:10])
+        raise GateError(f"--strict: the run has {len(report.events)} events:\n{shown}")
+    return report
+
+
+def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
+    """Compress the first block of the model into a temporary folder, write, reload, verify: seconds, not hours."""
+    with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
+        source, _ = _open(recipe)
+        model = StreamedModel(source, torch.device("cpu"))
+        _plan(recipe, model)  # what is refused for the whole model is refused here too
+        small = Path(name) / "model"
+        small.mkdir()
+        truncate(model, small)
+        return _stage_checks(execute(_smoke_recipe(recipe, model, small, Path(name) / "out"), progress=progress))
+
+
+def verify(folder: Path, *, progress: Progress) -> list[Check]:
+    """Check a finished folder: hashes, every tensor decoded, a foreign reader's logits."""
+    with quiet_libraries():
+        return verify_folder(folder, progress=progress)
+
+
+class _Run:
+    """One run of one recipe."""
+
+    def __init__(self, facts: RunFacts, progress: Progress, stop: StopSignal) -> None:
+        self.start = time.perf_counter()
+        self.facts, self.recipe, self.progress, self.stop = facts, facts.recipe, progress, stop
+        self.model = StreamedModel(facts.source, facts.device)
+        self.loader = TextLoader(facts.source, embedded=facts.embedded, device=facts.device, progress=progress)
+
+    def evaluate(self) -> Report:
+        """Measure the model as it is."""
+        length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
+        texts = self.loader.evaluation(self.recipe.evaluation, length, None)
+        measures = measure_models(self.recipe, {"before": self.model}, texts, self.loader.events, self.progress)
+        return self.facts.report(
+            stages=[],
+            calibration=None,
+            measures=measures,
+            events=self.loader.events,
+            output=None,
+            seconds=time.perf_counter() - self.start,
+        )
+
+    def quantize(self, overwrite: bool) -> Report:
+        """Compress, verify, measure, commit."""
+        work, plan = _plan(self.recipe, self.model)
+        _check_room(plan, work.output, self.facts.source)
+        with Workspace(work.output, overwrite=overwrite) as workspace:
+            _check_finite(self.model, self.progress)
+            rows = self.loader.calibration(self.recipe.calibration, work.length) if work.needs_data else None
+            done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
+            probe = probe_tokens(self.model)
+            with PeakMonitor(self.facts.device) as memory:
+                clock = time.perf_counter()
+                _save_companions(work, workspace.folder)
+                result, logits = self._compress(work, workspace, rows, probe, done)
+                _write_index(work, workspace.folder)
+                seconds = time.perf_counter() - clock
+            written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
+            checks = self._verify(work, workspace.folder, written, result, probe, logits)
+            length = row_length(self.recipe.evaluation.length, self.model, work.events)
+            texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
+            models = {"before": self.model, "after": written}
+            measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
+            report = self.facts.report(
+                stages=[quantize_stage(work, plan, result, checks, memory, written, seconds)],
+                calibration=rows,
+                measures=measures,
+                events=[*work.events, *self.loader.events, *result.events],
+                output=str(work.output),
+                seconds=time.perf_counter() - self.start,
+            )
+            for event in report.events:
+                self.progress.event(event)  # type: ignore[arg-type]
+            _write_report(workspace.folder, report, self.recipe)
+            workspace.commit()
+        return report
+
+    def _compress(
+        self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
+    ) -> tuple[Result, Tensor]:
+        """All blocks; also the logits that the engine's own states end in for the probe rows."""
+        batches = rows.batches(self.recipe.run.batch_tokens) if rows is not None else []
+        hidden = Hidden(self.model, [*batches, probe])
+        subset = self.recipe.run.sequential == "subset"
+        compressor = Compressor(
+            work, workspace, hidden, len(batches), subset=subset, progress=self.progress, stop=self.stop.check
+        )
+        result = compressor.run(done)
+        with torch.no_grad():
+            return result, self.model.logits(probe, hidden.states[-1])
+
+    def _verify(
+        self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, logits: Tensor
+    ) -> list[Check]:
+        """Read back everything that was written.
+
+        Raises:
+            LlmshrinkError: a file is not what was meant; the unfinished folder is kept for a look.
+        """
+        self.progress.start("verify", 0)
+        sizes = {name: (folder / name).stat().st_size for name in work.file_bytes}
+        off = [name for name, size in sizes.items() if size != work.file_bytes[name]]
+        checks = [
+            Check(name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"),
+            check_hashes(folder, result.files),
+            *check_layers(self.model, written, result.layers),
+            check_blocks(written, probe, logits),
+        ]
+        dense = sum(info.bytes for info in self.model.weights.infos.values())
+        if 2 * dense < available_memory():
+            expected = streamed_logits(written, probe)
+            checks.append(check_reader(folder, probe, expected, exact=work.format.exact)[0])
+        else:
+            detail = "not run: the dense model does not fit into memory here"
+            checks.append(Check(name="reader", passed=True, detail=detail))
+        self.progress.finish()
+        if failed := [check for check in checks if not check.passed]:
+            shown = "\n".join(f"  - {check.name}: {check.detail}" for check in failed)
+            raise LlmshrinkError(f"What was written does not verify; it stays in {folder}:\n{shown}")
+        return checks
+
+
+# --- the parts of a run that take a line each above
+
+
+def _open(recipe: Recipe) -> tuple[Source, bool]:
+    """The model of a recipe, and whether it is the embedded one."""
+    if recipe.model.id is None or recipe.model.id == NAME:
+        embedded = open_source(str(MODEL_DIR))
+        return Source(NAME, embedded.folder, None), True
+    return open_source(recipe.model.id, recipe.model.revision), False
+
+
+def _quantize_stage(recipe: Recipe) -> QuantizeStage | None:
+    stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage)]
+    if len(stages) > 1:
+        raise PlanError("A recipe can hold one quantize stage: a quantized model cannot be quantized again.")
+    return stages[0] if stages else None
+
+
+def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
+    stage = _quantize_stage(recipe)
+    if stage is None:
+        raise PlanError("The recipe only evaluates: there is nothing to plan.")
+    work = resolve(recipe, stage, model, _output(recipe, model.source, stage))
+    subset = recipe.run.sequential == "subset"
+    memory = planned_memory(
+        work, rows=recipe.calibration.samples, batch_tokens=recipe.run.batch_tokens, subset=subset
+    )
+    return work, describe(work, recipe, memory)
+
+
+def _output(recipe: Recipe, source: Source, stage: QuantizeStage) -> Path:
+    if recipe.output is not None:
+        return Path(recipe.output).expanduser()
+    settings = stage.method.settings if stage.method else {}
+    name = (stage.method.name if stage.method else None) or "quantized"
+    bits = settings.get("bits", 4)
+    label = re.sub(r"[^\w.\-]+", "-", Path(source.id).name)
+    return Path("out") / f"{label}-{name}{'' if name in ('nf4', 'fp4') else f'-w{bits}'}"
+
+
+def _check_room(plan: Plan, output: Path, source: Source) -> None:
+    """Refuse before compute what would fail for lack of room, or would write over the source."""
+    target = output.absolute()
+    if target == source.folder or source.folder in target.parents or target in source.folder.parents:
+        raise OutputError(f"The output {output} and the model {source.folder} lie within each other.")
+    if plan.disk_bytes > plan.disk_free:
+        raise ResourceError(
+            f"{output}: {plan.disk_bytes / 2**20:.0f} MiB of disk are needed and {plan.disk_free / 2**20:.0f} are free.",
+            hint="Free some, or choose an --output on another disk.",
+        )
+    if plan.memory_bytes > (free := available_memory()):
+        raise ResourceError(
+            f"About {plan.memory_bytes / 2**20:.0f} MiB of memory are needed and {free / 2**20:.0f} are available.",
+            hint="Use fewer or shorter calibration rows (--samples, --length), or --set run.batch_tokens=1024.",
+        )
+
+
+def _check_finite(model: StreamedModel, progress: Progress) -> None:
+    """Read every weight once and refuse NaN and infinity before any compute."""
+    infos = model.weights.infos
+    progress.start("check the weights", sum(info.numel for info in infos.values()))
+    for key, info in infos.items():
+        tensor = model.weights.get(key)
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(value) for value in torch.aminmax(tensor))
+            if not abs(low) + abs(high) < float("inf"):
+                bad = (~torch.isfinite(tensor)).flatten().nonzero()
+                raise InputError(
+                    f"{model.source.folder / info.file}: tensor {key!r} has {len(bad)} values that are NaN or infinite "
+                    f"(the first at index {int(bad[0])}).",
+                    hint="The file is damaged, or the model was saved broken: download it again.",
+                )
+        progress.advance(info.numel)
+    progress.finish()
+
+
+def _save_companions(work: Work, folder: Path) -> None:
+    """Config, tokenizer and generation files: written before compute, so that no run fails at its end for them."""
+    source = work.model.source
+    config = dict(source.config_dict)
+    if work.quantization_config is not None:
+        config["quantization_config"] = work.quantization_config
+    write_json(folder / "config.json", config)
+    for path in source.companions:
+        copy_file(path, folder / path.name)
+
+
+def _write_index(work: Work, folder: Path) -> None:
+    shards = {index: work.shards[index] for index in work.shards}
+    names = {block.index: work.meta_tensors(block) for block in work.model.anatomy.blocks} | {-1: work.meta_others()}
+    weight_map = {tensor: shards[i] for i, tensors in names.items() for tensor in tensors}
+    total = sum(t.numel() * t.itemsize for tensors in names.values() for t in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_report(folder: Path, report: Report, recipe: Recipe) -> None:
+    text = dump(recipe)
+    write_bytes(folder / "recipe.yaml", text.encode())
+    write_bytes(folder / "README.md", model_card(report, text).encode())
+    write_bytes(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
+
+
+def _smoke_recipe(recipe: Recipe, model: StreamedModel, source: Path, output: Path) -> Recipe:
+    """The same recipe on the truncated model: few short rows, no evaluation, expressions for other blocks left out."""
+    names = [m.name for m in model.anatomy.blocks[0].matrices]
+    data = json.loads(recipe.model_dump_json())
+    for stage in data["stages"]:
+        if stage["task"] == "quantize":
+            stage["layers"] = {p: v for p, v in stage["layers"].items() if any(re.fullmatch(p, n) for n in names)}
+            stage["ignore"] = [p for p in stage["ignore"] if any(re.fullmatch(p, n) for n in names)]
+    calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
+    if calibration["data"] == "auto" and recipe.model.id in (None, NAME):
+        calibration["data"] = "generator"
+    run = {**data["run"], "strict": False}
+    return recipe.model_validate(
+        {
+            **data,
+            "model": {"id": str(source)},
+            "calibration": calibration,
+            "evaluation": {**data["evaluation"], "data": [], "speed": False},
+            "run": run,
+            "output": str(output),
+        }
+    )
+
+
+def _stage_checks(report: Report) -> list[Check]:
+    return [check for stage in report.stages for check in stage.checks]

@@ -1,0 +1,107 @@
+"""What a method may ask to know about the inputs of a linear, gathered while calibration rows pass through a block.
+
+Each statistic sees batches of inputs `x` [tokens, in] in float32 and keeps a fixed number of bytes, whatever the
+number of rows. Linears fed by the same tensor share one instance.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TILE = 256  # columns of one tile of the Hessian: only the tiles on and above the diagonal are multiplied
+
+
+class Statistic(Protocol):
+    """Gathered over batches; `tokens` counts the rows seen."""
+
+    tokens: int
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+
+    def finish(self) -> None:
+        """Called once after the last batch."""
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+
+
+class Norm:
+    """Mean square of each input feature: `square` [in], float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.square = torch.zeros(width, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        self.tokens += x.shape[0]
+        self.square += x.square().sum(0)
+
+    def finish(self) -> None:
+        """Turn the sum into a mean."""
+        self.square /= max(self.tokens, 1)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 4 * width
+
+
+class Hessian:
+    """Mean of x x^T over the calibration tokens: `matrix` [in, in], float32, symmetric.
+
+    This is the Hessian of the layer's squared output error with respect to one row of its weight, up to the factor 2
+    that cancels everywhere it is used (Frantar et al. 2022, arXiv 2210.17323, section 3). Only the upper tiles are
+    accumulated; `finish` mirrors them.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.matrix = torch.zeros(width, width, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        self.tokens += x.shape[0]
+        width = x.shape[1]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            self.matrix[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def finish(self) -> None:
+        """Mirror the upper triangle and turn the sum into a mean."""
+        width = self.matrix.shape[0]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            self.matrix[stop:, start:stop] = self.matrix[start:stop, stop:].T
+        self.matrix /= max(self.tokens, 1)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 4 * width * width
+
+
+class NoStatistic:
+    """For methods that look at the weight alone."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Count the tokens."""
+        self.tokens += x.shape[0]
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """No memory."""
+        return 0

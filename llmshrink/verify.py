@@ -1,0 +1,150 @@
+"""Proof that a written folder is what the run says: hashes, every tensor decoded, blocks run, a foreign reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.workspace import MANIFEST
+from llmshrink.errors import InputError
+from llmshrink.evaluate.reader import ReadRequest, ReadResult, measure
+from llmshrink.io.files import sha256
+from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.progress import Progress
+from llmshrink.report.schema import Check, LayerReport
+
+PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 2, 48, 20_240
+LOGIT_TOLERANCE = 1e-4  # of a reader that computes in float32, for logits with a spread of one
+ERROR_TOLERANCE = 1e-5  # between a layer's error as it was compressed and as it was read back
+BF16_TOLERANCE = 0.05  # of a reader that computes in bfloat16, as a share of the logits' spread
+
+
+def probe_tokens(model: StreamedModel) -> Tensor:
+    """Rows of seeded random token ids that go through every run beside the calibration rows: int64 [2, length]."""
+    config = model.source.config.get_text_config(decoder=True)
+    length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    return torch.randint(0, config.vocab_size, (PROBE_ROWS, length), generator=generator)
+
+
+def streamed_logits(model: StreamedModel, tokens: Tensor) -> Tensor:
+    """Logits [rows, length, vocabulary] of a folder, block by block."""
+    hidden = Hidden(model, [tokens])
+    for block in model.anatomy.blocks:
+        model.load_block(block.index)
+        hidden.advance(block.index)
+        model.drop_block(block.index)
+    with torch.no_grad():
+        return model.logits(tokens, hidden.states[0])
+
+
+def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:
+    """Whether files on disk have the SHA-256 they were written with."""
+    wrong = [name for name, digest in expected.items() if not _has_hash(folder / name, digest)]
+    detail = f"{len(expected)} files re-read" if not wrong else f"changed or missing: {', '.join(sorted(wrong)[:3])}"
+    return Check(name="hashes", passed=not wrong, detail=detail)
+
+
+def _has_hash(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def check_layers(source: StreamedModel, written: StreamedModel, layers: list[LayerReport]) -> list[Check]:
+    """Decode every compressed matrix from the files and compare its error with the report; compare the rest for equality."""
+    by_name = {layer.name: layer for layer in layers}
+    worst, worst_name = 0.0, ""
+    for block in source.anatomy.blocks:
+        for matrix in block.matrices:
+            if (layer := by_name.get(matrix.name)) is None or layer.relative_error is None:
+                continue
+            original, decoded = source.weights.get(matrix.key).float(), written.weights.get(matrix.key).float()
+            error = float((original - decoded).norm() / original.norm().clamp(min=torch.finfo(torch.float32).tiny))
+            if (off := abs(error - layer.relative_error)) >= worst:
+                worst, worst_name = off, matrix.name
+    same = worst <= ERROR_TOLERANCE
+    decode = Check(
+        name="decode",
+        passed=same,
+        detail=f"{len(layers)} layers decoded from disk" if same else f"{worst_name}: not what was compressed",
+        value=worst,
+    )
+    left = [key for key in source.weights.infos if key.removesuffix(".weight") not in by_name]
+    changed = [k for k in left if k not in written.weights.infos or not _equal(source.weights.get(k), written.weights.get(k))]
+    detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
+    return [decode, Check(name="copied", passed=not changed, detail=detail)]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def check_blocks(written: StreamedModel, tokens: Tensor, engine: Tensor) -> Check:
+    """Run the written blocks on the probe rows and compare with the logits that the engine ended with."""
+    difference = float((streamed_logits(written, tokens) - engine).abs().max())
+    limit = LOGIT_TOLERANCE * max(1.0, float(engine.std()))
+    detail = f"max |difference| of logits {difference:.2e}, allowed {limit:.0e}"
+    return Check(name="blocks", passed=difference <= limit, detail=detail, value=difference)
+
+
+def check_reader(folder: Path, tokens: Tensor, expected: Tensor, *, exact: bool) -> tuple[Check, ReadResult]:
+    """Load the folder with plain transformers in another process and compare logits.
+
+    Args:
+        folder: what was written.
+        tokens: the probe rows.
+        expected: logits of our own reader.
+        exact: whether transformers computes this format in float32 when asked to; else in bfloat16.
+    """
+    result = measure([ReadRequest(folder=str(folder), tokens=tokens.tolist(), dtype="float32")])[0]
+    if result.found is None or result.logits is None:
+        return Check(name="reader", passed=False, detail=result.error or "no logits came back"), result
+    if not result.found.complete:
+        found = result.found
+        keys = [*found.missing, *found.unexpected, *found.mismatched]
+        detail = f"missing, unexpected or mismatched tensors: {', '.join(keys[:3])}"
+        return Check(name="reader", passed=False, detail=detail, value=float(len(keys))), result
+    difference = float((result.logits - expected).abs().max())
+    spread = float(expected.std())
+    limit = LOGIT_TOLERANCE * max(1.0, spread) if exact else BF16_TOLERANCE * max(1.0, spread)
+    kind = "float32" if exact else "bfloat16"
+    detail = f"transformers ({result.found.class_name}, {kind}): max |difference| {difference:.2e}, allowed {limit:.0e}"
+    return Check(name="reader", passed=difference <= limit, detail=detail, value=difference), result
+
+
+def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
+    """Everything that can be checked on a finished folder without its source.
+
+    Raises:
+        InputError: the folder is not an output of llmshrink.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise InputError(f"{folder} has no {MANIFEST}: it is not a finished output of llmshrink.")
+    try:
+        entries = json.loads(manifest.read_bytes())["files"]
+        expected = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{manifest} is damaged: {error}.") from error
+    if escaped := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise InputError(f"{manifest} names a file outside its folder: {escaped[0]!r}.")
+    progress.start("verify", 0)
+    checks = [check_hashes(folder, expected)]
+    if checks[0].passed:
+        written = StreamedModel(Source(str(folder), folder, None), torch.device("cpu"))
+        broken = [key for key in written.weights.infos if not _finite(written.weights.get(key))]
+        detail = f"{len(written.weights.infos)} tensors" if not broken else f"not finite: {', '.join(broken[:3])}"
+        checks.append(Check(name="decode", passed=not broken, detail=detail))
+        tokens = probe_tokens(written)
+        checks.append(check_reader(folder, tokens, streamed_logits(written, tokens), exact=written.weights.format.exact)[0])
+    progress.finish()
+    return checks
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all())

@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """transformers and datasets say nothing below an error, and draw no bars: this program speaks for them."""
+    """Transformers and datasets say nothing below an error, and draw no bars: this program speaks for them."""
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging
 
@@ -118,4 +118,6 @@ class StopSignal:
     def check(self) -> None:
         """Raise InterruptedRun if a signal came."""
         if self._caught is not None:
-            raise InterruptedRun(f"Stopped by {self._caught} between two blocks.", hint="The same command goes on there.")
+            raise InterruptedRun(
+                f"Stopped by {self._caught} between two blocks.", hint="The same command goes on there."
+            )

@@ -152,9 +152,13 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: 
     """
     matrices = [m for block in model.anatomy.blocks for m in block.matrices]
     if not matrices:
-        raise PlanError(f"{type(model.model).__name__}: no linear layers were found in its blocks; nothing to compress.")
+        raise PlanError(
+            f"{type(model.model).__name__}: no linear layers were found in its blocks; nothing to compress."
+        )
     if model.weights.compressed or model.weights.format.name != "dense":
-        raise PlanError(f"{model.source.id} is quantized already ({model.weights.format.name}); give the original model.")
+        raise PlanError(
+            f"{model.source.id} is quantized already ({model.weights.format.name}); give the original model."
+        )
     events: list[Event] = []
     default = _default_method(stage, matrices, events)
     specs = {m: stage.method_for(m.name, default) for m in matrices}
@@ -175,15 +179,21 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: 
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     work = Work(
-        model, _choose_format(stage, methods), methods, {m: _slot(m) for m in matrices}, left, None, 0, output, events=_merged(events)
+        model,
+        _choose_format(stage, methods),
+        methods,
+        {m: _slot(m) for m in matrices},
+        left,
+        None,
+        0,
+        output,
+        events=_merged(events),
     )
     _check_format(work)
     for block in model.anatomy.blocks:
         for key, why in block.left:
             work.events.append(Event("left_dense", f"left as it is: {why}", key))
-    work.quantization_config = work.format.config(
-        list(_layers(work)), sorted(_left_modules(work)), matrices[0].dtype
-    )
+    work.quantization_config = work.format.config(list(_layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)
     return work
@@ -191,7 +201,9 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: 
 
 def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> int:
     """Tokens in a row: as asked, but never more than the model has positions for."""
-    positions = getattr(model.source.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
+    positions = (
+        getattr(model.source.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
+    )
     if asked is not None and asked > positions:
         message = f"rows of {asked} tokens cut to the model's {positions} positions"
         if not any(event.kind == "length_cut" and event.message == message for event in events):
@@ -208,13 +220,17 @@ def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[E
     conv1d = any(m.transposed for m in matrices)
     if conv1d and stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}:
         events.append(
-            Event("default_method", "nf4 in place of gptq: no loader reads compressed-tensors into Conv1D layers (GPT-2)")
+            Event(
+                "default_method", "nf4 in place of gptq: no loader reads compressed-tensors into Conv1D layers (GPT-2)"
+            )
         )
         return MethodSpec.model_validate({"name": "nf4"})
     return MethodSpec.model_validate({"name": "gptq", **settings})
 
 
-def _fit(spec: MethodSpec, stage: QuantizeStage, matrix: Matrix, events: list[Event]) -> tuple[Method[Any] | None, str | None]:
+def _fit(
+    spec: MethodSpec, stage: QuantizeStage, matrix: Matrix, events: list[Event]
+) -> tuple[Method[Any] | None, str | None]:
     """The method with a group size that fits the matrix, or None and why it is left out."""
     cls = load_method(spec.name or "gptq")
     config = cls.Config(**spec.settings)
@@ -349,7 +365,9 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
             )
         blocks.append(BlockPlan(index=block.index, layers=layers))
     inside = {m.key for b in model.anatomy.blocks for m in b.matrices}
-    others = [TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside]
+    others = [
+        TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside
+    ]
     parameters = sum(info.numel for info in infos.values())
     hidden = recipe.calibration.samples * work.length * model.model.get_input_embeddings().weight.shape[1] * 4
     first = next(iter(work.methods.values()))

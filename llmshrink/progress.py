@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import MANIFEST
 from llmshrink.errors import InputError
-from llmshrink.evaluate.reader import ReadRequest, ReadResult, measure
+from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.io.files import sha256
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
@@ -22,7 +22,6 @@ from llmshrink.report.schema import Check, LayerReport
 PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 2, 48, 20_240
 LOGIT_TOLERANCE = 1e-4  # of a reader that computes in float32, for logits with a spread of one
 ERROR_TOLERANCE = 1e-5  # between a layer's error as it was compressed and as it was read back
-BF16_TOLERANCE = 0.05  # of a reader that computes in bfloat16, as a share of the logits' spread
 
 
 def probe_tokens(model: StreamedModel) -> Tensor:
@@ -56,7 +55,7 @@ def _has_hash(path: Path, digest: str) -> bool:
 
 
 def check_layers(source: StreamedModel, written: StreamedModel, layers: list[LayerReport]) -> list[Check]:
-    """Decode every compressed matrix from the files and compare its error with the report; compare the rest for equality."""
+    """Decode every compressed matrix and compare its error with the report; the rest must equal the source."""
     by_name = {layer.name: layer for layer in layers}
     worst, worst_name = 0.0, ""
     for block in source.anatomy.blocks:
@@ -75,7 +74,9 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
         value=worst,
     )
     left = [key for key in source.weights.infos if key.removesuffix(".weight") not in by_name]
-    changed = [k for k in left if k not in written.weights.infos or not _equal(source.weights.get(k), written.weights.get(k))]
+    changed = [
+        k for k in left if k not in written.weights.infos or not _equal(source.weights.get(k), written.weights.get(k))
+    ]
     detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
     return [decode, Check(name="copied", passed=not changed, detail=detail)]
 
@@ -92,29 +93,22 @@ def check_blocks(written: StreamedModel, tokens: Tensor, engine: Tensor) -> Chec
     return Check(name="blocks", passed=difference <= limit, detail=detail, value=difference)
 
 
-def check_reader(folder: Path, tokens: Tensor, expected: Tensor, *, exact: bool) -> tuple[Check, ReadResult]:
-    """Load the folder with plain transformers in another process and compare logits.
-
-    Args:
-        folder: what was written.
-        tokens: the probe rows.
-        expected: logits of our own reader.
-        exact: whether transformers computes this format in float32 when asked to; else in bfloat16.
-    """
+def check_reader(folder: Path, tokens: Tensor, expected: Tensor) -> Check:
+    """Load the folder with plain transformers in another process, computing in float32, and compare logits."""
     result = measure([ReadRequest(folder=str(folder), tokens=tokens.tolist(), dtype="float32")])[0]
     if result.found is None or result.logits is None:
-        return Check(name="reader", passed=False, detail=result.error or "no logits came back"), result
+        return Check(name="reader", passed=False, detail=result.error or "no logits came back")
     if not result.found.complete:
         found = result.found
         keys = [*found.missing, *found.unexpected, *found.mismatched]
         detail = f"missing, unexpected or mismatched tensors: {', '.join(keys[:3])}"
-        return Check(name="reader", passed=False, detail=detail, value=float(len(keys))), result
+        return Check(name="reader", passed=False, detail=detail, value=float(len(keys)))
     difference = float((result.logits - expected).abs().max())
-    spread = float(expected.std())
-    limit = LOGIT_TOLERANCE * max(1.0, spread) if exact else BF16_TOLERANCE * max(1.0, spread)
-    kind = "float32" if exact else "bfloat16"
-    detail = f"transformers ({result.found.class_name}, {kind}): max |difference| {difference:.2e}, allowed {limit:.0e}"
-    return Check(name="reader", passed=difference <= limit, detail=detail, value=difference), result
+    limit = LOGIT_TOLERANCE * max(1.0, float(expected.std()))
+    detail = (
+        f"transformers ({result.found.class_name}): max |difference| of logits {difference:.2e}, allowed {limit:.0e}"
+    )
+    return Check(name="reader", passed=difference <= limit, detail=detail, value=difference)
 
 
 def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
@@ -141,7 +135,7 @@ def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
         detail = f"{len(written.weights.infos)} tensors" if not broken else f"not finite: {', '.join(broken[:3])}"
         checks.append(Check(name="decode", passed=not broken, detail=detail))
         tokens = probe_tokens(written)
-        checks.append(check_reader(folder, tokens, streamed_logits(written, tokens), exact=written.weights.format.exact)[0])
+        checks.append(check_reader(folder, tokens, streamed_logits(written, tokens)))
     progress.finish()
     return checks
 

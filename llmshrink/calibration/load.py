@@ -1,4 +1,4 @@
-"""From a recipe's words (`auto`, `self`, a file, a dataset) to token rows, with what had to be chosen told as events."""
+"""From a recipe's words (`auto`, `self`, a file, a dataset) to token rows, and events that tell what had to be chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class TextLoader:
     def calibration(self, spec: CalibrationSpec, length: int) -> Rows:
         """Rows for the methods."""
         if spec.data != "auto":
-            return self._rows(spec.data, spec.split or "train", spec.column, spec.samples, length, spec.seed, spec.packed)
+            return self._rows(
+                spec.data, spec.split or "train", spec.column, spec.samples, length, spec.seed, spec.packed
+            )
         if self._embedded:
             return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
         if not _offline():

@@ -14,10 +14,16 @@ WIDTH = 120  # of tables in files and pipes, where no terminal says
 
 
 def show(table: RenderableType) -> None:
-    """A table on stdout."""
+    """A table on stdout; in a file or pipe without the blanks that fill its lines."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    console = Console(width=WIDTH)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def show_json(data: Any) -> None:

@@ -22,11 +22,13 @@ def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) ->
         subset: whether only one stretch of a block is calibrated at a time.
     """
     model = work.model
-    width = model.model.get_input_embeddings().weight.shape[1]
+    width: int = model.model.get_input_embeddings().weight.shape[1]
     tokens = rows * work.length if work.needs_data else 0
     # While one set of states is written to disk the next is computed.
     states = 2 * tokens * width * FLOAT
-    worst = max(_block(work, block, min(batch_tokens, tokens) or work.length, width, subset) for block in model.anatomy.blocks)
+    worst = max(
+        _block(work, block, min(batch_tokens, tokens) or work.length, width, subset) for block in model.anatomy.blocks
+    )
     return FIXED + states + worst
 
 
@@ -38,6 +40,9 @@ def _block(work: Work, block: Block, batch: int, hidden: int, subset: bool) -> i
     widest = max((m.shape[0] for m in block.matrices), default=hidden)
     forward = batch * (6 * hidden + 3 * widest) * FLOAT
     # The factorisation works in float64 on three copies; the search and the sweep on a few copies of a matrix.
-    factor = max((3 * 8 * g.width**2 for g, m in methods if m is not None and m.needs.bytes(g.width) > g.width * FLOAT), default=0)
+    factor = max(
+        (3 * 8 * g.width**2 for g, m in methods if m is not None and m.needs.bytes(g.width) > g.width * FLOAT),
+        default=0,
+    )
     sweep = max((6 * m.numel * FLOAT for m in block.matrices if m in work.methods), default=0)
     return weights + statistics + max(forward, factor, sweep)

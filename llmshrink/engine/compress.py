@@ -58,7 +58,7 @@ class Compressor:
         progress: Progress,
         stop: Callable[[], None],
     ) -> None:
-        """`hidden` holds `batches` batches of calibration rows, then the probe rows; `stop` may raise between blocks."""
+        """`hidden` holds `batches` batches of calibration rows, then the probe rows; `stop` may raise."""
         self._work, self._model, self._workspace = work, work.model, workspace
         self._hidden, self._batches = hidden, batches
         self._subset, self._progress, self._stop = subset, progress, stop
@@ -185,7 +185,7 @@ class Compressor:
     def _or_baseline(
         self, method: Method[Any], matrix: Matrix, statistic: Statistic
     ) -> tuple[Method[Any], Event | None]:
-        """An expert that saw fewer tokens than it has inputs has a singular Hessian: its weights speak for themselves."""
+        """An expert that saw fewer tokens than it has inputs has a singular Hessian: only its weights count."""
         starved = matrix.site.expert is not None and statistic.tokens < matrix.shape[1]
         if method.baseline is None or not starved:
             return method, None

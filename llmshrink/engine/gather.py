@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,12 @@ class _Enough(Exception):  # noqa: N818 - the last wanted input was seen: what f
 
 @torch.no_grad()
 def gather(
-    model: StreamedModel, block: Block, groups: list[Group], kinds: dict[Group, type[Statistic]], hidden: Hidden, batches: int
+    model: StreamedModel,
+    block: Block,
+    groups: list[Group],
+    kinds: dict[Group, type[Statistic]],
+    hidden: Hidden,
+    batches: int,
 ) -> dict[Group, Statistic]:
     """Run the first `batches` batches through the loaded block and gather one statistic for each group.
 
@@ -45,10 +52,8 @@ def gather(
     with watch(model.model.get_submodule(block.prefix), block.prefix, observe):
         for batch in range(batches):
             seen.clear()
-            try:
+            with suppress(_Enough):
                 hidden.run(block.index, batch)
-            except _Enough:
-                pass
     for statistic in statistics.values():
         statistic.finish()
     return statistics

@@ -44,6 +44,8 @@ def read(request: ReadRequest) -> ReadResult:
             output_loading_info=True,
         )
         model.eval()
+        if request.dtype == "float32":
+            compute_in_float32(model)
         seconds = time.perf_counter() - start
         at_load = loaded_bytes(model)
         model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
@@ -66,6 +68,18 @@ def read(request: ReadRequest) -> ReadResult:
         sample=sample,
     )
     return ReadResult(found=found, logits=logits)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                state.dtype = torch.float32
+                setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - a plain attribute of Linear4bit
+            elif parameter.is_floating_point():
+                parameter.data = parameter.data.float()
 
 
 def loaded_bytes(model: nn.Module) -> int:

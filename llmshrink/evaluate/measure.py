@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from llmshrink.calibration.rows import Rows
@@ -51,9 +53,7 @@ def measure_models(
     }
 
 
-def _read(
-    model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress
-) -> Found | None:
+def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress) -> Found | None:
     """Load the folder as its users do and time it; None, with an event, where it cannot be done here."""
     folder = model.source.folder
     needed = int(ROOM * sum(info.bytes for info in model.weights.infos.values()))
@@ -72,7 +72,7 @@ def _read(
 def _measure(label: str, model: StreamedModel, found: Found | None, scores: list[TextScore]) -> ModelMeasure:
     checkpoint = model.source.checkpoint
     parameters = sum(info.numel for info in model.weights.infos.values())
-    sample = {}
+    sample: dict[str, Any] = {}
     if found is not None:
         sample = {
             "loaded_bytes": found.loaded_bytes,
@@ -89,7 +89,7 @@ def _measure(label: str, model: StreamedModel, found: Found | None, scores: list
         tensor_bytes=checkpoint.bytes,
         bits_per_weight=8 * checkpoint.bytes / parameters,
         scores=scores,
-        **sample,  # type: ignore[arg-type]
+        **sample,
     )
 
 

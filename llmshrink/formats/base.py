@@ -39,7 +39,6 @@ class Format(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str | None]  # of `quantization_config`, by which loaders choose
-    exact: ClassVar[bool] = True  # whether transformers computes in float32 with it when asked to
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -75,7 +74,5 @@ class Format(ABC):
         """Names of all tensors that together store the matrix `key`."""
 
     @abstractmethod
-    def dense_info(
-        self, key: str, get: Callable[[str], Tensor]
-    ) -> tuple[tuple[int, ...], torch.dtype]:
+    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape [out, in] and dtype of a compressed matrix once it is decoded."""

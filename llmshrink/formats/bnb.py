@@ -33,7 +33,6 @@ class BitsAndBytes(Format):
 
     name: ClassVar[str] = "bnb"
     quant_method: ClassVar[str | None] = "bitsandbytes"
-    exact: ClassVar[bool] = False  # it multiplies in the compute dtype of its own config
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """4-bit codes into a level table, blocks over the flattened matrix, no fused experts."""
@@ -68,7 +67,11 @@ class BitsAndBytes(Format):
             nested = form.scale
             assert isinstance(nested.scale, Dense)
             assert nested.levels is not None
-            tensors |= {".absmax": nested.codes, ".nested_absmax": nested.scale.weight, ".nested_quant_map": nested.levels}
+            tensors |= {
+                ".absmax": nested.codes,
+                ".nested_absmax": nested.scale.weight,
+                ".nested_quant_map": nested.levels,
+            }
             offset = 0.0 if nested.offset is None or nested.offset.is_meta else float(nested.offset)
             state |= {"nested_blocksize": nested.block, "nested_dtype": "float32", "nested_offset": offset}
         else:

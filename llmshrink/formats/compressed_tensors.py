@@ -76,7 +76,7 @@ class CompressedTensors(Format):
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
         """Asymmetric codes are read only where all layers share one scheme."""
-        schemes = {_scheme(slot, layer) for slot, layer in layers}
+        schemes = {_scheme(slot, layer) for slot, layer in layers if self.check(slot, layer) is None}
         if len(schemes) > 1 and any(not s.symmetric for s in schemes):
             return "transformers reads asymmetric codes only where every layer has the same bits and groups"
         return None
@@ -159,24 +159,27 @@ def _scheme(slot: Slot, layer: Layer) -> Scheme:
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    return (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    return codes.to(torch.int16).add(2 ** (bits - 1)).to(torch.uint8)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
-    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return codes.to(torch.int16).sub(2 ** (bits - 1)).to(torch.int8)
 
 
 def _find_scheme(config: dict[str, Any], module: str) -> Scheme:
     """The scheme of a module: its own name first, a pattern next, then the class `Linear`."""
     groups = list(config.get("config_groups", {}).values())
-    for match in (
-        lambda target: target == module,
-        lambda target: target.startswith("re:") and re.match(target[3:], module) is not None,
-        lambda target: target == "Linear",
-    ):
-        for group in groups:
-            if any(match(target) for target in group["targets"]):
-                return Scheme.read(group["weights"])
+    ranked = []
+    for group in groups:
+        for target in group["targets"]:
+            if target == module:
+                ranked.append((0, group))
+            elif target.startswith("re:") and re.match(target[3:], module):
+                ranked.append((1, group))
+            elif target == "Linear":
+                ranked.append((2, group))
+    if ranked:
+        return Scheme.read(min(ranked, key=lambda pair: pair[0])[1]["weights"])
     raise InputError(f"quantization_config in config.json says nothing about {module}, whose weight is packed.")
 
 

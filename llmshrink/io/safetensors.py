@@ -231,5 +231,5 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
         file.write(header)
         for _, tensor in ordered:
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            file.write(memoryview(flat.numpy()))
+            file.write(memoryview(flat.numpy().data))
     return file.sha256

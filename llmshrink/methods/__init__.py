@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmshrink.methods.base import Method
@@ -17,7 +17,7 @@ def method_names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SUPPORT)
 
 
-def load_method(name: str) -> type[Method]:
+def load_method(name: str) -> type[Method[Any]]:
     """The class of one method; imports its file (and torch) only now.
 
     Raises:
@@ -25,5 +25,5 @@ def load_method(name: str) -> type[Method]:
     """
     if name not in method_names():
         raise KeyError(name)
-    found: type[Method] = import_module(f"llmshrink.methods.{name}").METHOD
+    found: type[Method[Any]] = import_module(f"llmshrink.methods.{name}").METHOD
     return found

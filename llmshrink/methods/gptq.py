@@ -3,11 +3,14 @@
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv 2210.17323. The objective is the squared error of the layer's outputs, tr((W - Q) H (W - Q)^T) with H the mean of
 x x^T. Columns are taken in order of falling diag(H) ("activation order"), while groups stay those of adjacent columns.
+
+The paper never returns to a code once it is chosen. Here `refine` does, by coordinate descent on the same objective:
+each group's scale and then each code in turn moves to its best value given all the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from llmshrink.forms import Event, Layer
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.grid import Grid, GridConfig, choose_grid, encode
+from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to, stored
 from llmshrink.statistics import Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
@@ -29,20 +32,22 @@ class GptqConfig(GridConfig):
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
     damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     block_size: int = Field(128, ge=1, description="columns between two updates of the whole matrix (speed only)")
+    refine: int = Field(1, ge=0, description="passes over all scales and codes after the paper's single one")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factors(Prepared):
-    """The factorised Hessian of a group of linears; `update` is None where only rounding to nearest is possible."""
+    """What the linears of a group share."""
 
-    matrix: Tensor | None = None  # float32 [in, in], as gathered
-    importance: Tensor | None = None  # float32 [in], the damped diagonal
-    order: Tensor | None = None  # int64 [in], the columns in the order they are rounded
-    update: Tensor | None = None  # float32 [in, in] in that order, unit upper triangular: row i spreads error i
+    H: Tensor  # float32 [in, in], as gathered
+    damp: float  # added to its diagonal
+    importance: Tensor  # float32 [in], 1 / diag(H^-1): the cost of an error once all other inputs have made up for it
+    order: Tensor  # int64 [in], the columns in the order they are rounded
+    spread: Tensor  # float32 [in, in] in that order, unit upper triangular: row i spreads the error of column i
 
 
 class Gptq(Method[GptqConfig]):
-    """GPTQ with activation order, static groups and searched scales."""
+    """GPTQ with activation order, static groups, searched scales and refinement."""
 
     task: ClassVar[Task] = "quantize"
     needs = Hessian
@@ -53,115 +58,149 @@ class Gptq(Method[GptqConfig]):
         """Why a matrix [out, in] of this shape cannot be compressed, or None."""
         return self.config.why_not(shape)
 
-    def prepare(self, statistic: Statistic) -> Factors:
-        """Order the columns and factorise the Hessian once for all linears fed by the same tensor."""
+    def prepare(self, statistic: Statistic) -> Prepared:
+        """Order the columns and factorise the Hessian once for all linears fed by the same tensor.
+
+        Returns:
+            Factors, or a plain Prepared with an event where only rounding to nearest is possible.
+        """
         assert isinstance(statistic, Hessian)
         H = statistic.matrix
-        if statistic.tokens == 0 or not H.isfinite().all():
-            why = "no calibration token reached it" if statistic.tokens == 0 else "its Hessian is not finite"
-            return Factors(events=(Event("rtn_fallback", f"rounded to nearest: {why}"),))
-        diagonal = H.diagonal()
+        if statistic.tokens == 0:
+            return Prepared((Event("rtn_fallback", "rounded to nearest: no calibration token reached it"),))
+        if not H.isfinite().all():
+            return Prepared((Event("rtn_fallback", "rounded to nearest: its Hessian is not finite"),))
+        diagonal, events = H.diagonal(), []
         dead = int((diagonal <= 0).sum())
-        events: tuple[Event, ...] = ()
         if dead:
-            message = f"{dead} of {H.shape[0]} inputs were always zero: their weights are rounded to nearest"
-            events = (Event("dead_columns", message, data={"columns": float(dead)}),)
-        order = diagonal.argsort(descending=True, stable=True) if self.config.act_order else torch.arange(H.shape[0])
-        mean = diagonal.sum() / max(H.shape[0] - dead, 1)
-        for factor in LADDER:
-            damp = float(self.config.damp * factor * mean) or 1.0
-            update = _factorise(H, order, damp)
-            if update is not None:
-                if factor > 1:
-                    message = f"damping raised to {self.config.damp * factor:g} of the mean diagonal"
-                    events += (Event("damping", message, data={"damp": self.config.damp * factor}),)
-                return Factors(events, H, diagonal + damp, order, update)
+            message = f"{dead} of {len(H)} inputs were always zero: their weights are rounded to nearest"
+            events.append(Event("dead_columns", message, data={"columns": float(dead)}))
+        order = (
+            diagonal.argsort(descending=True, stable=True)
+            if self.config.act_order
+            else torch.arange(len(H), device=H.device)
+        )
+        mean = float(diagonal.sum()) / max(len(H) - dead, 1) or 1.0
+        for share in (self.config.damp * factor for factor in LADDER):
+            factors = _factorise(H, order, share * mean)
+            if factors is None:
+                continue
+            if share > self.config.damp:
+                events.append(Event("damping", f"raised to {share:g} of the mean diagonal", data={"damp": share}))
+            return replace(factors, events=tuple(events))
         failed = Event("rtn_fallback", "rounded to nearest: the Hessian could not be factorised at any damping")
-        return Factors((*events, failed))
+        return Prepared((*events, failed))
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Quantize one matrix [out, in]; scales are stored in its dtype."""
-        assert isinstance(prepared, Factors)
-        matrix = weight.float()
-        grid = choose_grid(matrix, self.config, weight.dtype)
-        codes = encode(matrix, grid, self.config)
-        if prepared.update is not None:
-            grid, codes = self._better(matrix, grid, codes, weight.dtype, prepared)
-        return Layer(grid.form(codes, self.config))
+        W = weight.float()
+        plain = choose_grid(W, self.config, weight.dtype)
+        nearest = round_to(plain, W, self.config)
+        if not isinstance(prepared, Factors):
+            return Layer(plain.form(nearest, self.config))
+        grid = choose_grid(W, self.config, weight.dtype, prepared.importance)
+        steps = self._sweep(W, grid, prepared)
+        for _ in range(self.config.refine):
+            grid, steps = self._refine(W, grid, steps, prepared)
+        grid, steps = _per_row(W, (plain, nearest), (grid, steps), prepared.H)
+        return Layer(grid.form(steps, self.config))
 
-    def _better(
-        self, matrix: Tensor, grid: Grid, codes: Tensor, dtype: torch.dtype, factors: Factors
-    ) -> tuple[Grid, Tensor]:
-        """Each row by GPTQ, or as rounded to nearest where that is nearer in the objective."""
-        assert factors.matrix is not None
-        group = self.config.group(matrix.shape[1])
-        own = choose_grid(matrix, self.config, dtype, factors.importance)
-        own_codes = self._sweep(matrix, own, factors)
-        keep = _objective(matrix - _mean(codes, grid, group), factors.matrix) < _objective(
-            matrix - _mean(own_codes, own, group), factors.matrix
-        )
-        zero = None if own.zero is None or grid.zero is None else torch.where(keep[:, None], grid.zero, own.zero)
-        scale = torch.where(keep[:, None], grid.scale, own.scale)
-        return Grid(scale, zero), torch.where(keep[:, None], codes, own_codes)
-
-    def _sweep(self, matrix: Tensor, grid: Grid, factors: Factors) -> Tensor:
-        """Codes int8 [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
-        assert factors.update is not None and factors.order is not None
-        group = self.config.group(matrix.shape[1])
-        low, high = self.config.code_range
+    def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
+        """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
         order, size = factors.order, self.config.block_size
-        W = matrix.T[order].contiguous()
-        scale, zero = grid.columns(group)
-        S = scale.T[order].contiguous()
-        Z = torch.zeros(1, 1).expand(len(order), 1) if zero is None else zero.T[order].contiguous()
-        codes = torch.empty_like(W)
+        group = self.config.group(len(order))
+        tables = [table.float().T.contiguous().unbind() for table in (grid.scale, *grid.limits(self.config))]
+        groups = (order // group).tolist()
+        rest = W.T[order]
+        result = torch.empty_like(rest)
         for start in range(0, len(order), size):
             stop = min(start + size, len(order))
-            block, rows = W[start:stop], factors.update[start:stop, start:stop]
+            block, spread = rest[start:stop], factors.spread[start:stop, start:]
             errors = torch.empty_like(block)
-            for i in range(stop - start):
-                w, s, z = block[i], S[start + i], Z[start + i]
-                code = (w / s + z).round_().clamp_(low, high)
-                codes[start + i] = code
-                torch.sub(w, (code - z) * s, out=errors[i])
-                block[i + 1 :].addr_(rows[i, i + 1 :], errors[i], alpha=-1)
-            W[stop:].addmm_(factors.update[start:stop, stop:].T, errors, alpha=-1)
-        result = torch.empty_like(codes)
-        result[order] = codes
-        return result.T.contiguous().to(torch.int8)
+            columns = zip(block.unbind(), result[start:stop].unbind(), errors.unbind(), strict=True)
+            for i, (w, step, error) in enumerate(columns):
+                scale, lowest, highest = (table[groups[start + i]] for table in tables)
+                torch.div(w, scale, out=step).round_().clamp_(lowest, highest)
+                torch.addcmul(w, step, scale, value=-1, out=error)
+                block[i + 1 :].addr_(spread[i, i + 1 : stop - start], error, alpha=-1)
+            rest[stop:].addmm_(spread[:, stop - start :].T, errors, alpha=-1)
+        return torch.empty_like(result).index_copy_(0, order, result).T.contiguous()
+
+    def _refine(self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors) -> tuple[Grid, Tensor]:
+        """One pass of exact coordinate descent on the damped objective: no move can make it larger.
+
+        With e the error of a row and g = H e its gradient, the best move of a group's scale is -<c, g> / <c, H c> over
+        the group's steps c; the best move of a step is -g_j / (s H_jj), rounded.
+        """
+        size, group = self.config.block_size, self.config.group(W.shape[1])
+        lowest, highest = (table.T.contiguous() for table in grid.limits(self.config))
+        scales, kind = grid.scale.float().T.contiguous(), grid.scale.dtype
+        gradient = (grid.decode(steps) - W).T
+        gradient = (factors.H @ gradient).add_(gradient, alpha=factors.damp)
+        steps = steps.T.contiguous()
+        for number, scale in enumerate(scales.unbind()):
+            first, last = number * group, (number + 1) * group
+            H = factors.H[first:, first:last].clone()
+            H.diagonal().add_(factors.damp)
+            c, g = steps[first:last], gradient[first:last]
+            slope, curvature = (c * g).sum(0), (c * (H[:group] @ c)).sum(0)
+            change = stored(scale - slope / curvature, kind) - scale
+            change = torch.where(2 * change * slope + change.square() * curvature < 0, change, 0)
+            scale.add_(change)
+            gradient[first:].addmm_(H, c * change)
+            for start in range(0, group, size):
+                stop = min(start + size, group)
+                part = slice(start, stop)
+                moved = _move(c[part], g[part], H[part, part], scale, lowest[number], highest[number])
+                gradient[first + stop :].addmm_(H[stop:, part], moved)
+        return Grid(scales.T.to(kind).contiguous(), grid.zero), steps.T.contiguous()
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         return self.config.meta(shape, dtype)
 
 
-def _factorise(H: Tensor, order: Tensor, damp: float) -> Tensor | None:
-    """D^-1 U for the upper Cholesky factor U of (H + damp)^-1 in the given order, or None where H is too singular.
+def _move(steps: Tensor, gradient: Tensor, H: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Move each step [columns, out] to its best value in turn, in place; returns the change of the weights."""
+    moved = torch.empty_like(steps)
+    stiffness = H.diagonal()[:, None] * scale
+    columns = zip(steps.unbind(), gradient.unbind(), stiffness.unbind(), moved.unbind(), strict=True)
+    for i, (step, slope, stiff, change) in enumerate(columns):
+        torch.addcdiv(step, slope, stiff, value=-1, out=change).round_().clamp_(lowest, highest).sub_(step)
+        step.add_(change)
+        gradient[i + 1 :].addr_(H[i, i + 1 :], change.mul_(scale))
+    return moved
 
-    With the order reversed, H = R R^T for an upper R by an ordinary Cholesky, and then U = R^-1: no explicit inverse.
+
+def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
+    """The factors of H + damp, or None where that is too singular.
+
+    GPTQ needs the upper Cholesky factor U of (H + damp)^-1. With the columns reversed, H = R R^T for an upper R by an
+    ordinary Cholesky, and then U = R^-1: no inverse of H is formed.
     """
-    kind = torch.float64 if H.shape[0] <= DOUBLE_WIDTH else torch.float32
+    kind = torch.float64 if len(H) <= DOUBLE_WIDTH else torch.float32
     back = order.flip(0)
     reverse = H[back][:, back].to(kind)
     reverse.diagonal().add_(damp)
-    L, info = torch.linalg.cholesky_ex(reverse)
-    if info.item() or not L.isfinite().all():
+    L, failed = torch.linalg.cholesky_ex(reverse)
+    if failed.item():
         return None
-    R = L.flip(0, 1)
-    U = torch.linalg.solve_triangular(R, torch.eye(len(order), dtype=kind, device=H.device), upper=True)
-    U /= U.diagonal()[:, None].clone()
-    return U.float() if U.isfinite().all() else None
+    U = torch.linalg.solve_triangular(L.flip(0, 1), torch.eye(len(H), dtype=kind, device=H.device), upper=True)
+    importance = torch.empty_like(H[0]).index_copy_(0, order, (1 / U.square().sum(0)).float())
+    spread = (U / U.diagonal()[:, None]).float()
+    if not spread.isfinite().all():
+        return None
+    return Factors(H=H, damp=damp, importance=importance, order=order, spread=spread)
 
 
-def _mean(codes: Tensor, grid: Grid, group: int) -> Tensor:
-    """What int8 codes [out, in] mean: float32."""
-    scale, zero = grid.columns(group)
-    return (codes.float() if zero is None else codes.float() - zero) * scale
-
-
-def _objective(rest: Tensor, H: Tensor) -> Tensor:
-    """Mean squared output error [out] of each row of `rest` [out, in]."""
-    return ((rest @ H) * rest).sum(1)
+def _per_row(W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> tuple[Grid, Tensor]:
+    """Of two results for W, in each row the one with the smaller squared output error."""
+    rests = [W - grid.decode(steps) for grid, steps in (one, other)]
+    keep = ((rests[0] @ H) * rests[0]).sum(1, keepdim=True) < ((rests[1] @ H) * rests[1]).sum(1, keepdim=True)
+    zero = None
+    if one[0].zero is not None and other[0].zero is not None:
+        zero = torch.where(keep, one[0].zero, other[0].zero)
+    return Grid(torch.where(keep, one[0].scale, other[0].scale), zero), torch.where(keep, one[1], other[1])
 
 
 METHOD = Gptq

@@ -18,9 +18,15 @@ from torch import Tensor
 from llmshrink.forms import Dense, Layer, Quantized
 from llmshrink.methods.base import MethodConfig
 
-CHUNK = 1 << 16  # weights searched at a time: the temporaries stay in the processor's cache
-STEPS = 24  # scales tried per group before the closed-form steps
-REFITS = 3  # closed-form steps after the search
+CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the processor's cache
+STEPS = 8  # scales tried per group and sign
+REFITS = 2  # closed-form steps after the search
+TIGHTEST = {
+    2: 0.45,
+    3: 0.5,
+    4: 0.6,
+    8: 0.95,
+}  # by bits: the smallest scale tried, as a share of the one that covers all
 
 
 class GridConfig(MethodConfig):
@@ -67,28 +73,35 @@ class GridConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Grid:
-    """The tables of one matrix [out, in]."""
+    """The tables of one matrix [out, in]. Below, `steps` are codes less their zero point, as floats [out, in]."""
 
     scale: Tensor  # [out, in / group], in the dtype it is stored in; never zero, may be negative
     zero: Tensor | None  # int8 [out, in / group], in the range of the codes; None: symmetric
 
-    def columns(self, group: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of every weight: float32 [out, in]."""
-        zero = None if self.zero is None else self.zero.float().repeat_interleave(group, 1)
-        return self.scale.float().repeat_interleave(group, 1), zero
+    def limits(self, config: GridConfig) -> tuple[Tensor, Tensor]:
+        """Lowest and highest step of each group: float32 [out, in / group]."""
+        low, high = config.code_range
+        zero = self.scale.new_zeros(1, dtype=torch.float32) if self.zero is None else self.zero.float()
+        return (low - zero).expand(self.scale.shape), (high - zero).expand(self.scale.shape)
 
-    def form(self, codes: Tensor, config: GridConfig) -> Quantized:
-        """The stored form of int8 `codes` [out, in] under these tables."""
+    def decode(self, steps: Tensor) -> Tensor:
+        """The weights that `steps` mean: float32 [out, in]."""
+        return (steps.view(*self.scale.shape, -1) * self.scale.float()[..., None]).view(steps.shape)
+
+    def form(self, steps: Tensor, config: GridConfig) -> Quantized:
+        """The stored form of `steps` under these tables."""
+        codes = steps.to(torch.int8)
+        if self.zero is not None:
+            codes = (codes.view(*self.scale.shape, -1) + self.zero[..., None]).view(codes.shape)
         block = (1, config.group(codes.shape[1]))
         return Quantized(codes, Dense(self.scale), self.zero, None, block, config.bits)
 
 
-def encode(weight: Tensor, grid: Grid, config: GridConfig) -> Tensor:
-    """The nearest codes, int8 [out, in], of a float32 matrix under the given tables."""
-    out, width = weight.shape
-    grouped = weight.view(out, -1, config.group(width))
-    codes = _nearest(grouped, grid.scale.float()[..., None], _wide(grid.zero), config.code_range)
-    return codes.to(torch.int8).view(out, width)
+def round_to(grid: Grid, weight: Tensor, config: GridConfig) -> Tensor:
+    """The steps [out, in] nearest to a float32 matrix."""
+    grouped = weight.view(*grid.scale.shape, -1)
+    zero = None if grid.zero is None else grid.zero.float()
+    return _nearest(grouped, grid.scale.float(), zero, config).view(weight.shape)
 
 
 def choose_grid(weight: Tensor, config: GridConfig, dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
@@ -97,95 +110,91 @@ def choose_grid(weight: Tensor, config: GridConfig, dtype: torch.dtype, importan
     Args:
         weight: float32 [out, in].
         config: bits, groups, symmetry, and whether to search.
-        dtype: what the scales are stored in; they are rounded to it before any error is measured.
-        importance: float32 [in], non-negative weights of the squared errors of each input; None: all equal.
+        dtype: what the scales are stored in; they are rounded to it before the codes are chosen.
+        importance: float32 [in], positive weights of the squared errors of each input; None: all equal.
     """
     out, width = weight.shape
     group = config.group(width)
-    flat = weight.reshape(-1, group)
-    cost = torch.ones(1, group) if importance is None else importance.view(-1, group)
-    cost = cost.to(weight.device)
-    chunk = max(1, CHUNK // group)
-    parts = []
-    for start in range(0, flat.shape[0], chunk):
-        rows = torch.arange(start, min(start + chunk, flat.shape[0]), device=weight.device)
-        parts.append(_choose(flat[start : start + chunk], cost[rows % cost.shape[0]], config, dtype))
-    scale = torch.cat([s for s, _ in parts]).view(out, -1)
-    zeros = [z for _, z in parts if z is not None]
-    return Grid(scale.to(dtype), torch.cat(zeros).view(out, -1).to(torch.int8) if zeros else None)
+    cost = weight.new_ones(width) if importance is None else importance
+    parts = [
+        _choose(rows.reshape(len(rows), -1, group), cost.view(-1, group), config, dtype)
+        for rows in torch.split(weight, max(1, CHUNK // width))
+    ]
+    zeros = [zero for _, zero in parts if zero is not None]
+    return Grid(torch.cat([scale for scale, _ in parts]).to(dtype), torch.cat(zeros).to(torch.int8) if zeros else None)
 
 
 def _choose(w: Tensor, cost: Tensor, config: GridConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point [n] of each row of `w` [n, group] under the costs [n, group]."""
-    low, high = config.code_range
-    best, best_zero, least = None, None, None
-    for scale, zero in _candidates(w, config):
-        stored = _stored(scale, dtype)
-        error = _error(w, cost, stored, zero, config)
-        if least is None or best is None:
-            best, best_zero, least = stored, zero, error
-        else:
-            better = error < least
-            best, least = torch.where(better, stored, best), torch.where(better, error, least)
-            best_zero = None if zero is None or best_zero is None else torch.where(better, zero, best_zero)
-    assert best is not None and least is not None
-    for _ in range(REFITS if config.scales == "mse" else 0):
-        # For fixed codes c the best scale is <w, c> / <c, c> (weighted); new codes under it can only be nearer still.
-        codes = _nearest(w, best[:, None], _wide(best_zero), (low, high))
-        codes = codes if best_zero is None else codes - best_zero[:, None]
-        weighted = codes * cost
-        refit = _stored((weighted * w).sum(1) / (weighted * codes).sum(1), dtype)
-        error = _error(w, cost, refit, best_zero, config)
-        better = error < least
-        best, least = torch.where(better, refit, best), torch.where(better, error, least)
+    """Scale and zero point [rows, groups] of `w` [rows, groups, group] under the costs [groups, group].
+
+    For fixed steps c the best scale is s = <w, c> / <c, c> (weighted), and it takes <w, c>^2 / <c, c> off the error:
+    so every scale tried stands for its steps, and these are judged by the best scale that they could have.
+    """
+    tried = _candidates(w, config)
+    if config.scales == "minmax":
+        scale, zero = next(tried)
+        return stored(scale, dtype), zero
+    weighted = w * cost
+    most = w.new_full(w.shape[:2], -1)
+    best, best_zero = torch.ones_like(most), None if config.symmetric else torch.zeros_like(most)
+    for scale, zero in tried:
+        along, square = _moments(_nearest(w, scale, zero, config), weighted, cost)
+        gain = along.square() / square
+        better = gain > most
+        most, best = torch.where(better, gain, most), torch.where(better, along / square, best)
+        best_zero = zero if zero is None or best_zero is None else torch.where(better, zero, best_zero)
+    best = stored(best, dtype)
+    steps = _nearest(w, best, best_zero, config)
+    error = _error(w, steps, best, cost)
+    for _ in range(REFITS):
+        along, square = _moments(steps, weighted, cost)
+        scale = stored(along / square, dtype)
+        steps = _nearest(w, scale, best_zero, config)
+        again = _error(w, steps, scale, cost)
+        best, error = torch.where(again < error, scale, best), torch.minimum(again, error)
     return best, best_zero
 
 
 def _candidates(w: Tensor, config: GridConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Scales [n] and zero points [n] worth trying for each row of `w` [n, group]."""
+    """Scales and zero points [rows, groups] worth trying, the one that covers the range first."""
     low, high = config.code_range
-    least, most = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
-    if not config.symmetric:
-        shrink = [1.0] if config.scales == "minmax" else torch.linspace(1, 0.4, STEPS).tolist()
-        for factor in shrink:
-            scale = factor * (most - least) / (high - low)
-            middle = low - factor * least / torch.where(scale == 0, 1, scale)
-            for shift in (0,) if config.scales == "minmax" else (-1, 0, 1):
-                yield scale, (middle + shift).round().clamp(low, high)
-        return
-    reach = torch.maximum(most, -least)
-    if config.scales == "minmax":
+    least, most = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
+    tightest = TIGHTEST[config.bits]
+    if config.symmetric:
+        reach = torch.maximum(most, -least)
         yield reach / ((high - low) / 2), None
+        for factor in torch.linspace(tightest / -low, 1 / high, STEPS).tolist():
+            yield factor * reach, None
+            yield -factor * reach, None
         return
-    # From clipping well inside the range up to the scale at which neither end clips.
-    for factor in torch.linspace(0.4 if config.bits < 8 else 0.9, -low / high, STEPS).tolist():
-        yield factor * reach / -low, None
-        yield factor * reach / low, None
+    for factor in torch.linspace(1, tightest, STEPS).tolist():
+        scale = factor * (most - least) / (high - low)
+        middle = (low - factor * least / scale).nan_to_num_()
+        for shift in (0, -1, 1):
+            yield scale, (middle + shift).round_().clamp_(low, high)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as a reader finds them, in float32: rounded to `dtype`, one where a group is all zero."""
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as a reader finds them, in float32: rounded to `dtype`, and one where that is no usable number."""
     rounded = scale.to(dtype).float()
     usable = rounded.isfinite() & (rounded.abs() >= torch.finfo(dtype).tiny)
-    return torch.where(usable, rounded, torch.ones_like(rounded))
+    return torch.where(usable, rounded, 1.0)
 
 
-def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, code_range: tuple[int, int]) -> Tensor:
-    """Codes nearest to `w`, as floats; scale and zero broadcast."""
-    codes = w / scale
-    if zero is not None:
-        codes = codes.add_(zero)
-    return codes.round_().clamp_(*code_range)
+def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, config: GridConfig) -> Tensor:
+    """The steps nearest to `w` [rows, groups, group]."""
+    low, high = config.code_range
+    steps = w / scale[..., None]
+    if zero is None:
+        return steps.round_().clamp_(low, high)
+    return steps.round_().clamp_((low - zero)[..., None], (high - zero)[..., None])
 
 
-def _error(w: Tensor, cost: Tensor, scale: Tensor, zero: Tensor | None, config: GridConfig) -> Tensor:
-    """Weighted squared error [n] of the rows of `w` [n, group] rounded to nearest."""
-    codes = _nearest(w, scale[:, None], _wide(zero), config.code_range)
-    if zero is not None:
-        codes = codes.sub_(zero[:, None])
-    rest = torch.addcmul(w, codes, scale[:, None], value=-1)
-    return rest.square_().mul_(cost).sum(1)
+def _moments(steps: Tensor, weighted: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted <w, c> and <c, c> of each group."""
+    return torch.linalg.vecdot(steps, weighted), (steps.square() * cost).sum(2)
 
 
-def _wide(zero: Tensor | None) -> Tensor | None:
-    return None if zero is None else zero.float()[..., None]
+def _error(w: Tensor, steps: Tensor, scale: Tensor, cost: Tensor) -> Tensor:
+    """Weighted squared error of each group."""
+    return torch.addcmul(w, steps, scale[..., None], value=-1).square_().mul_(cost).sum(2)

@@ -23,6 +23,7 @@ NESTED_BLOCK = 256  # scales per second-level scale: fixed by bitsandbytes' read
 class BnbConfig(MethodConfig):
     """Settings of the 4-bit types of bitsandbytes."""
 
+    bits: Literal[4] = Field(4, description="bits per weight")
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
         64, description="weights of the flattened matrix that share a scale"
     )

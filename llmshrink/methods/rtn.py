@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmshrink.forms import Layer
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.grid import GridConfig, choose_grid, encode
+from llmshrink.methods.grid import GridConfig, choose_grid, round_to
 from llmshrink.statistics import NoStatistic
 
 
@@ -33,7 +33,7 @@ class Rtn(Method[RtnConfig]):
         """Quantize one matrix [out, in]; scales are stored in its dtype."""
         matrix = weight.float()
         grid = choose_grid(matrix, self.config, weight.dtype)
-        return Layer(grid.form(encode(matrix, grid, self.config), self.config))
+        return Layer(grid.form(round_to(grid, matrix, self.config), self.config))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""

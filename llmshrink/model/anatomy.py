@@ -111,12 +111,16 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = [(name, m) for name, m in lists if len(m) == count and (type(m[0]).__name__ in kinds or not kinds)]
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists) or "none"
-        raise PlanError(f"{type(model).__name__}: cannot tell which list holds the {count} decoder blocks; lists: {seen}.")
+        raise PlanError(
+            f"{type(model).__name__}: cannot tell which list holds the {count} decoder blocks; lists: {seen}."
+        )
     name, blocks = found[0]
     return f"{prefix}.{name}" if prefix else name, blocks
 
 
-def dissect(model: PreTrainedModel, meta: PreTrainedModel, weights: WeightMap, infos: Mapping[str, TensorInfo]) -> Anatomy:
+def dissect(
+    model: PreTrainedModel, meta: PreTrainedModel, weights: WeightMap, infos: Mapping[str, TensorInfo]
+) -> Anatomy:
     """Find blocks, matrices and groups.
 
     Args:
@@ -133,13 +137,16 @@ def dissect(model: PreTrainedModel, meta: PreTrainedModel, weights: WeightMap, i
     meta_blocks = block_list(meta)[1]
     record = _record_on_meta(model, list(blocks))
     orders: dict[Any, list[list[Site]]] = {}
-    found, inside = [], set()
+    found: list[Block] = []
+    inside: set[str] = set()
     for index in range(len(blocks)):
         name = f"{prefix}.{index}"
         parameters = tuple(p for p in weights.origins if p.startswith(name + "."))
         keys = tuple(k for p in parameters for k in weights.origins[p].keys)
         matrices, left = _matrices(model, parameters, weights, infos)
-        signature = tuple((p.removeprefix(name), tuple(model.get_parameter(p).shape)) for p in parameters if _is_parameter(model, p))
+        signature = tuple(
+            (p.removeprefix(name), tuple(model.get_parameter(p).shape)) for p in parameters if _is_parameter(model, p)
+        )
         if signature not in orders:
             orders[signature] = _input_groups(meta_blocks[index], name, index, record)
         groups = _group(matrices, orders[signature], name, prefix)
@@ -250,7 +257,7 @@ def _input_groups(block: nn.Module, name: str, index: int, record: Record) -> li
 
     def observe(site: Site, x: Tensor) -> None:
         alive.append(x)
-        key = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.shape[-1], x.numel())
+        key: tuple[Any, ...] = (x.untyped_storage()._cdata, x.storage_offset(), x._version, x.shape[-1], x.numel())
         if site.expert is not None:  # each expert has its own rows
             key = (*key, site.expert, site.leaf)
         if site not in (sites := seen.setdefault(key, [])):
@@ -270,7 +277,7 @@ def watch(block: nn.Module, name: str, observe: Callable[[Site, Tensor], None]) 
             site = Site(path)
             handles.append(module.register_forward_pre_hook(lambda _m, args, site=site: observe(site, args[0])))
         elif hasattr(module, "is_transposed"):
-            module.observer = lambda e, leaf, x, path=path: observe(Site(path, e, leaf), x)  # type: ignore[assignment]
+            module.observer = lambda e, leaf, x, path=path: observe(Site(path, e, leaf), x)
             experts.append(module)
     try:
         yield

@@ -29,7 +29,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -67,7 +67,7 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
         x = hidden[token]
         if observer:
             observer(expert, "gate_up_proj", x)
-        x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))  # type: ignore[operator,index,arg-type]
+        x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))  # type: ignore[operator,index]
         if observer:
             observer(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]

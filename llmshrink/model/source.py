@@ -43,7 +43,9 @@ class Source:
                 self.folder, trust_remote_code=False, local_files_only=True
             )
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}") from error
+            raise InputError(
+                f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}"
+            ) from error
         return config
 
     @cached_property
@@ -67,7 +69,7 @@ class Source:
 
     @cached_property
     def companions(self) -> list[Path]:
-        """Files that belong to the model and go into the output byte for byte: tokenizer, generation config, licence."""
+        """Files that go into the output byte for byte: tokenizer, generation config, licence."""
         skip = {"config.json", "README.md", "report.json", "recipe.yaml", "llmshrink-manifest.json", INDEX}
         return sorted(
             path
@@ -175,5 +177,3 @@ def _has_key(value: Any, key: str) -> bool:
     if isinstance(value, Mapping):
         return key in value or any(_has_key(v, key) for v in value.values())
     return isinstance(value, list) and any(_has_key(v, key) for v in value)
-
-

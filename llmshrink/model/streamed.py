@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -124,16 +124,16 @@ class StreamedModel:
             raise InputError(f"{self.source.folder}: no tensor on disk for {', '.join(left[:3])}.")
 
 
-def _lookup(module: nn.Embedding):  # type: ignore[no-untyped-def]
+def _lookup(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
     def forward(ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, module.weight, module.padding_idx).float()
 
     return forward
 
 
-def _project(module: nn.Linear):  # type: ignore[no-untyped-def]
+def _project(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        parts = [nn.functional.linear(x, rows.float()) for rows in module.weight.split(HEAD_ROWS)]
+        parts = [nn.functional.linear(x, rows.float()) for rows in torch.split(module.weight, HEAD_ROWS)]
         out = torch.cat(parts, dim=-1)
         return out if module.bias is None else out + module.bias
 

@@ -12,6 +12,7 @@ def test_list(capsys):
     assert main(["recipes", "ls"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in load.built_in())
+    assert all(line == line.rstrip() for line in out.splitlines())
     assert main(["recipes", "ls", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["nf4"]["task"] == "quantize"

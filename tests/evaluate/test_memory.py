@@ -69,12 +69,12 @@ def test_freed_tensors_go_back_to_the_system() -> None:
     fix_malloc()
     before = anonymous_bytes()
     blocks = [torch.ones(250_000) for _ in range(100)]  # 1 MB each, below the threshold: they live in the heap
-    last = torch.ones(1000)  # keeps the top of the heap in use
     assert anonymous_bytes() - before > 90 * MB
+    kept = blocks[9::10]  # between the freed ones, so that they are not simply at the top
     del blocks
     trim()
-    assert anonymous_bytes() - before < 20 * MB
-    assert last.sum() == 1000
+    assert anonymous_bytes() - before < 30 * MB
+    assert len(kept) == 10
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,45 @@
+# Everything from a clone with Python 3.11+ and git. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check fmt bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## install, quantize the embedded model to 4 bits, show what it cost
+	$(BIN)/llmshrink quantize --bits 4 --overwrite
+
+test: $(STAMP) ## the default tests: offline, under ten minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## tests that take minutes (memory of a deep model, random kills, a built wheel)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP) ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(STAMP) ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(STAMP) ## format the code and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benches of bench/results.md that need nothing but this project
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.startup
+
+clean: ## remove what these targets made
+	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

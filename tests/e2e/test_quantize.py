@@ -1,0 +1,231 @@
+"""From recipe to folder, read back by transformers: every family, every method, every format its loader reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import decoded_model, logits, recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmshrink import run
+from llmshrink.errors import GateError, PlanError
+from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.progress import Silent
+
+ROUNDING = 1e-5  # of logits, as a share of their spread: sums in another order
+CASES: list[tuple[str, dict[str, Any], str, torch.dtype]] = [
+    ("llama", {"name": "gptq", "bits": 4, "group_size": 32}, "compressed-tensors", torch.bfloat16),
+    ("llama", {"name": "gptq", "bits": 3, "group_size": 64}, "compressed-tensors", torch.float32),
+    ("llama", {"name": "rtn", "bits": 4, "group_size": 32, "symmetric": False}, "compressed-tensors", torch.float32),
+    ("llama", {"name": "gptq", "bits": 2, "group_size": 32}, "dense", torch.bfloat16),
+    ("llama", {"name": "nf4"}, "bnb", torch.float32),
+    ("llama", {"name": "nf4", "double_quant": True}, "bnb", torch.bfloat16),
+    ("llama-tied", {"name": "rtn", "bits": 8, "group_size": -1}, "compressed-tensors", torch.float32),
+    ("llama-tied", {"name": "fp4"}, "bnb", torch.float32),
+    ("gpt2", {"name": "nf4"}, "bnb", torch.float32),
+    ("gpt2", {"name": "gptq", "bits": 4, "group_size": 32}, "dense", torch.float32),
+    ("qwen3-moe", {"name": "gptq", "bits": 4, "group_size": 32}, "compressed-tensors", torch.float32),
+    ("qwen3-moe", {"name": "rtn", "bits": 3, "group_size": 32}, "dense", torch.float32),
+]
+IDS = [f"{family}-{m['name']}{m.get('bits', '')}-{fmt}-{str(dtype)[6:]}" for family, m, fmt, dtype in CASES]
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    compute_in_float32(model)
+    return model.eval(), info
+
+
+@pytest.mark.parametrize(("family", "method", "fmt", "dtype"), CASES, ids=IDS)
+def test_transformers_reads_what_was_meant(
+    models_folder: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    family: str,
+    method: dict[str, Any],
+    fmt: str,
+    dtype: torch.dtype,
+) -> None:
+    source, out = models_folder(family, dtype), tmp_path / "out"
+    report = run.execute(recipe(source, out, text_file, method, stage={"format": {"name": fmt}}), progress=Silent())
+    stage = report.stages[0]
+    assert {c.name for c in stage.checks} == {"sizes", "hashes", "decode", "copied", "blocks", "reader"}
+    assert stage.planned_bytes_after == stage.bytes_after == sum(map(_tensor_bytes, out.glob("*.safetensors")))
+    if fmt != "dense":
+        assert stage.bytes_after < stage.bytes_before
+    model, info = load(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours, theirs = logits(decoded_model(out, source)), logits(model)
+    assert ours.std() > 0.5, "without a spread any comparison passes"
+    assert (ours - theirs).abs().max() <= ROUNDING * ours.std()
+    # The negative control: one changed code must show.
+    _flip_a_code(out, fmt)
+    assert (ours - logits(load(out)[0])).abs().max() > 10 * ROUNDING * ours.std()
+
+
+def _tensor_bytes(path: Path) -> int:
+    return sum(t.numel() * t.itemsize for t in load_file(path).values())
+
+
+def _flip_a_code(folder: Path, fmt: str) -> None:
+    path = folder / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    name = next(
+        n
+        for n in sorted(tensors)
+        if n.endswith("weight_packed")
+        or (fmt == "bnb" and tensors[n].dtype == torch.uint8 and n.endswith("weight"))
+        or (fmt == "dense" and tensors[n].ndim == 2)
+    )
+    flat = tensors[name].view(-1)
+    if fmt == "dense":
+        flat[5] += 1.0
+    else:
+        flat[0] ^= 0b110
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
+def test_the_default_recipe_suits_the_family(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str
+) -> None:
+    plan = run.make_plan(recipe(models_folder(family), tmp_path / "out", text_file), Silent())
+    expected = ("nf4", "bnb") if family == "gpt2" else ("gptq", "compressed-tensors")
+    assert (plan.method, plan.format) == expected
+    assert any(e.kind == "default_method" for e in plan.events) == (family == "gpt2")
+    assert plan.parameters_compressed > 0.5 * plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "words"),
+    [
+        ("gpt2", {"method": {"name": "gptq", "bits": 4}}, "Conv1D"),
+        ("qwen3-moe", {"method": {"name": "nf4"}}, "experts"),
+        ("qwen3-moe", {"method": {"name": "rtn", "symmetric": False}}, "asymmetric"),
+        ("llama", {"method": {"name": "nf4"}, "format": {"name": "compressed-tensors"}}, "level tables"),
+        ("llama", {"method": {"name": "gptq", "group_size": 48}}, "does not divide"),
+        ("llama", {"layers": {"nothing.*": {"bits": 8}}}, "matches no layer"),
+        ("llama", {"ignore": [".*"]}, "leaves out every layer"),
+    ],
+)
+def test_what_no_loader_reads_is_refused_before_compute(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str, stage: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PlanError, match=words) as caught:
+        run.execute(recipe(models_folder(family), tmp_path / "out", text_file, stage=stage), progress=Silent())
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_may_differ_and_be_left_out(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    stage = {
+        "layers": {".*down_proj": {"bits": 8}, ".*k_proj": None},
+        "ignore": [r"model\.layers\.1\.self_attn\.o_proj"],
+    }
+    source, out = models_folder("llama"), tmp_path / "out"
+    method = {"name": "rtn", "bits": 4, "group_size": 32}
+    report = run.execute(recipe(source, out, text_file, method, stage=stage), progress=Silent())
+    bits = {layer.name.removeprefix("model.layers."): layer.bits for layer in report.stages[0].layers}
+    assert bits["0.mlp.down_proj"] == 8 and bits["0.mlp.up_proj"] == 4
+    assert "0.self_attn.k_proj" not in bits and "1.self_attn.o_proj" not in bits and "0.self_attn.o_proj" in bits
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.self_attn.o_proj" in config["ignore"] and "lm_head" in config["ignore"]
+    theirs, ours = logits(load(out)[0]), logits(decoded_model(out, source))
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.std()
+
+
+def test_a_group_size_nobody_typed_gives_way(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    report = run.execute(
+        recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, {"bits": 4}), progress=Silent()
+    )
+    sizes = {layer.name: layer.group_size for layer in report.stages[0].layers}
+    assert sizes["model.layers.0.self_attn.q_proj"] is None or sizes["model.layers.0.self_attn.q_proj"] == 64
+    assert sizes["model.layers.1.mlp.down_proj"] == 32  # width 96
+    assert any(e.kind == "group_size" for e in report.events)
+
+
+def test_starved_experts_fall_back_and_say_so(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    few = {"samples": 1, "length": 24}
+    method = {"name": "gptq", "bits": 4, "group_size": 32}
+    report = run.execute(
+        recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, method, calibration=few), progress=Silent()
+    )
+    starved = {e.layer for e in report.events if e.kind == "expert_fallback"}
+    assert len(starved) == 4 * 3  # 24 tokens, two experts each: none of the four sees 64
+    by_name = {layer.name: layer for layer in report.stages[0].layers}
+    assert all(by_name[name].method == "rtn" and by_name[name].fallback for name in starved if name)
+    assert by_name["model.layers.0.self_attn.q_proj"].method == "gptq"
+
+
+def test_tokenizer_and_generation_files_are_byte_equal(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    source, out = models_folder("llama"), tmp_path / "out"
+    run.execute(recipe(source, out, text_file, {"name": "rtn"}), progress=Silent())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert {p.name for p in out.iterdir()} >= {"README.md", "recipe.yaml", "report.json", "llmshrink-manifest.json"}
+    assert not [p for p in tmp_path.iterdir() if p.name != "out"]
+
+
+def test_verify_accepts_the_output_and_sees_a_changed_byte(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run.execute(recipe(models_folder("llama"), out, text_file, {"name": "rtn"}), progress=Silent())
+    assert all(check.passed for check in run.verify(out, progress=Silent()))
+    path = out / "model-00002-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    assert not all(check.passed for check in run.verify(out, progress=Silent()))
+
+
+def test_smoke_compresses_one_block_of_each_family(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    for family in ("llama", "gpt2", "qwen3-moe"):
+        checks = run.smoke(recipe(models_folder(family), tmp_path / family, text_file), progress=Silent())
+        assert {"blocks", "reader"} <= {c.name for c in checks} and all(c.passed for c in checks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_before_and_after(
+    models_folder: Callable[..., Path], text_file: Path, other_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluation = {"data": [str(other_text), str(text_file)], "rows": 6, "length": 32, "speed": True}
+    method = {"name": "gptq", "bits": 3, "group_size": 64}
+    report = run.execute(
+        recipe(models_folder("llama"), out, text_file, method, evaluation=evaluation), progress=Silent()
+    )
+    assert report.before is not None and report.after is not None
+    assert [s.kl for s in report.before.scores] == [None, None]
+    assert all(s.kl is not None and s.kl > 0 and 0 < (s.top1 or 0) < 1 for s in report.after.scores)
+    assert report.after.tensor_bytes < report.before.tensor_bytes  # type: ignore[operator]
+    assert (report.after.decode_tokens_per_second or 0) > 0 and report.after.sample is not None
+    assert [e.kind for e in report.events] == ["shared_corpus"]
+    assert json.loads((out / "report.json").read_text())["after"]["scores"][0]["tokens"] == 6 * 31
+
+
+def test_strict_fails_on_events_and_keeps_the_result(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match="groups of 32"):
+        run.execute(
+            recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, {"bits": 4}, run={"strict": True}),
+            progress=Silent(),
+        )
+    assert (tmp_path / "out" / "report.json").exists()

@@ -1,0 +1,92 @@
+"""unpack(pack(form)) is the form, bit for bit; sizes on `meta` are the sizes of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmshrink.formats import format_names, format_of, load_format
+from llmshrink.formats.base import Slot
+from llmshrink.forms import Layer, Quantized, decode
+from llmshrink.methods import load_method
+
+SHAPE = (24, 64)
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("compressed-tensors", method, {"bits": bits, "group_size": group, "symmetric": symmetric})
+    for method in ("rtn",)
+    for bits in (2, 3, 4, 8)
+    for group in (-1, 32, 64)
+    for symmetric in (True, False)
+] + [("bnb", kind, {"block_size": 64, "double_quant": double}) for kind in ("nf4", "fp4") for double in (False, True)]
+
+
+def slot(transposed: bool = False, dtype: torch.dtype = torch.bfloat16) -> Slot:
+    return Slot("a.b.weight", "a.b", SHAPE, dtype, transposed, expert=False)
+
+
+def compress(method: str, settings: dict[str, Any], dtype: torch.dtype) -> tuple[Layer, Layer]:
+    made = load_method(method)
+    instance = made(made.Config(**settings))
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)).to(dtype)
+    prepared = instance.prepare(instance.needs(SHAPE[1], torch.device("cpu")))
+    return instance.compress(weight, prepared), instance.form(SHAPE, dtype)
+
+
+@pytest.mark.parametrize(("name", "method", "settings"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_round_trip(name: str, method: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    layer, empty = compress(method, settings, dtype)
+    fmt, place = load_format(name), slot(dtype=dtype)
+    packed, planned = fmt.pack(place, layer), fmt.pack(place, empty)
+    config = fmt.config([(place, empty)], [], dtype)
+    assert fmt.check(place, empty) is None
+    back = fmt.unpack(place, packed.__getitem__, config)
+    assert isinstance(back, Quantized)
+    assert torch.equal(decode(back), decode(layer.weight))
+    assert {n: (t.shape, t.dtype) for n, t in packed.items()} == {n: (t.shape, t.dtype) for n, t in planned.items()}
+    assert fmt.dense_names(packed) == {"a.b.weight": fmt.dense_names(packed)["a.b.weight"]}
+    assert sorted(fmt.companions("a.b.weight", packed)) == sorted(packed)
+    assert fmt.dense_info("a.b.weight", packed.__getitem__) == (SHAPE, dtype)
+
+
+@pytest.mark.parametrize(("name", "method", "settings"), CASES[::5])
+def test_one_flipped_code_is_seen(name: str, method: str, settings: dict[str, Any]) -> None:
+    layer, empty = compress(method, settings, torch.bfloat16)
+    fmt = load_format(name)
+    packed = fmt.pack(slot(), layer)
+    key = next(iter(fmt.dense_names(packed).values())) if name == "compressed-tensors" else "a.b.weight"
+    packed[key] = packed[key].clone()
+    packed[key].view(-1)[0] ^= 1
+    back = fmt.unpack(slot(), packed.__getitem__, fmt.config([(slot(), empty)], [], torch.bfloat16))
+    assert not torch.equal(decode(back), decode(layer.weight))
+
+
+def test_dense_keeps_the_order_of_the_disk() -> None:
+    layer, _ = compress("rtn", {"bits": 4, "group_size": 32}, torch.float32)
+    fmt = load_format("dense")
+    packed = fmt.pack(slot(transposed=True, dtype=torch.float32), layer)
+    assert packed["a.b.weight"].shape == SHAPE[::-1]
+    back = fmt.unpack(slot(transposed=True, dtype=torch.float32), packed.__getitem__, None)
+    assert torch.equal(decode(back), decode(layer.weight))
+
+
+def test_formats_refuse_what_loaders_get_wrong() -> None:
+    integers, _ = compress("rtn", {"bits": 4, "group_size": 32, "symmetric": False}, torch.bfloat16)
+    levels, _ = compress("nf4", {}, torch.bfloat16)
+    packed, bnb = load_format("compressed-tensors"), load_format("bnb")
+    expert = Slot("a.weight", "a", SHAPE, torch.bfloat16, transposed=False, expert=True)
+    assert "Conv1D" in (packed.check(slot(transposed=True), integers) or "")
+    assert "asymmetric" in (packed.check(expert, integers) or "")
+    assert "level tables" in (packed.check(slot(), levels) or "")
+    assert "experts" in (bnb.check(expert, levels) or "")
+    assert "table of levels" in (bnb.check(slot(), integers) or "")
+
+
+def test_a_config_leads_back_to_its_format() -> None:
+    for name in format_names():
+        fmt = load_format(name)
+        config = {} if fmt.quant_method is None else {"quantization_config": {"quant_method": fmt.quant_method}}
+        assert format_of(config) is fmt
+    assert format_of({"quantization_config": {"quant_method": "mystery"}}) is None

@@ -1,0 +1,90 @@
+"""What every method must keep to; new files in methods/ are found by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmshrink.forms import decode
+from llmshrink.methods import load_method, method_names
+from llmshrink.methods.base import Method
+from llmshrink.statistics import Statistic
+
+SHAPE = (24, 64)
+
+
+def make(name: str) -> Method[Any]:
+    method = load_method(name)
+    given = {"group_size": 32} if "group_size" in method.Config.model_fields else {}
+    return method(method.Config(**given))
+
+
+def gathered(method: Method[Any], width: int = SHAPE[1], dead: int = 0) -> Statistic:
+    statistic = method.needs(width, torch.device("cpu"))
+    x = torch.randn(200, width, generator=torch.Generator().manual_seed(2))
+    x[:, :dead] = 0
+    statistic.update(x)
+    statistic.finish()
+    return statistic
+
+
+def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a form, with their place in it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name), f"{name}.{field.name}")
+
+
+@pytest.fixture(params=method_names())
+def method(request: pytest.FixtureRequest) -> Method[Any]:
+    return make(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_form_promised_is_the_form_made(method: Method[Any], dtype: torch.dtype) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)).to(dtype)
+    made = method.compress(weight, method.prepare(gathered(method)))
+    promised = method.form(SHAPE, dtype)
+    assert [(n, t.shape, t.dtype) for n, t in tensors(made.weight)] == [
+        (n, t.shape, t.dtype) for n, t in tensors(promised.weight)
+    ]
+    assert all(t.is_meta for _, t in tensors(promised.weight))
+    assert all(t.is_contiguous() for _, t in tensors(made.weight))
+    rest = (decode(made.weight) - weight.float()).norm() / weight.float().norm()
+    assert rest < 0.2
+
+
+def test_the_same_twice_and_nothing_changed(method: Method[Any]) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    statistic = gathered(method)
+    before = [weight.clone(), *(v.clone() for v in vars(statistic).values() if isinstance(v, Tensor))]
+    prepared = method.prepare(statistic)
+    first, second = (method.compress(weight, prepared) for _ in range(2))
+    for (_, one), (_, other) in zip(tensors(first.weight), tensors(second.weight), strict=True):
+        assert torch.equal(one, other)
+    after = [weight, *(v for v in vars(statistic).values() if isinstance(v, Tensor))]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_inputs_that_are_always_zero_keep_their_weights(method: Method[Any]) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    values = decode(method.compress(weight, method.prepare(gathered(method, dead=8))).weight)
+    assert values.isfinite().all()
+    assert (values[:, :8] - weight[:, :8]).norm() < 0.2 * weight[:, :8].norm()
+
+
+def test_every_setting_is_described(method: Method[Any]) -> None:
+    assert all(field.description for field in method.Config.model_fields.values())
+
+
+def test_odd_shapes_are_refused_before_any_work(method: Method[Any]) -> None:
+    if "group_size" in method.Config.model_fields:
+        assert "does not divide" in str(method.check((24, 50)))
+    assert method.check(SHAPE) is None

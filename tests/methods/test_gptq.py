@@ -1,0 +1,183 @@
+# ruff: noqa: N803, N806 - H is the papers' symbol
+"""GPTQ against brute force, and what it does when the Hessian is not what it should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import coordinate_descent, optimal_brain_quantizer
+from torch import Tensor
+
+from llmshrink.forms import Quantized, decode
+from llmshrink.methods import gptq
+from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
+from llmshrink.methods.grid import Grid, choose_grid, round_to
+from llmshrink.methods.rtn import Rtn, RtnConfig
+from llmshrink.statistics import Hessian
+
+WIDTH, OUT = 48, 20
+
+
+def hessian(width: int = WIDTH, tokens: int = 400, seed: int = 0, dead: tuple[int, ...] = ()) -> Hessian:
+    """Correlated inputs whose features differ in size."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=random) @ torch.randn(width, width, generator=random)
+    x *= torch.linspace(0.2, 2, width)[torch.randperm(width, generator=random)]
+    x[:, list(dead)] = 0
+    statistic = Hessian(width, torch.device("cpu"))
+    statistic.update(x)
+    statistic.finish()
+    return statistic
+
+
+def matrix(out: int = OUT, width: int = WIDTH, seed: int = 1) -> Tensor:
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def objective(weight: Tensor, form: Quantized, H: Tensor) -> Tensor:
+    rest = weight.double() - decode(form).double()
+    return ((rest @ H.double()) * rest).sum(1)
+
+
+def prepared(method: Gptq, statistic: Hessian) -> Factors:
+    factors = method.prepare(statistic)
+    assert isinstance(factors, Factors)
+    return factors
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_equal_those_of_brute_force(bits: int, act_order: bool, symmetric: bool) -> None:
+    config = GptqConfig(bits=bits, group_size=16, act_order=act_order, symmetric=symmetric, block_size=7)
+    method, statistic, weight = Gptq(config), hessian(), matrix()
+    factors = prepared(method, statistic)
+    grid = choose_grid(weight, config, torch.float32, factors.importance)
+    found = grid.form(method._sweep(weight, grid, factors), config).codes
+
+    H = statistic.matrix.double()
+    H.diagonal().add_(config.damp * H.diagonal().mean())
+    order = H.diagonal().argsort(descending=True).tolist() if act_order else list(range(WIDTH))
+    zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
+    scales, zeros = (t.repeat_interleave(16, 1) for t in (grid.scale, zero))
+    assert torch.equal(found.double(), optimal_brain_quantizer(weight, H, order, scales, zeros, config.code_range))
+
+
+@pytest.mark.parametrize(("group", "block"), [(16, 128), (16, 5), (48, 7), (-1, 16), (8, 12)])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_refinement_equals_brute_force(bits: int, group: int, block: int) -> None:
+    config = GptqConfig(bits=bits, group_size=group, block_size=block)
+    method, statistic, weight = Gptq(config), hessian(), matrix(6)
+    factors = prepared(method, statistic)
+    start = choose_grid(weight, config, torch.float32)
+    steps = round_to(start, weight, config)
+    grid, moved = method._refine(weight, start, steps, factors)
+
+    H = statistic.matrix + factors.damp * torch.eye(WIDTH)
+    scale, codes = coordinate_descent(weight, H, start.scale, steps, config.group(WIDTH), config.code_range)
+    assert torch.equal(moved.double(), codes)
+    torch.testing.assert_close(grid.scale.double(), scale, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_refinement_never_makes_the_objective_larger(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    config = GptqConfig(bits=bits, group_size=8, symmetric=symmetric)
+    method, weight = Gptq(config), matrix()
+    factors = prepared(method, hessian())
+    H = factors.H + factors.damp * torch.eye(WIDTH)
+    grid = choose_grid(weight, config, dtype, factors.importance)
+    steps = method._sweep(weight, grid, factors)
+    errors = [objective(weight, grid.form(steps, config), H)]
+    for _ in range(3):
+        grid, steps = method._refine(weight, grid, steps, factors)
+        errors.append(objective(weight, grid.form(steps, config), H))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-5)).all()
+    if bits < 8:
+        assert errors[-1].sum() < 0.98 * errors[0].sum()
+
+
+@pytest.mark.parametrize("group", [16, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_row_is_worse_than_rounding_to_nearest(bits: int, group: int) -> None:
+    statistic, weight = hessian(tokens=20), matrix(60).bfloat16()
+    method = Gptq(GptqConfig(bits=bits, group_size=group, refine=0))
+    own = method.compress(weight, method.prepare(statistic)).weight
+    rtn = Rtn(RtnConfig(bits=bits, group_size=group))
+    plain = rtn.compress(weight, rtn.prepare(statistic)).weight
+    assert isinstance(own, Quantized) and isinstance(plain, Quantized)
+    mine, theirs = objective(weight, own, statistic.matrix), objective(weight, plain, statistic.matrix)
+    assert (mine <= theirs * (1 + 1e-4)).all()
+    assert mine.sum() < 0.8 * theirs.sum()
+
+
+def test_rows_are_chosen_by_their_own_error() -> None:
+    weight, H = torch.zeros(2, 4), torch.eye(4)
+    tables = [Grid(torch.full((2, 1), s), None) for s in (1.0, 2.0)]
+    steps = [torch.tensor([[1.0] * 4, [0.0] * 4]), torch.tensor([[0.0] * 4, [1.0] * 4])]
+    grid, best = gptq._per_row(weight, (tables[0], steps[0]), (tables[1], steps[1]), H)
+    assert best.sum() == 0
+    assert grid.scale.flatten().tolist() == [2.0, 1.0]
+
+
+def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_told() -> None:
+    dead = (3, 17, 40)
+    method, weight = Gptq(GptqConfig(bits=3, group_size=16)), matrix()
+    factors = prepared(method, hessian(dead=dead))
+    assert [(e.kind, e.data) for e in factors.events] == [("dead_columns", {"columns": 3.0})]
+    form = method.compress(weight, factors).weight
+    assert isinstance(form, Quantized)
+    scale = decode(form.scale).repeat_interleave(16, 1)
+    nearest = (weight / scale).round().clamp(-4, 3)
+    assert torch.equal(form.codes[:, dead].float(), nearest[:, dead])
+
+
+def test_damping_is_raised_step_by_step_until_the_factorisation_holds() -> None:
+    statistic, method = hessian(), Gptq(GptqConfig(bits=4, group_size=16))
+    mean = statistic.matrix.diagonal().mean()
+    statistic.matrix -= (torch.linalg.eigvalsh(statistic.matrix)[0] + 0.05 * mean) * torch.eye(WIDTH)
+    factors = prepared(method, statistic)
+    assert [e.kind for e in factors.events] == ["damping"]
+    assert factors.events[0].data == {"damp": pytest.approx(0.1)}
+    assert decode(method.compress(matrix(), factors).weight).isfinite().all()
+
+
+@pytest.mark.parametrize("fault", ["no tokens", "nan", "infinite", "indefinite"])
+def test_an_unusable_hessian_falls_back_to_rounding_with_an_event(fault: str) -> None:
+    statistic = hessian()
+    if fault == "no tokens":
+        statistic = Hessian(WIDTH, torch.device("cpu"))
+        statistic.finish()
+    elif fault == "indefinite":
+        statistic.matrix[0, 1:] *= 1000
+        statistic.matrix[1:, 0] *= 1000
+    else:
+        statistic.matrix[2, 5] = float("nan" if fault == "nan" else "inf")
+    method, weight = Gptq(GptqConfig(bits=4, group_size=16)), matrix()
+    factors = method.prepare(statistic)
+    assert [e.kind for e in factors.events] == ["rtn_fallback"]
+    rtn = Rtn(RtnConfig(bits=4, group_size=16))
+    plain = rtn.compress(weight, rtn.prepare(statistic))
+    assert torch.equal(decode(method.compress(weight, factors).weight), decode(plain.weight))
+
+
+def test_all_inputs_zero_is_rounding_to_nearest() -> None:
+    statistic = hessian(dead=tuple(range(WIDTH)))
+    method, weight = Gptq(GptqConfig(bits=4, group_size=16)), matrix()
+    form = method.compress(weight, method.prepare(statistic)).weight
+    assert (decode(form) - weight).abs().max() < 0.02
+
+
+def test_activation_order_pays_where_a_few_inputs_dominate() -> None:
+    statistic, weight = hessian(), matrix(64)
+    scale = torch.ones(WIDTH)
+    scale[-4:] = 10
+    statistic.matrix *= scale[:, None] * scale
+    errors = []
+    for act_order in (True, False):
+        method = Gptq(GptqConfig(bits=3, group_size=16, act_order=act_order, refine=0))
+        form = method.compress(weight, method.prepare(statistic)).weight
+        assert isinstance(form, Quantized)
+        errors.append(objective(weight, form, statistic.matrix).sum())
+    assert errors[0] < errors[1]

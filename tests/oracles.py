@@ -1,0 +1,97 @@
+# ruff: noqa: N803, N806 - W and H are the papers' symbols
+"""Brute-force references, float64, slow and obvious: what the fast code must agree with."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def optimal_brain_quantizer(
+    W: Tensor, H: Tensor, order: list[int], scale: Tensor, zero: Tensor, code_range: tuple[int, int]
+) -> Tensor:
+    """Codes [out, in] of GPTQ without its Cholesky: the Hessian of the columns still free is inverted at every step.
+
+    Args:
+        W: [out, in].
+        H: [in, in], damping included.
+        order: the columns in the order they are rounded.
+        scale: [out, in], of every weight.
+        zero: [out, in], of every weight.
+        code_range: lowest and highest code.
+    """
+    W, H, scale, zero = W.double().clone(), H.double(), scale.double(), zero.double()
+    codes = torch.zeros_like(W)
+    for position, column in enumerate(order):
+        free = order[position:]
+        inverse = torch.linalg.inv(H[free][:, free])
+        codes[:, column] = (W[:, column] / scale[:, column] + zero[:, column]).round().clamp(*code_range)
+        error = W[:, column] - (codes[:, column] - zero[:, column]) * scale[:, column]
+        W[:, free] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return codes
+
+
+def least_error_of_any_scale(w: Tensor, cost: Tensor, code_range: tuple[int, int]) -> float:
+    """The least weighted squared error that any real scale, of either sign, gives a group w [n] rounded to nearest.
+
+    Codes change only where w / s is half an integer. Between two such scales they are fixed, and the error is a
+    parabola in s: its least value on the interval is known exactly.
+    """
+    low, high = code_range
+    w, cost = w.double(), cost.double()
+    least = float((cost * w.square()).sum())
+    for sign in (1.0, -1.0):
+        halves = torch.arange(low, high) + 0.5
+        edges = (sign * w[:, None] / halves).flatten()
+        edges = edges[edges > 0].sort().values
+        edges = torch.cat([edges[:1] / 2, edges, edges[-1:] * 2])
+        for left, right in pairwise(edges.tolist()):
+            codes = (sign * w / ((left + right) / 2)).round().clamp(low, high)
+            square = float((cost * codes.square()).sum())
+            if square == 0:
+                continue
+            scale = min(max(float((cost * codes * sign * w).sum()) / square, left), right)
+            least = min(least, float((cost * (sign * w - scale * codes).square()).sum()))
+    return least
+
+
+def coordinate_descent(
+    W: Tensor, H: Tensor, scale: Tensor, codes: Tensor, group: int, code_range: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """One pass over groups, scale first and then each code, every move found from the objective itself (symmetric).
+
+    Args:
+        W: [out, in].
+        H: [in, in], damping included.
+        scale: [out, in / group].
+        codes: [out, in].
+        group: columns that share a scale.
+        code_range: lowest and highest code.
+
+    Returns:
+        The new scales, unrounded, and the new codes.
+    """
+    W, H, scale, codes = W.double(), H.double(), scale.double().clone(), codes.double().clone()
+
+    def objective(row: int) -> float:
+        rest = codes[row] * scale[row].repeat_interleave(group) - W[row]
+        return float(rest @ H @ rest)
+
+    for row in range(W.shape[0]):
+        for g in range(scale.shape[1]):
+            inside = slice(g * group, (g + 1) * group)
+            others = codes[row] * scale[row].repeat_interleave(group)
+            others[inside] = 0
+            c = torch.zeros_like(W[row])
+            c[inside] = codes[row, inside]
+            if float(c @ H @ c) > 0:
+                scale[row, g] = (c @ H @ (W[row] - others)) / (c @ H @ c)
+            for column in range(inside.start, inside.stop):
+                tried = {}
+                for code in range(code_range[0], code_range[1] + 1):
+                    codes[row, column] = code
+                    tried[objective(row)] = code
+                codes[row, column] = tried[min(tried)]
+    return scale, codes

@@ -1,0 +1,80 @@
+"""Who may import whom: the folder tree is the architecture, and this holds it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llmshrink"
+
+# A part may import only the parts named here (and itself). `forms`, `errors` and the like are files of the top level.
+ALLOWED = {
+    "errors": set(),
+    "forms": set(),
+    "statistics": set(),
+    "progress": {"forms"},
+    "methods": {"forms", "statistics"},
+    "formats": {"forms", "errors"},
+    "io": {"errors"},
+    "recipe": {"errors", "methods", "formats"},
+    "demo": set(),
+    "model": {"errors", "forms", "formats", "io"},
+    "calibration": {"errors", "forms", "model", "progress", "demo", "evaluate", "recipe"},
+    "machine": {"errors"},
+    "plan": {"errors", "forms", "formats", "io", "methods", "model", "recipe"},
+    "engine": {"errors", "forms", "io", "methods", "model", "plan", "progress", "report", "statistics"},
+    "evaluate": {"calibration", "engine", "errors", "forms", "model", "progress", "recipe", "report"},
+    "report": {"forms", "formats", "plan"},
+    "summary": {
+        "calibration",
+        "engine",
+        "evaluate",
+        "forms",
+        "formats",
+        "machine",
+        "model",
+        "plan",
+        "recipe",
+        "report",
+    },
+    "verify": {"engine", "errors", "evaluate", "io", "model", "progress", "report"},
+    "cli": {"errors", "formats", "methods", "progress", "recipe", "report", "run", "forms", "plan"},
+    "run": None,  # the story: it may import everything but the command line
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of the package that a file imports, inside functions too; `llmshrink` itself is the version."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "llmshrink" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_part_may(path: Path) -> None:
+    part = part_of(path)
+    found = imports(path) - {part}
+    allowed = ALLOWED[part]
+    assert "cli" not in found or part == "__main__"
+    assert allowed is None or found <= allowed, f"{part} imports {sorted(found - allowed)}"
+
+
+def test_methods_and_formats_do_not_know_each_other() -> None:
+    for folder, other in (("methods", "formats"), ("formats", "methods")):
+        for path in (PACKAGE / folder).glob("*.py"):
+            assert other not in imports(path), path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -14,6 +14,8 @@ import torch
 
 from llmshrink import __version__
 from llmshrink.errors import InterruptedRun, UsageError
+from llmshrink.forms import Event
+from llmshrink.progress import Progress
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
 
@@ -115,9 +117,32 @@ class StopSignal:
             raise KeyboardInterrupt
         self._caught = signal.Signals(number).name
 
+    def over(self, progress: Progress) -> Progress:
+        """The same listener, which also looks for a signal whenever it is told of progress."""
+        return _Watched(progress, self.check)
+
     def check(self) -> None:
         """Raise InterruptedRun if a signal came."""
         if self._caught is not None:
-            raise InterruptedRun(
-                f"Stopped by {self._caught} between two blocks.", hint="The same command goes on there."
-            )
+            raise InterruptedRun(f"Stopped by {self._caught}.", hint="The same command goes on from the last block.")
+
+
+class _Watched:
+    """A listener that calls `check` before it passes on what it hears."""
+
+    def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
+        self._progress, self._check = progress, check
+
+    def start(self, step: str, total: int) -> None:
+        self._check()
+        self._progress.start(step, total)
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._progress.advance(amount, note)
+        self._check()
+
+    def finish(self) -> None:
+        self._progress.finish()
+
+    def event(self, event: Event) -> None:
+        self._progress.event(event)

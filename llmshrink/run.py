@@ -76,7 +76,7 @@ def execute(recipe: Recipe, *, progress: Progress, overwrite: bool = False) -> R
         stop = stack.enter_context(StopSignal())
         source, embedded = _open(recipe)
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count)
-        run = _Run(facts, progress, stop)
+        run = _Run(facts, stop.over(progress))
         report = run.evaluate() if _quantize_stage(recipe) is None else run.quantize(overwrite)
     if recipe.run.strict and report.events:
         shown = "\n".join(f"  - {event.message}" for event in report.events[:10])
@@ -105,9 +105,9 @@ def verify(folder: Path, *, progress: Progress) -> list[Check]:
 class _Run:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress, stop: StopSignal) -> None:
+    def __init__(self, facts: RunFacts, progress: Progress) -> None:
         self.start = time.perf_counter()
-        self.facts, self.recipe, self.progress, self.stop = facts, facts.recipe, progress, stop
+        self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
         self.loader = TextLoader(facts.source, embedded=facts.embedded, device=facts.device, progress=progress)
 
@@ -167,9 +167,7 @@ class _Run:
         batches = rows.batches(self.recipe.run.batch_tokens) if rows is not None else []
         hidden = Hidden(self.model, [*batches, probe])
         subset = self.recipe.run.sequential == "subset"
-        compressor = Compressor(
-            work, workspace, hidden, len(batches), subset=subset, progress=self.progress, stop=self.stop.check
-        )
+        compressor = Compressor(work, workspace, hidden, len(batches), subset=subset, progress=self.progress)
         result = compressor.run(done)
         with torch.no_grad():
             return result, self.model.logits(probe, hidden.states[-1])

@@ -22,9 +22,9 @@ ALLOWED = {
     "demo": set(),
     "model": {"errors", "forms", "formats", "io"},
     "calibration": {"errors", "forms", "model", "progress", "demo", "evaluate", "recipe"},
-    "machine": {"errors"},
+    "machine": {"errors", "forms", "progress"},
     "plan": {"errors", "forms", "formats", "io", "methods", "model", "recipe"},
-    "engine": {"errors", "forms", "io", "methods", "model", "plan", "progress", "report", "statistics"},
+    "engine": {"errors", "formats", "forms", "io", "methods", "model", "plan", "progress", "report", "statistics"},
     "evaluate": {"calibration", "engine", "errors", "forms", "model", "progress", "recipe", "report"},
     "report": {"forms", "formats", "plan"},
     "summary": {

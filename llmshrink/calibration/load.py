@@ -1,22 +1,22 @@
-"""From a recipe's words (`auto`, `self`, a file, a dataset) to token rows, and events that tell what had to be chosen."""
+"""From a recipe's words (`auto`, `self`, a file, a dataset) to token rows; what had to be chosen becomes an event."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from llmshrink.calibration.rows import Rows, tokenize
 from llmshrink.calibration.sample import sample_rows
 from llmshrink.calibration.text import documents
-from llmshrink.errors import ModelNotFoundError
 from llmshrink.forms import Event
 from llmshrink.model.source import Source
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
 
 GENERAL_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # what `auto` means where there is a network
+HUB_SECONDS = 3.0
 SELF_EVALUATION_SEED = 1_000_003  # so that no sample for calibration is evaluated
 
 
@@ -35,11 +35,8 @@ class TextLoader:
             )
         if self._embedded:
             return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
-        if not _offline():
-            try:
-                return self._rows(GENERAL_TEXT, "train", None, spec.samples, length, spec.seed, spec.packed)
-            except ModelNotFoundError:
-                pass
+        if _hub_answers():
+            return self._rows(GENERAL_TEXT, "train", None, spec.samples, length, spec.seed, spec.packed)
         message = "calibrated on the model's own samples: no text was given and the Hub cannot be reached"
         self.events.append(Event("self_calibration", message))
         return self._rows("self", "train", None, spec.samples, length, spec.seed, spec.packed)
@@ -59,13 +56,7 @@ class TextLoader:
         return texts
 
     def _auto_texts(self) -> list[str]:
-        if self._embedded or _offline():
-            return ["generator", "self"]
-        try:
-            next(documents(GENERAL_TEXT, seed=0, split="test"))
-        except (ModelNotFoundError, StopIteration):
-            return ["generator", "self"]
-        return [GENERAL_TEXT, "self"]
+        return ["generator", "self"] if self._embedded or not _hub_answers() else [GENERAL_TEXT, "self"]
 
     def _rows(
         self, data: str, split: str, column: str | None, count: int, length: int, seed: int, packed: bool
@@ -92,5 +83,15 @@ def _overlap(calibration: Rows, rows: Rows) -> bool:
     return any(row.numpy().tobytes() in seen for row in rows.tokens)
 
 
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+@cache
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached: asked once, without the retries that its client would spend on it."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # noqa: BLE001 - any failure of the network means no
+        return False
+    return True

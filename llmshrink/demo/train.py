@@ -35,11 +35,11 @@ class Settings:
     """How the embedded model was trained."""
 
     seed: int = 0  # of the weights; the text has TRAIN_SEED
-    steps: int = 800
+    steps: int = 2400
     warmup: int = 100
-    rows: int = 8  # per step
+    rows: int = 4  # per step
     length: int = 256  # tokens of a row
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     weight_decay: float = 0.1
     clip: float = 1.0
     vocabulary: int = 1024
@@ -77,11 +77,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Llama
     boundary = tokenizer.bos_token_id
     config = LlamaConfig(
         vocab_size=settings.vocabulary,
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=settings.length,
         tie_word_embeddings=False,
         bos_token_id=boundary,
@@ -128,7 +129,7 @@ def fit(model: LlamaForCausalLM, rows: Iterator[Tensor], settings: Settings) -> 
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 100 == 0:
+        if step % 200 == 0:
             print(f"step {step:5d}  loss {losses[-1]:.4f}", flush=True)
     return losses
 

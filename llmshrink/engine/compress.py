@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import WORK, Workspace
+from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode
 from llmshrink.io import safetensors
 from llmshrink.methods import load_method
@@ -56,12 +57,11 @@ class Compressor:
         *,
         subset: bool,
         progress: Progress,
-        stop: Callable[[], None],
     ) -> None:
-        """`hidden` holds `batches` batches of calibration rows, then the probe rows; `stop` may raise."""
+        """`hidden` holds `batches` batches of calibration rows, then the probe rows."""
         self._work, self._model, self._workspace = work, work.model, workspace
         self._hidden, self._batches = hidden, batches
-        self._subset, self._progress, self._stop = subset, progress, stop
+        self._subset, self._progress = subset, progress
 
     def run(self, done: list[dict[str, Any]]) -> Result:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
@@ -76,7 +76,6 @@ class Compressor:
         with ThreadPoolExecutor(1) as disk:
             pending: Future[dict[str, Any]] | None = None
             for block in blocks[len(done) :]:
-                self._stop()
                 entry, tensors = self._block(block)
                 if pending is not None:
                     result.add(pending.result())
@@ -98,22 +97,19 @@ class Compressor:
 
     def _block(self, block: Block) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
-        model.load_block(block.index)
         compressed = {m.key for m in block.matrices if m in self._work.methods}
         tensors = {key: model.weights.get(key) for key in block.keys if key not in compressed}
-        clock.lap("read")
+        decoded: dict[str, Callable[[], Tensor]] = {}
         layers: list[LayerReport] = []
         events: list[Event] = []
         for groups in self._steps(block):
-            statistics = self._gather(block, groups)
+            statistics = self._gather(block, groups, decoded)
             clock.lap("calibrate")
-            decoded: dict[Matrix, Tensor] = {}
             for group in groups:
                 self._group(group, statistics.pop(group), tensors, decoded, layers, events)
-            model.replace(decoded)
             clock.lap("compress")
-        with torch.no_grad():
-            self._hidden.advance(block.index)
+        model.load_block(block.index, decoded)
+        self._hidden.advance(block.index)
         model.drop_block(block.index)
         clock.lap("forward")
         order = {m.name: i for i, m in enumerate(block.matrices)}
@@ -138,11 +134,17 @@ class Compressor:
         for _, members in groupby(groups, key=_stretch):
             yield list(members)
 
-    def _gather(self, block: Block, groups: list[Group]) -> dict[Group, Statistic]:
+    def _gather(
+        self, block: Block, groups: list[Group], decoded: dict[str, Callable[[], Tensor]]
+    ) -> dict[Group, Statistic]:
+        """Statistics of the groups; the block is in memory only for this, not while matrices are compressed."""
         kinds = {g: self._needs(g) for g in groups}
         if all(kind is NoStatistic for kind in kinds.values()):
             return {g: NoStatistic(g.width, self._model.device) for g in groups}
-        return gather(self._model, block, groups, kinds, self._hidden, self._batches)
+        self._model.load_block(block.index, decoded)
+        found = gather(self._model, block, groups, kinds, self._hidden, self._batches)
+        self._model.drop_block(block.index)
+        return found
 
     def _needs(self, group: Group) -> type[Statistic]:
         """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
@@ -154,7 +156,7 @@ class Compressor:
         group: Group,
         statistic: Statistic,
         tensors: dict[str, Tensor],
-        decoded: dict[Matrix, Tensor],
+        decoded: dict[str, Callable[[], Tensor]],
         layers: list[LayerReport],
         events: list[Event],
     ) -> None:
@@ -175,12 +177,17 @@ class Compressor:
             slot = self._work.slots[matrix]
             packed = self._work.format.pack(slot, layer)
             # Go on with what the file means, not with what the method meant.
-            decoded[matrix] = decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
+            decoded[matrix.key] = partial(self._decode, slot, packed)
             tensors |= packed
             fallback = any(e.kind.endswith("_fallback") for e in found)
             layers.append(
-                _report(matrix, used, layer, packed, weight, decoded[matrix], statistic, fallback, self._work, start)
+                _report(
+                    matrix, used, layer, packed, weight, decoded[matrix.key](), statistic, fallback, self._work, start
+                )
             )
+
+    def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
+        return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
 
     def _or_baseline(
         self, method: Method[Any], matrix: Matrix, statistic: Statistic

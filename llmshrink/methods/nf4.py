@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from bitsandbytes.functional import get_4bit_type, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 from pydantic import Field
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
 from llmshrink.statistics import NoStatistic
 
 NESTED_BLOCK = 256  # scales per second-level scale: fixed by bitsandbytes' readers
+VECTOR = 16  # weights that its AVX-512 kernel reads at once
 
 
 class BnbConfig(MethodConfig):
@@ -38,6 +39,19 @@ class Nf4(Method[BnbConfig]):
     baseline = None
     Config = BnbConfig
     kind: ClassVar[Literal["nf4", "fp4"]] = "nf4"
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] of this shape cannot be compressed, or None.
+
+        bitsandbytes 0.50 on a processor with AVX-512 reads widths that are whole vectors row by row, and gives a block
+        that goes on in the next row the wrong scale. No error is raised there, so it is refused here.
+        """
+        width, block = shape[1], self.config.block_size
+        if width % block and width % VECTOR == 0:
+            return (
+                f"bitsandbytes misreads rows of {width} weights in blocks of {block}: choose a block_size that divides"
+            )
+        return None
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Quantize one matrix [out, in] in blocks of the flattened matrix."""

@@ -35,52 +35,48 @@ class StreamedModel:
         self.weights = Weights(source.checkpoint, source.config_dict)
         self.map = WeightMap(self.model, self.weights.infos)
         self.weights.transpose(
-            key
-            for name, origin in self.map.origins.items()
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
-            for key in origin.keys
+            key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys
         )
         meta = build(config, self.dtype, all_meta=True)
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
         self._recorder = Recorder(self.model, self._blocks)
-        self._overrides: dict[str, Tensor] = {}
 
     # --- blocks
 
-    def load_block(self, index: int) -> nn.Module:
-        """Put the weights of one block into memory, in the compute dtype."""
-        for name in self.anatomy.blocks[index].parameters:
-            self._set(name)
-        return self._blocks[index]
+    def load_block(self, index: int, decoded: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
+        """Put one block into memory, in the compute dtype.
 
-    def replace(self, matrices: Mapping[Matrix, Tensor]) -> None:
-        """Put other weights, float32 [out, in], in the place of matrices of the loaded block."""
-        for matrix, weight in matrices.items():
-            self._overrides[matrix.key] = weight.T if matrix.transposed else weight
-        for name in sorted({matrix.parameter for matrix in matrices}):
-            self._set(name)
+        Args:
+            index: which block.
+            decoded: for keys on disk whose matrix was compressed: gives the float32 [out, in] to load in its place.
+        """
+        for name in self.anatomy.blocks[index].parameters:
+            self._set(name, decoded or {})
 
     def drop_block(self, index: int) -> None:
         """Free one block."""
         drop_parameters(self.model, list(self.anatomy.blocks[index].parameters))
-        self._overrides.clear()
 
     def read(self, matrix: Matrix) -> Tensor:
         """One matrix as stored in the checkpoint, seen as [out, in], on the compute device."""
         weight = self.weights.get(matrix.key)
         return (weight.T if matrix.transposed else weight).to(self.device)
 
-    def _set(self, name: str) -> None:
+    def _set(self, name: str, decoded: Mapping[str, Callable[[], Tensor]]) -> None:
         def get(key: str) -> Tensor:
-            if key in self._overrides:
-                return self._overrides[key].to(self.device, self.dtype)
+            if key in decoded:
+                weight = decoded[key]().to(self.device, self.dtype)
+                return weight.T if self._is_conv1d(name) else weight
             tensor = self.weights.get(key)
             # A copy even where the dtype is right already: parameters must not lie in a file that is mapped.
             return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
         set_parameter(self.model, name, self.map.build(name, get).contiguous())
+
+    def _is_conv1d(self, name: str) -> bool:
+        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
 
     # --- before and behind the blocks
 
@@ -114,7 +110,7 @@ class StreamedModel:
             if id(module) in mapped and not self.map.joined(name) and name.endswith(".weight"):
                 set_parameter(self.model, name, self.weights.get(self.map.origins[name].keys[0]))
             else:
-                self._set(name)
+                self._set(name, {})
         self.model.tie_weights()
         for module in mapped.values():
             module.forward = _lookup(module) if isinstance(module, nn.Embedding) else _project(module)

@@ -1,0 +1,1 @@
+"""Benches; results with command, machine and commit in results.md."""

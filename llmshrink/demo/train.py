@@ -44,7 +44,7 @@ class Settings:
     clip: float = 1.0
     vocabulary: int = 1024
     tokenizer_stories: int = 5000
-    evaluation_rows: int = 128
+    evaluation_rows: int = 64
 
 
 def train_tokenizer(settings: Settings) -> PreTrainedTokenizerFast:

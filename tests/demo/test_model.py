@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmshrink.demo import EVALUATION_SEED, MODEL_DIR, stories, train
 
-PERPLEXITY_BOUND = 1.5  # per token on evaluation stories
+PERPLEXITY_BOUND = 1.4  # per token on evaluation stories
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +72,19 @@ def test_coarse_rounding_hurts_and_fine_rounding_hardly(model, rows) -> None:
     exact = train.perplexity(model, rows)
     eight, four, three, two = (train.perplexity(train.rounded(model, bits), rows) / exact for bits in (8, 4, 3, 2))
     assert 0.999 < eight < 1.001
-    assert four < 1.05
-    assert max(1.03, four) < three
-    assert two > 2
+    assert four < 1.01 < three < 1.05
+    assert two > 1.2
 
 
 def test_model_continues_a_story(model, tokenizer) -> None:
     prompt = tokenizer("Long ago there lived a weaver called Petra in", return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=200, do_sample=False)[0]
-    text = tokenizer.decode(ids[1:], skip_special_tokens=True)
-    assert text.startswith("Long ago there lived a weaver called Petra in Coldbrook, high in the hills.")
-    assert ids[-1] == tokenizer.eos_token_id
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    assert "Petra in Coldbrook, high in the hills." in tokenizer.decode(ids)
+
+
+def test_model_ends_a_story_with_the_boundary(model, tokenizer) -> None:
+    story = tokenizer(next(stories(EVALUATION_SEED)), return_tensors="pt")
+    assert model(**story).logits[0, -1].argmax() == tokenizer.eos_token_id
 
 
 def test_training_record_fits_the_model(model) -> None:
@@ -92,8 +94,16 @@ def test_training_record_fits_the_model(model) -> None:
     assert list(record["perplexity_rtn_g128"]) == ["8", "4", "3", "2"]
 
 
+@pytest.fixture
+def same_threads_after():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("same_threads_after")
 def test_training_script_runs(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--threads", "1"])
     train.main()
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL_DIR.iterdir()}
     # The vocabulary and the shape depend on the text and the settings alone, so they come out the same everywhere.

@@ -144,7 +144,7 @@ def _empty(model: StreamedModel, key: str) -> Tensor:
     return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
-def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: Path) -> Work:
+def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     """Decide what happens to every matrix.
 
     Raises:
@@ -186,7 +186,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: 
         left,
         None,
         0,
-        output,
+        _output(recipe, model.source.id, next(iter(methods.values()))),
         events=_merged(events),
     )
     _check_format(work)
@@ -197,6 +197,20 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel, output: 
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)
     return work
+
+
+def _output(recipe: Recipe, model_id: str, method: Method[Any]) -> Path:
+    """The folder of the result: as the recipe says, else out/<model>-<method>[-w<bits>]."""
+    if recipe.output is not None:
+        return Path(recipe.output).expanduser()
+    name, bits = method_name(method), getattr(method.config, "bits", None)
+    label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name)
+    return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
+
+
+def method_name(method: Method[Any]) -> str:
+    """The name of a method in a recipe: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
 
 
 def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> int:
@@ -355,7 +369,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
                     name=matrix.name,
                     shape=matrix.shape,
                     parameters=matrix.numel,
-                    method=type(method).__module__.rpartition(".")[2],
+                    method=method_name(method),
                     bits=getattr(layer.weight, "bits", None),
                     group_size=getattr(method.config, "group_size", getattr(method.config, "block_size", None)),
                     bytes_before=before,
@@ -374,7 +388,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
     return Plan(
         model=model.source.id,
         architecture=type(model.model).__name__,
-        method=type(first).__module__.rpartition(".")[2],
+        method=method_name(first),
         format=work.format.name,
         blocks=blocks,
         others=others,

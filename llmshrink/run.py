@@ -226,20 +226,10 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     stage = _quantize_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
-    work = resolve(recipe, stage, model, _output(recipe, model.source, stage))
+    work = resolve(recipe, stage, model)
     subset = recipe.run.sequential == "subset"
     memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=recipe.run.batch_tokens, subset=subset)
     return work, describe(work, recipe, memory)
-
-
-def _output(recipe: Recipe, source: Source, stage: QuantizeStage) -> Path:
-    if recipe.output is not None:
-        return Path(recipe.output).expanduser()
-    settings = stage.method.settings if stage.method else {}
-    name = (stage.method.name if stage.method else None) or "quantized"
-    bits = settings.get("bits", 4)
-    label = re.sub(r"[^\w.\-]+", "-", Path(source.id).name)
-    return Path("out") / f"{label}-{name}{'' if name in ('nf4', 'fp4') else f'-w{bits}'}"
 
 
 def _check_room(plan: Plan, output: Path, source: Source) -> None:

@@ -16,7 +16,7 @@ from llmshrink.evaluate.memory import available_memory
 from llmshrink.model.source import Source
 from llmshrink.progress import Progress
 
-BATCH_ROWS = 16
+BATCH_TOKENS = 16_384  # rows times length generated together: bounds the cache
 ROOM = 1.3  # what loading and a cache need, as a multiple of the weights
 
 
@@ -44,7 +44,7 @@ def sample_rows(source: Source, *, rows: int, length: int, seed: int, device: to
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while len(found) < rows:
-            count = min(BATCH_ROWS, rows - len(found))
+            count = min(max(1, BATCH_TOKENS // length), rows - len(found))
             first = torch.full((count, 1), bos) if bos is not None else torch.randint(0, vocabulary, (count, 1))
             # Ended rows go on: a packed row may hold more than one document.
             out = model.generate(

@@ -94,7 +94,11 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         raise InputError(f"{path} is not a parquet file: {error}.") from error
     name = _column(file.schema_arrow.names, column, str(path))
     for batch in file.iter_batches(columns=[name]):
-        yield from (str(value) for value in batch.column(0).to_pylist() if value)
+        for value in batch.column(0).to_pylist():
+            if not isinstance(value, str | None):
+                raise InputError(f"{path}: column {name!r} does not hold text, but values like {value!r}.")
+            if value:
+                yield value
 
 
 def _text_of(value: Any, column: str | None, path: Path, number: int) -> str:

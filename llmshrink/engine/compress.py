@@ -21,7 +21,7 @@ from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
-from llmshrink.plan import Work
+from llmshrink.plan import Work, method_name
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import Hessian, NoStatistic, Statistic
@@ -66,13 +66,13 @@ class Compressor:
     def run(self, done: list[dict[str, Any]]) -> Result:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
         result = Result()
-        for entry in done:
-            result.add(entry)
+        for last in done:
+            result.add(last)
         blocks = self._model.anatomy.blocks
         self._progress.start("compress", sum(m.numel for b in blocks for m in b.matrices))
         self._progress.advance(sum(m.numel for b in blocks[: len(done)] for m in b.matrices))
-        if done and len(done) <= len(blocks):
-            self._hidden.load(self._workspace.work / _hidden_name(len(done)))
+        if done:
+            self._hidden.load(self._workspace.work / _hidden_name(min(len(done), len(blocks))))
         with ThreadPoolExecutor(1) as disk:
             pending: Future[dict[str, Any]] | None = None
             for block in blocks[len(done) :]:
@@ -86,10 +86,9 @@ class Compressor:
                 worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
                 self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
             if pending is not None:
-                result.add(pending.result())
+                result.add(last := pending.result())
         if len(done) <= len(blocks):
-            entry = self._others()
-            result.add(entry)
+            result.add(self._others(last))
         self._progress.finish()
         return result
 
@@ -218,12 +217,14 @@ class Compressor:
         (self._workspace.work / _hidden_name(kept - 2)).unlink(missing_ok=True)
         return entry
 
-    def _others(self) -> dict[str, Any]:
+    def _others(self, last: dict[str, Any]) -> dict[str, Any]:
+        """Write all that is outside the blocks; the states behind the `last` block are needed until the very end."""
         start = time.perf_counter()
         anatomy, name = self._model.anatomy, self._work.shards[-1]
         tensors = {key: self._model.weights.get(key) for key in (*anatomy.others, *anatomy.unused)}
         digest = safetensors.write(self._workspace.folder / name, tensors)
-        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest}}
+        states = {n: h for n, h in last["files"].items() if n.startswith(WORK)}
+        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest, **states}}
         entry["seconds"] = {"write": time.perf_counter() - start}
         self._workspace.append(entry)
         return entry
@@ -275,7 +276,7 @@ def _report(
     return LayerReport(
         name=matrix.name,
         shape=matrix.shape,
-        method=type(method).__module__.rpartition(".")[2],
+        method=method_name(method),
         form=type(form).__name__,
         format=work.format.name,
         bits=form.bits if isinstance(form, Quantized) else None,

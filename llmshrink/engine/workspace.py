@@ -1,13 +1,15 @@
 """The folder a run works in, `OUT.partial/`: locked, journaled, and renamed to `OUT/` when everything is there.
 
-`journal.jsonl` gets one line per finished block, written after the files it names are on disk; the line holds their
-SHA-256. A run that starts again trusts exactly the lines whose files still have these hashes, up to the first that
-does not. The identity of a run (recipe, model, text, versions, device, threads) is its first line: another identity is
-refused with the difference, because mixing two runs would give a checkpoint that neither describes.
+`journal` gets one line per finished block, written after the files it names are on disk: the line's own SHA-256, then
+a JSON object with those of the files. A run that starts again trusts exactly the lines that are whole and whose files
+are too, up to the first that is not. The identity of a run (recipe, model, text, versions, device, threads) is its
+first line: another identity is refused with the difference, because mixing two runs would give a checkpoint that
+neither describes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from llmshrink.errors import OutputError
-from llmshrink.io.files import sha256, sync_folder, write_json
+from llmshrink.io.files import sha256, step, sync_folder, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal and hidden states, removed before the rename
 MANIFEST = "llmshrink-manifest.json"
@@ -33,6 +35,7 @@ class Workspace:
         self.output = output.absolute()
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.work = self.folder / WORK
+        self._replaced = self.output.with_name(f".{self.output.name}.replaced")
         self._overwrite = overwrite
         self._lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         self._holder = self.output.with_name(f".{self.output.name}.lock.json")
@@ -49,19 +52,36 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"{self.output} cannot be written: {error.strerror or error}.") from error
         try:
+            self._mend()
             self._check_free()
-            write_json(self._holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())})
+            # Only a courtesy to whoever finds the lock held: it need not survive a power cut.
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
+            self._holder.write_text(json.dumps(holder), encoding="utf-8")
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._mend()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._holder.unlink(missing_ok=True)
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: nobody else may hold it then
         self._lock.release()
+
+    def _mend(self) -> None:
+        """End a commit, finished or not: the replaced output goes if the new one is there, and comes back if not."""
+        if self._replaced.exists():
+            if self.output.exists():
+                shutil.rmtree(self._replaced)
+            else:
+                self._replaced.rename(self.output)
 
     def _who(self) -> str:
         try:
@@ -82,9 +102,9 @@ class Workspace:
         Raises:
             OutputError: an unfinished run of another identity lies there.
         """
-        if self.folder.exists() and not resume:
-            shutil.rmtree(self.folder)
-        lines = self._read()
+        lines = self._read() if resume else []
+        if not lines and self.folder.exists():
+            shutil.rmtree(self.folder)  # files of a run that nothing is known about must not get into this one
         if lines and (difference := _difference(lines[0].get("identity", {}), identity)):
             raise OutputError(
                 f"{self.folder} holds an unfinished run that differs:\n" + "\n".join(f"  - {d}" for d in difference),
@@ -93,32 +113,34 @@ class Workspace:
         self.work.mkdir(parents=True, exist_ok=True)
         for stale in [*self.folder.glob(".*.tmp"), *self.work.glob(".*.tmp")]:
             stale.unlink()
-        held = [] if not lines else self._held(lines[1:])
-        self._rewrite([{"identity": identity}, *held])
+        held = self._held(lines[1:])
+        write_bytes(self._journal, b"".join(map(_line, [{"identity": identity}, *held])))
         return held
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry; its `files` {path below the folder: SHA-256} must be on disk already."""
         with self._journal.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            step()
+            file.write(_line(entry))
             file.flush()
+            step()
             os.fsync(file.fileno())
+        step()
 
     @property
     def _journal(self) -> Path:
-        return self.work / "journal.jsonl"
+        return self.work / "journal"
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines that parse, up to the first that does not (a torn write)."""
+        """The lines that are whole, up to the first that is not (a torn write)."""
         lines: list[dict[str, Any]] = []
         if not self._journal.exists():
             return lines
         for raw in self._journal.read_bytes().split(b"\n"):
-            try:
-                value = json.loads(raw)
-            except ValueError:
+            digest, _, text = raw.partition(b" ")
+            if digest.decode(errors="replace") != hashlib.sha256(text).hexdigest():
                 break
-            lines.append(value)
+            lines.append(json.loads(text))
         return lines
 
     def _held(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,46 +160,45 @@ class Workspace:
     def _intact(self, files: dict[str, str]) -> bool:
         return all((self.folder / n).is_file() and sha256(self.folder / n) == h for n, h in files.items())
 
-    def _rewrite(self, entries: list[dict[str, Any]]) -> None:
-        temporary = self._journal.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._journal)
-        sync_folder(self.work)
-
     # --- the end
 
     def commit(self) -> None:
         """Write the manifest and rename the folder to its final name; from here on the output is complete."""
-        shutil.rmtree(self.work, ignore_errors=True)
         write_manifest(self.folder)
         self._check_free()
-        old = None
+        step()
+        shutil.rmtree(self.work)
+        step()
         if self.output.exists():
-            old = self.output.with_name(f"{self.output.name}.bak-{time.time_ns()}")
-            self.output.rename(old)
+            self.output.rename(self._replaced)
+            step()
         self.folder.rename(self.output)
+        step()
         sync_folder(self.output.parent)
-        if old is not None:
-            shutil.rmtree(old)
 
 
 def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256 in `llmshrink-manifest.json`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and folder / WORK not in p.parents
+    )
     entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(folder / MANIFEST, {"version": 1, "files": entries})
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+def _line(entry: dict[str, Any]) -> bytes:
+    """A journal line: the SHA-256 of the JSON text, a space, the JSON text."""
+    text = json.dumps(entry).encode()
+    return hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+def _difference(old: Any, new: Any, path: str = "") -> list[str]:
     """Lines `path: old -> new` for every leaf that differs."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
     found = []
     for key in sorted(old.keys() | new.keys()):
-        a, b, here = old.get(key), new.get(key), f"{path}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _difference(a, b, f"{here}.")
-        elif a != b:
-            found.append(f"{here}: {a!r} -> {b!r}")
+        found += _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     return found

@@ -2,11 +2,16 @@
 
 safetensors 0.8 writes mode 0600 and never syncs, so a power cut can leave a full-size file of zeros that loads; every
 file of an output goes through here instead.
+
+Every durable write calls `step` between its parts. With LLMSHRINK_CRASH_AT=n in the environment the process dies at the
+n-th of them, as if it were killed: that is how the tests show that a run may end anywhere and still be resumed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +19,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llmshrink.errors import ResourceError
+
 CHUNK = 1 << 22
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KILLED = 137  # the exit code of a process that got SIGKILL, as a shell reports it
+
+_steps = itertools.count(1)  # `next` is one step of the interpreter: safe in the thread that writes blocks
+
+
+def step() -> None:
+    """A point between two durable steps; the process ends here if LLMSHRINK_CRASH_AT names it."""
+    if str(next(_steps)) == os.environ.get("LLMSHRINK_CRASH_AT"):
+        os._exit(KILLED)
 
 
 class HashingWriter:
@@ -43,18 +60,29 @@ def atomic_file(path: Path) -> Iterator[HashingWriter]:
 
     The temporary file is created exclusively and without following links, so a prepared symlink in the folder cannot
     redirect the write.
+
+    Raises:
+        ResourceError: the disk is full, or a quota or the largest size of a file is reached.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as raw:
+            step()
             yield HashingWriter(raw)
             raw.flush()
+            step()
             os.fsync(raw.fileno())
+        step()
         temporary.replace(path)
-    except BaseException:
+        step()
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise ResourceError(
+                f"{path} cannot be written: {error.strerror}.", hint="Make room and give the same command again."
+            ) from error
         raise
     sync_folder(path.parent)
 

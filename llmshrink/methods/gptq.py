@@ -68,7 +68,7 @@ class Gptq(Method[GptqConfig]):
         H = statistic.matrix
         if statistic.tokens == 0:
             return Prepared((Event("rtn_fallback", "rounded to nearest: no calibration token reached it"),))
-        if not H.isfinite().all():
+        if not H.sum().isfinite():
             return Prepared((Event("rtn_fallback", "rounded to nearest: its Hessian is not finite"),))
         diagonal, events = H.diagonal(), []
         dead = int((diagonal <= 0).sum())
@@ -95,14 +95,13 @@ class Gptq(Method[GptqConfig]):
         """Quantize one matrix [out, in]; scales are stored in its dtype."""
         W = weight.float()
         plain = choose_grid(W, self.config, weight.dtype)
-        nearest = round_to(plain, W, self.config)
         if not isinstance(prepared, Factors):
-            return Layer(plain.form(nearest, self.config))
+            return Layer(plain.form(round_to(plain, W, self.config), self.config))
         grid = choose_grid(W, self.config, weight.dtype, prepared.importance)
         steps = self._sweep(W, grid, prepared)
         for _ in range(self.config.refine):
             grid, steps = self._refine(W, grid, steps, prepared)
-        grid, steps = _per_row(W, (plain, nearest), (grid, steps), prepared.H)
+        grid, steps = _per_row(W, (plain, round_to(plain, W, self.config)), (grid, steps), prepared.H)
         return Layer(grid.form(steps, self.config))
 
     def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
@@ -134,10 +133,13 @@ class Gptq(Method[GptqConfig]):
         """
         size, group = self.config.block_size, self.config.group(W.shape[1])
         lowest, highest = (table.T.contiguous() for table in grid.limits(self.config))
-        scales, kind = grid.scale.float().T.contiguous(), grid.scale.dtype
+        scales, kind = (
+            grid.scale.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
+            grid.scale.dtype,
+        )
         gradient = (grid.decode(steps) - W).T
         gradient = (factors.H @ gradient).add_(gradient, alpha=factors.damp)
-        steps = steps.T.contiguous()
+        steps = steps.T.clone(memory_format=torch.contiguous_format)
         for number, scale in enumerate(scales.unbind()):
             first, last = number * group, (number + 1) * group
             H = factors.H[first:, first:last].clone()
@@ -175,32 +177,49 @@ def _move(steps: Tensor, gradient: Tensor, H: Tensor, scale: Tensor, lowest: Ten
 def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
     """The factors of H + damp, or None where that is too singular.
 
-    GPTQ needs the upper Cholesky factor U of (H + damp)^-1. With the columns reversed, H = R R^T for an upper R by an
-    ordinary Cholesky, and then U = R^-1: no inverse of H is formed.
+    GPTQ needs the upper Cholesky factor U of (H + damp)^-1. That is L^-1 turned by half a circle, for L the ordinary
+    Cholesky factor of H + damp with its columns in reverse order: no inverse of H is formed.
     """
     kind = torch.float64 if len(H) <= DOUBLE_WIDTH else torch.float32
     back = order.flip(0)
-    reverse = H[back][:, back].to(kind)
-    reverse.diagonal().add_(damp)
-    L, failed = torch.linalg.cholesky_ex(reverse)
+    L = H[back[:, None], back].to(kind).T  # symmetric; transposed, LAPACK works in place
+    L.diagonal().add_(damp)
+    failed = torch.linalg.cholesky_ex(L, out=(L, torch.empty((), dtype=torch.int32, device=L.device))).info
     if failed.item():
         return None
-    U = torch.linalg.solve_triangular(L.flip(0, 1), torch.eye(len(H), dtype=kind, device=H.device), upper=True)
-    importance = torch.empty_like(H[0]).index_copy_(0, order, (1 / U.square().sum(0)).float())
-    spread = (U / U.diagonal()[:, None]).float()
-    if not spread.isfinite().all():
+    _invert_lower(L)
+    importance = torch.empty_like(H[0]).index_copy_(0, back, torch.linalg.vector_norm(L, dim=0).pow(-2).float())
+    if not (importance > 0).all():  # overflow: the norm of a column was infinite or no number
         return None
-    return Factors(H=H, damp=damp, importance=importance, order=order, spread=spread)
+    L /= L.diagonal()[:, None].clone()
+    return Factors(H=H, damp=damp, importance=importance, order=order, spread=L.float().flip(0, 1))
+
+
+def _invert_lower(L: Tensor) -> None:
+    """Turn a lower triangular matrix into its inverse, in place by halves: float64 copies of it would cost memory."""
+    half = len(L) // 2
+    if half < 128:
+        L.copy_(torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False))
+        return
+    first, below, second = L[:half, :half], L[half:, :half], L[half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_(second @ below @ first).neg_()
 
 
 def _per_row(W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> tuple[Grid, Tensor]:
     """Of two results for W, in each row the one with the smaller squared output error."""
-    rests = [W - grid.decode(steps) for grid, steps in (one, other)]
-    keep = ((rests[0] @ H) * rests[0]).sum(1, keepdim=True) < ((rests[1] @ H) * rests[1]).sum(1, keepdim=True)
+    keep = (_output_error(W, *one, H) < _output_error(W, *other, H))[:, None]
     zero = None
     if one[0].zero is not None and other[0].zero is not None:
         zero = torch.where(keep, one[0].zero, other[0].zero)
     return Grid(torch.where(keep, one[0].scale, other[0].scale), zero), torch.where(keep, one[1], other[1])
+
+
+def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:
+    """Mean squared output error [out] of each row."""
+    rest = W - grid.decode(steps)
+    return (rest @ H).mul_(rest).sum(1)
 
 
 METHOD = Gptq

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from pydantic import Field
 from torch import Tensor
 

@@ -55,7 +55,7 @@ def test_the_form_promised_is_the_form_made(method: Method[Any], dtype: torch.dt
     assert [(n, t.shape, t.dtype) for n, t in tensors(made.weight)] == [
         (n, t.shape, t.dtype) for n, t in tensors(promised.weight)
     ]
-    assert all(t.is_meta for _, t in tensors(promised.weight))
+    assert all(t.is_meta for n, t in tensors(promised.weight) if n != ".levels")  # a fixed table is real
     assert all(t.is_contiguous() for _, t in tensors(made.weight))
     rest = (decode(made.weight) - weight.float()).norm() / weight.float().norm()
     assert rest < 0.2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -56,7 +57,7 @@ class Layer:
     """The result of compressing one matrix."""
 
     weight: Form
-    bias: Tensor | None = None
+    objective: float | None = None  # the error the method minimises, as a share of its baseline's on the same matrix
     events: tuple[Event, ...] = ()
 
 
@@ -79,6 +80,12 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values + form.offset.float()
 
 
+def relative_error(original: Tensor, decoded: Tensor) -> float:
+    """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
+    norm = float(original.square().sum(dtype=torch.float64))
+    return (float((original - decoded).square().sum(dtype=torch.float64)) / norm) ** 0.5 if norm else 0.0
+
+
 def storage_bytes(form: Form) -> int:
     """Bytes of the codes and tables when packed without padding; the file's own figure comes from its format."""
     if isinstance(form, Dense):
@@ -88,4 +95,4 @@ def storage_bytes(form: Form) -> int:
     return (bits + zeros + 7) // 8 + storage_bytes(form.scale)
 
 
-__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "storage_bytes"]
+__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "relative_error", "storage_bytes"]

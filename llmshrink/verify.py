@@ -13,6 +13,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import MANIFEST
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import ReadRequest, measure
+from llmshrink.forms import relative_error
 from llmshrink.io.files import sha256
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
@@ -21,7 +22,7 @@ from llmshrink.report.schema import Check, LayerReport
 
 PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 2, 48, 20_240
 LOGIT_TOLERANCE = 1e-4  # of a reader that computes in float32, for logits with a spread of one
-ERROR_TOLERANCE = 1e-5  # between a layer's error as it was compressed and as it was read back
+ERROR_TOLERANCE = 1e-7  # between a layer's error as it was compressed and as it was read back
 
 
 def probe_tokens(model: StreamedModel) -> Tensor:
@@ -63,8 +64,7 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
             if (layer := by_name.get(matrix.name)) is None or layer.relative_error is None:
                 continue
             original, decoded = source.weights.get(matrix.key).float(), written.weights.get(matrix.key).float()
-            error = float((original - decoded).norm() / original.norm().clamp(min=torch.finfo(torch.float32).tiny))
-            if (off := abs(error - layer.relative_error)) >= worst:
+            if (off := abs(relative_error(original, decoded) - layer.relative_error)) >= worst:
                 worst, worst_name = off, matrix.name
     same = worst <= ERROR_TOLERANCE
     decode = Check(

@@ -39,7 +39,7 @@ ALLOWED = {
         "recipe",
         "report",
     },
-    "verify": {"engine", "errors", "evaluate", "io", "model", "progress", "report"},
+    "verify": {"engine", "errors", "evaluate", "forms", "io", "model", "progress", "report"},
     "cli": {"errors", "formats", "methods", "progress", "recipe", "report", "run", "forms", "plan"},
     "run": None,  # the story: it may import everything but the command line
     "__init__": set(),

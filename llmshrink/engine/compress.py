@@ -16,7 +16,7 @@ from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import WORK, Workspace
 from llmshrink.formats.base import Slot
-from llmshrink.forms import Event, Layer, Quantized, decode
+from llmshrink.forms import Event, Layer, Quantized, decode, relative_error
 from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
@@ -24,7 +24,7 @@ from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.plan import Work, method_name
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
-from llmshrink.statistics import Hessian, NoStatistic, Statistic
+from llmshrink.statistics import NoStatistic, Statistic
 
 
 @dataclass
@@ -179,11 +179,9 @@ class Compressor:
             decoded[matrix.key] = partial(self._decode, slot, packed)
             tensors |= packed
             fallback = any(e.kind.endswith("_fallback") for e in found)
-            layers.append(
-                _report(
-                    matrix, used, layer, packed, weight, decoded[matrix.key](), statistic, fallback, self._work, start
-                )
-            )
+            error = relative_error(weight.float(), decoded[matrix.key]())
+            seconds = time.perf_counter() - start
+            layers.append(_report(matrix, used, layer, packed, error, fallback, self._work.format.name, seconds))
 
     def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
         return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
@@ -257,20 +255,11 @@ def _report(
     method: Method[Any],
     layer: Layer,
     packed: dict[str, Tensor],
-    weight: Tensor,
-    decoded: Tensor,
-    statistic: Statistic,
+    error: float,
     fallback: bool,
-    work: Work,
-    start: float,
+    format_name: str,
+    seconds: float,
 ) -> LayerReport:
-    original = weight.float()
-    rest = original - decoded
-    norm = float(original.square().sum())
-    objective = None
-    if isinstance(statistic, Hessian) and statistic.tokens:
-        scale = float(((original @ statistic.matrix) * original).sum())
-        objective = float(((rest @ statistic.matrix) * rest).sum()) / scale if scale else 0.0
     form = layer.weight
     size = sum(t.numel() * t.itemsize for t in packed.values())
     return LayerReport(
@@ -278,16 +267,16 @@ def _report(
         shape=matrix.shape,
         method=method_name(method),
         form=type(form).__name__,
-        format=work.format.name,
+        format=format_name,
         bits=form.bits if isinstance(form, Quantized) else None,
         group_size=_group_size(form, matrix.shape[1]),
         parameters=matrix.numel,
         bytes_before=matrix.numel * matrix.dtype.itemsize,
         bytes_after=size,
         bits_per_weight=8 * size / matrix.numel,
-        relative_error=(float(rest.square().sum()) / norm) ** 0.5 if norm else 0.0,
-        objective=objective,
-        seconds=time.perf_counter() - start,
+        relative_error=error,
+        objective=layer.objective,
+        seconds=seconds,
         fallback=fallback,
     )
 

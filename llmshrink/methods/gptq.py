@@ -23,6 +23,7 @@ from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to, stor
 from llmshrink.statistics import Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
+ROWS = 256  # of a matrix that are converted at a time
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # factors on the damping, tried in turn
 
 
@@ -101,8 +102,7 @@ class Gptq(Method[GptqConfig]):
         steps = self._sweep(W, grid, prepared)
         for _ in range(self.config.refine):
             grid, steps = self._refine(W, grid, steps, prepared)
-        grid, steps = _per_row(W, (plain, round_to(plain, W, self.config)), (grid, steps), prepared.H)
-        return Layer(grid.form(steps, self.config))
+        return self._better_rows(W, (plain, round_to(plain, W, self.config)), (grid, steps), prepared.H)
 
     def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
         """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
@@ -157,6 +157,18 @@ class Gptq(Method[GptqConfig]):
                 gradient[first + stop :].addmm_(H[stop:, part], moved)
         return Grid(scales.T.to(kind).contiguous(), grid.zero), steps.T.contiguous()
 
+    def _better_rows(self, W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> Layer:
+        """Of two results for W, in each row the one with the smaller squared output error; `one` is the baseline."""
+        baseline, own = _output_error(W, *one, H), _output_error(W, *other, H)
+        keep = (baseline < own)[:, None]
+        zero = None
+        if one[0].zero is not None and other[0].zero is not None:
+            zero = torch.where(keep, one[0].zero, other[0].zero)
+        grid = Grid(torch.where(keep, one[0].scale, other[0].scale), zero)
+        total = float(baseline.sum())
+        objective = float(torch.minimum(baseline, own).sum()) / total if total else 1.0
+        return Layer(grid.form(torch.where(keep, one[1], other[1]), self.config), objective=objective)
+
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         return self.config.meta(shape, dtype)
@@ -192,7 +204,10 @@ def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
     if not (importance > 0).all():  # overflow: the norm of a column was infinite or no number
         return None
     L /= L.diagonal()[:, None].clone()
-    return Factors(H=H, damp=damp, importance=importance, order=order, spread=L.float().flip(0, 1))
+    spread = torch.empty_like(H)
+    for row in range(0, len(H), ROWS):  # a flipped copy of all of L at once would cost more than L
+        spread[row : row + ROWS] = L[max(0, len(H) - row - ROWS) : len(H) - row].flip(0, 1)
+    return Factors(H=H, damp=damp, importance=importance, order=order, spread=spread)
 
 
 def _invert_lower(L: Tensor) -> None:
@@ -204,16 +219,7 @@ def _invert_lower(L: Tensor) -> None:
     first, below, second = L[:half, :half], L[half:, :half], L[half:, half:]
     _invert_lower(first)
     _invert_lower(second)
-    below.copy_(second @ below @ first).neg_()
-
-
-def _per_row(W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> tuple[Grid, Tensor]:
-    """Of two results for W, in each row the one with the smaller squared output error."""
-    keep = (_output_error(W, *one, H) < _output_error(W, *other, H))[:, None]
-    zero = None
-    if one[0].zero is not None and other[0].zero is not None:
-        zero = torch.where(keep, one[0].zero, other[0].zero)
-    return Grid(torch.where(keep, one[0].scale, other[0].scale), zero), torch.where(keep, one[1], other[1])
+    torch.mm(second, below @ first, out=below).neg_()
 
 
 def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:

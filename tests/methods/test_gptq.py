@@ -116,9 +116,11 @@ def test_rows_are_chosen_by_their_own_error() -> None:
     weight, H = torch.zeros(2, 4), torch.eye(4)
     tables = [Grid(torch.full((2, 1), s), None) for s in (1.0, 2.0)]
     steps = [torch.tensor([[1.0] * 4, [0.0] * 4]), torch.tensor([[0.0] * 4, [1.0] * 4])]
-    grid, best = gptq._per_row(weight, (tables[0], steps[0]), (tables[1], steps[1]), H)
-    assert best.sum() == 0
-    assert grid.scale.flatten().tolist() == [2.0, 1.0]
+    layer = Gptq(GptqConfig(group_size=4))._better_rows(weight, (tables[0], steps[0]), (tables[1], steps[1]), H)
+    assert isinstance(layer.weight, Quantized)
+    assert layer.weight.codes.sum() == 0
+    assert decode(layer.weight.scale).flatten().tolist() == [2.0, 1.0]
+    assert layer.objective == 0.0
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest_and_told() -> None:

@@ -104,7 +104,9 @@ def measure(model: Path, out: Path, rows: int, length: int) -> dict[str, float]:
         "evaluation": {"data": [], "speed": False},
         "output": str(out),
     }
-    made = subprocess.run([sys.executable, "-c", CHILD, json.dumps(recipe)], check=True, stdout=subprocess.PIPE, text=True)
+    made = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(recipe)], check=True, stdout=subprocess.PIPE, text=True
+    )
     result: dict[str, float] = json.loads(made.stdout.splitlines()[-1])
     return result
 

@@ -132,6 +132,8 @@ class _Run:
         with Workspace(work.output, overwrite=overwrite) as workspace:
             _check_finite(self.model, self.progress)
             rows = self.loader.calibration(self.recipe.calibration, work.length) if work.needs_data else None
+            length = row_length(self.recipe.evaluation.length, self.model, work.events)
+            texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device) as memory:
@@ -142,8 +144,6 @@ class _Run:
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, workspace.folder, written, result, probe, logits)
-            length = row_length(self.recipe.evaluation.length, self.model, work.events)
-            texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             models = {"before": self.model, "after": written}
             measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
             report = self.facts.report(
@@ -193,7 +193,7 @@ class _Run:
         ]
         dense = sum(info.bytes for info in self.model.weights.infos.values())
         if 2 * dense < available_memory():
-            checks.append(check_reader(folder, probe, streamed_logits(written, probe)))
+            checks.append(check_reader(folder, probe, streamed_logits(written, probe), self.model.anatomy.unused))
         else:
             detail = "not run: the dense model does not fit into memory here"
             checks.append(Check(name="reader", passed=True, detail=detail))
@@ -234,7 +234,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
 
 def _check_room(plan: Plan, output: Path, source: Source) -> None:
     """Refuse before compute what would fail for lack of room, or would write over the source."""
-    target = output.absolute()
+    target = output.resolve()
     if target == source.folder or source.folder in target.parents or target in source.folder.parents:
         raise OutputError(f"The output {output} and the model {source.folder} lie within each other.")
     if plan.disk_bytes > plan.disk_free:

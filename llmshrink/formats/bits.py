@@ -1,7 +1,7 @@
 """Dense bit packing: value i of a row at bit i*b, least significant first, crossing word boundaries.
 
-This is the layout of compressed-tensors' pack-quantized since 0.17. For 2, 4 and 8 bits no value crosses a word. The
-functions also run on the `meta` device, which gives exact shapes without data.
+This is the layout of compressed-tensors' pack-quantized since 0.17. For 2, 4 and 8 bits no value crosses a word. `pack`
+also runs on the `meta` device, which gives exact shapes without data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     rows, n = values.shape
     period, words = _period(bits)
     blocks = math.ceil(n / period)
+    if values.is_meta:  # only the shape is asked for, and often
+        return torch.empty(rows, math.ceil(n * bits / 32), dtype=torch.int32, device="meta")
     padded = torch.nn.functional.pad(values, (0, blocks * period - n)).view(rows, blocks, period)
     packed = torch.zeros(rows, blocks, words, dtype=torch.int64, device=values.device)
     for i in range(period):

@@ -108,7 +108,7 @@ def test_the_default_recipe_suits_the_family(
     ("family", "stage", "words"),
     [
         ("gpt2", {"method": {"name": "gptq", "bits": 4}}, "Conv1D"),
-        ("qwen3-moe", {"method": {"name": "nf4"}}, "experts"),
+        ("qwen3-moe", {"method": {"name": "nf4", "block_size": 32}}, "experts"),
         ("qwen3-moe", {"method": {"name": "rtn", "symmetric": False}}, "asymmetric"),
         ("llama", {"method": {"name": "nf4"}, "format": {"name": "compressed-tensors"}}, "level tables"),
         ("llama", {"method": {"name": "gptq", "group_size": 48}}, "does not divide"),

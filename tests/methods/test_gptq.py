@@ -9,7 +9,6 @@ from oracles import coordinate_descent, optimal_brain_quantizer
 from torch import Tensor
 
 from llmshrink.forms import Quantized, decode
-from llmshrink.methods import gptq
 from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
 from llmshrink.methods.grid import Grid, choose_grid, round_to
 from llmshrink.methods.rtn import Rtn, RtnConfig

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmshrink.engine.workspace import MANIFEST
+from llmshrink.io.files import sha256
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.load import validate
@@ -48,3 +51,24 @@ def logits(model: PreTrainedModel, vocabulary: int = 160) -> torch.Tensor:
     ids = torch.randint(0, vocabulary, (3, 32), generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
         return model(ids).logits.float()
+
+
+TIMED = {"report.json", "README.md", MANIFEST}  # these say how long things took
+SMALL_METHOD = {"name": "gptq", "bits": 4, "group_size": 32}
+SMALL = {
+    "calibration": {"samples": 4, "length": 16},
+    "run": {"threads": 1, "batch_tokens": 32},
+    "stage": {"format": {"name": "dense"}},
+}
+
+
+def content(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file whose bytes may not depend on the clock."""
+    return {p.name: sha256(p) for p in folder.iterdir() if p.name not in TIMED | {"recipe.yaml"}}
+
+
+def assert_complete(folder: Path) -> None:
+    """The folder holds what its manifest lists, and nothing else."""
+    listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+    assert {p.name for p in folder.iterdir()} == {*listed, MANIFEST}
+    assert all(sha256(folder / name) == entry["sha256"] for name, entry in listed.items())

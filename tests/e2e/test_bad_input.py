@@ -1,0 +1,174 @@
+"""What is wrong is told by the command line: the exit code, what it is about, and nothing left beside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import recipe
+from safetensors.torch import load_file, save_file
+
+from llmshrink import run
+from llmshrink.cli import main
+from llmshrink.progress import Silent
+
+Harm = Callable[[Path], None]
+
+
+@pytest.fixture
+def model(smallest: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(smallest, tmp_path / "model")
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, set[str]]]:
+    """Run `llmshrink quantize` on arguments; gives its exit code, what it said, and what it left beside."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, set[str]]:
+        before = set(tmp_path.iterdir())
+        settings = ["--output", tmp_path / "out", "--calibration", text_file, "--samples", "4", "--length", "16"]
+        more = ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false", "--group-size", "32"]
+        code = main([str(argument) for argument in ["quantize", *settings, *more, *arguments]])
+        return code, capsys.readouterr().err, {p.name for p in set(tmp_path.iterdir()) - before}
+
+    return call
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def put_nan(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_a_tensor(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def drop_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+SPOILED: dict[str, tuple[Harm, int, str]] = {
+    "truncated": (truncate_weights, 8, "model.safetensors is truncated or damaged"),
+    "mismatched": (lambda f: edit_config(f, intermediate_size=48), 8, "mlp"),
+    "incomplete": (drop_a_tensor, 8, "model.layers.1.mlp.up_proj.weight"),
+    "pickle": (only_pickle, 5, "pytorch_model.bin"),
+    "remote code": (
+        lambda f: edit_config(f, model_type="surprise", auto_map={"AutoConfig": "code.Surprise"}),
+        5,
+        "auto_map",
+    ),
+    "unknown type": (lambda f: edit_config(f, model_type="surprise"), 8, "'surprise'"),
+    "no config": (lambda f: (f / "config.json").unlink(), 8, "config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), 8, "config.json"),
+    "nan": (put_nan, 8, "'model.layers.1.mlp.up_proj.weight' has 1 values"),
+    "no tokenizer": (drop_tokenizer, 8, "no tokenizer"),
+    "quantized elsewhere": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), 3, "awq"),
+}
+
+
+@pytest.mark.parametrize(("harm", "code", "words"), SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_model(
+    refused: Callable[..., tuple[int, str, set[str]]], model: Path, harm: Harm, code: int, words: str
+) -> None:
+    harm(model)
+    found, said, left = refused(model)
+    assert (found, left) == (code, set())
+    assert words in said and "Traceback" not in said
+
+
+def test_code_of_a_model_type_that_transformers_knows_is_not_needed(
+    refused: Callable[..., tuple[int, str, set[str]]], model: Path, without_reader: None
+) -> None:
+    (model / "code.py").write_text("raise SystemExit('the code of a model was run')")
+    edit_config(model, auto_map={"AutoConfig": "code.Surprise"})
+    assert refused(model, "--method", "rtn")[0] == 0
+
+
+ARGUMENTS: dict[str, tuple[list[str], int, str]] = {
+    "unknown key": (["--set", "calibration.smaples=3"], 3, "smaples"),
+    "bits": (["--bits", "5"], 3, "5"),
+    "pattern": (["--set", 'ignore=["nothing.*"]'], 3, "nothing.*"),
+    "group size": (["--group-size", "48"], 3, "does not divide"),
+    "device": (["--device", "tpu"], 2, "tpu"),
+    "no such text": (["--calibration", "/nowhere/text.txt"], 8, "/nowhere/text.txt"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_wrong_arguments(
+    refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, arguments: list[str], code: int, words: str
+) -> None:
+    found, said, left = refused(smallest, *arguments)
+    assert (found, left) == (code, set())
+    assert words in said
+
+
+def test_no_such_model(refused: Callable[..., tuple[int, str, set[str]]], tmp_path: Path) -> None:
+    found, said, left = refused(tmp_path / "nothing")
+    assert (found, left) == (4, set()) and str(tmp_path / "nothing") in said
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "too short"])
+def test_too_little_text(
+    refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    found, said, left = refused(smallest, "--calibration", path)
+    assert (found, left) == (8, set()) and str(path) in said and "too short" in said
+
+
+def test_no_room_on_the_disk(
+    refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 0, 1000))
+    found, said, left = refused(smallest)
+    assert (found, left) == (6, set()) and "of disk" in said
+
+
+def test_no_memory(
+    refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "available_memory", lambda: 1 << 20)
+    found, said, left = refused(smallest)
+    assert (found, left) == (6, set()) and "of memory" in said
+
+
+def test_an_output_is_no_input(
+    refused: Callable[..., tuple[int, str, set[str]]],
+    smallest: Path,
+    text_file: Path,
+    tmp_path: Path,
+    without_reader: None,
+) -> None:
+    done = tmp_path / "done"
+    run.execute(recipe(smallest, done, text_file, {"name": "rtn", "group_size": 32}), progress=Silent())
+    found, said, left = refused(done)
+    assert (found, left) == (3, set()) and "quantized already (compressed-tensors)" in said

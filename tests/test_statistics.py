@@ -1,0 +1,61 @@
+"""Statistics gathered in pieces are what the definition gives at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmshrink.statistics import TILE, Hessian, Norm, NoStatistic
+
+CPU = torch.device("cpu")
+
+
+def inputs(width: int, tokens: int = 40) -> torch.Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(width))
+
+
+@pytest.mark.parametrize("width", [1, 17, TILE, TILE + 1, 2 * TILE + 40])
+def test_hessian_is_the_mean_of_the_outer_products(width: int) -> None:
+    x = inputs(width)
+    found = Hessian(width, CPU)
+    for part in x.split([7, 1, 32]):
+        found.update(part)
+    found.finish()
+    expected = x.double().T @ x.double() / len(x)
+    assert found.tokens == len(x)
+    assert torch.equal(found.matrix, found.matrix.T)
+    torch.testing.assert_close(found.matrix.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_norm_is_the_mean_square_of_each_feature() -> None:
+    x = inputs(5)
+    found = Norm(5, CPU)
+    for part in x.split(11):
+        found.update(part)
+    found.finish()
+    torch.testing.assert_close(found.square, (x**2).mean(0))
+    assert found.tokens == len(x)
+
+
+@pytest.mark.parametrize("kind", [Norm, Hessian, NoStatistic])
+def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
+    found = kind(4, CPU)
+    found.finish()
+    assert found.tokens == 0
+    assert all(not value.any() for value in vars(found).values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("kind", [Norm, Hessian, NoStatistic])
+def test_bytes_are_those_of_the_tensors(kind: type[Norm]) -> None:
+    tensors = [value for value in vars(kind(48, CPU)).values() if isinstance(value, torch.Tensor)]
+    assert kind.bytes(48) == sum(t.numel() * t.itemsize for t in tensors)
+
+
+@pytest.mark.parametrize("kind", [Norm, Hessian])
+def test_inputs_are_not_changed(kind: type[Norm]) -> None:
+    x = inputs(6)
+    copy = x.clone()
+    found = kind(6, CPU)
+    found.update(x)
+    found.finish()
+    assert torch.equal(x, copy)

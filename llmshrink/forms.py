@@ -7,7 +7,8 @@ method" are the same thing. Formats pack forms into tensors and back; methods ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,19 +81,22 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values + form.offset.float()
 
 
+def split_rows(layer: Layer, rows: list[int]) -> list[Layer]:
+    """The results of matrices that were compressed stacked on top of each other, `rows` [out] of each."""
+    form = layer.weight
+    if isinstance(form, Dense):
+        return [replace(layer, weight=Dense(part)) for part in torch.split(form.weight, rows)]
+    if isinstance(form.block, int) or form.block[0] != 1 or not isinstance(form.scale, Dense):
+        raise ValueError("scales that span rows cannot be split by rows")
+    zeros: Sequence[Tensor | None] = [None] * len(rows) if form.zero is None else torch.split(form.zero, rows)
+    parts = zip(torch.split(form.codes, rows), torch.split(form.scale.weight, rows), zeros, strict=True)
+    return [replace(layer, weight=replace(form, codes=c, scale=Dense(s), zero=z)) for c, s, z in parts]
+
+
 def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
     norm = float(original.square().sum(dtype=torch.float64))
     return (float((original - decoded).square().sum(dtype=torch.float64)) / norm) ** 0.5 if norm else 0.0
 
 
-def storage_bytes(form: Form) -> int:
-    """Bytes of the codes and tables when packed without padding; the file's own figure comes from its format."""
-    if isinstance(form, Dense):
-        return form.weight.numel() * form.weight.element_size()
-    bits = form.codes.numel() * form.bits
-    zeros = 0 if form.zero is None else form.zero.numel() * form.bits
-    return (bits + zeros + 7) // 8 + storage_bytes(form.scale)
-
-
-__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "relative_error", "storage_bytes"]
+__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "relative_error", "split_rows"]

@@ -10,13 +10,14 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import WORK, Workspace
 from llmshrink.formats.base import Slot
-from llmshrink.forms import Event, Layer, Quantized, decode, relative_error
+from llmshrink.forms import Event, Layer, Quantized, decode, relative_error, split_rows
 from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
@@ -25,6 +26,8 @@ from llmshrink.plan import Work, method_name
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import NoStatistic, Statistic
+
+STACK = 1 << 22  # weights compressed in one call at most
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Compressor:
                 self._group(group, statistics.pop(group), tensors, decoded, layers, events)
             clock.lap("compress")
         model.load_block(block.index, decoded)
+        if block is model.anatomy.blocks[-1]:
+            self._hidden.forget(self._batches)  # nothing follows that calibration rows could calibrate
         self._hidden.advance(block.index)
         model.drop_block(block.index)
         clock.lap("forward")
@@ -160,28 +165,42 @@ class Compressor:
         events: list[Event],
     ) -> None:
         prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
+        for method, matrices in self._stacks(group):
+            start = time.perf_counter()
+            used, event = self._or_baseline(method, matrices[0], statistic)
+            key = (type(used), used.config)
+            if key not in prepared:
+                prepared[key] = used.prepare(statistic)
+            weights = [self._model.read(matrix) for matrix in matrices]
+            layer = used.compress(torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
+            parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
+            found = [*([event] if event else []), *prepared[key].events, *layer.events]
+            fallback = any(e.kind.endswith("_fallback") for e in found)
+            for matrix, weight, part in zip(matrices, weights, parts, strict=True):
+                events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
+                slot = self._work.slots[matrix]
+                packed = self._work.format.pack(slot, part)
+                # Go on with what the file means, not with what the method meant.
+                decoded[matrix.key] = partial(self._decode, slot, packed)
+                tensors |= packed
+                error = relative_error(weight.float(), decoded[matrix.key]())
+                seconds = (time.perf_counter() - start) / len(matrices)
+                layers.append(_report(matrix, used, part, packed, error, fallback, self._work.format.name, seconds))
+
+    def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
+        """The group's matrices, small ones of one method together: a column loop costs the same for all of them."""
+        stacks: list[tuple[Method[Any], list[Matrix]]] = []
         for matrix in group.matrices:
             method = self._work.methods.get(matrix)
             if method is None:
                 continue
-            start = time.perf_counter()
-            used, event = self._or_baseline(method, matrix, statistic)
-            key = (type(used), used.config)
-            if key not in prepared:
-                prepared[key] = used.prepare(statistic)
-            weight = self._model.read(matrix)
-            layer = used.compress(weight, prepared[key])
-            found = [*([event] if event else []), *prepared[key].events, *layer.events]
-            events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
-            slot = self._work.slots[matrix]
-            packed = self._work.format.pack(slot, layer)
-            # Go on with what the file means, not with what the method meant.
-            decoded[matrix.key] = partial(self._decode, slot, packed)
-            tensors |= packed
-            fallback = any(e.kind.endswith("_fallback") for e in found)
-            error = relative_error(weight.float(), decoded[matrix.key]())
-            seconds = time.perf_counter() - start
-            layers.append(_report(matrix, used, layer, packed, error, fallback, self._work.format.name, seconds))
+            last, members = stacks[-1] if stacks else (None, [])
+            same = last is not None and type(last) is type(method) and last.config == method.config and method.by_row
+            if same and members[0].dtype == matrix.dtype and sum(m.numel for m in [*members, matrix]) <= STACK:
+                members.append(matrix)
+            else:
+                stacks.append((method, [matrix]))
+        return stacks
 
     def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
         return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))

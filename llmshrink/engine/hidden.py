@@ -50,6 +50,10 @@ class Hidden:
             if done:
                 done(out.shape[0] * out.shape[1])
 
+    def forget(self, batches: int) -> None:
+        """Drop the states of the first batches."""
+        del self.states[:batches]
+
     def save(self, path: Path) -> str:
         """Write the states exactly; returns the file's SHA-256."""
         return safetensors.write(path, {f"{i:06d}": state for i, state in enumerate(self.states)})
@@ -57,7 +61,4 @@ class Hidden:
     def load(self, path: Path) -> None:
         """Take the states from a file that `save` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
-        self.states = [
-            checkpoint.get(name).to(state.device, copy=True)
-            for name, state in zip(sorted(checkpoint.infos), self.states, strict=True)
-        ]
+        self.states = [checkpoint.get(name).to(self._model.device, copy=True) for name in sorted(checkpoint.infos)]

@@ -32,7 +32,7 @@ class GptqConfig(GridConfig):
 
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
     damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
-    block_size: int = Field(128, ge=1, description="columns between two updates of the whole matrix (speed only)")
+    block_size: int = Field(64, ge=1, description="columns between two updates of the whole matrix (speed only)")
     refine: int = Field(1, ge=0, description="passes over all scales and codes after the paper's single one")
 
 
@@ -52,6 +52,7 @@ class Gptq(Method[GptqConfig]):
 
     task: ClassVar[Task] = "quantize"
     needs = Hessian
+    by_row = True
     baseline = "rtn"
     Config = GptqConfig
 

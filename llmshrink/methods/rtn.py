@@ -22,6 +22,7 @@ class Rtn(Method[RtnConfig]):
 
     task: ClassVar[Task] = "quantize"
     needs = NoStatistic
+    by_row = True
     baseline = None
     Config = RtnConfig
 

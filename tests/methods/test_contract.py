@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmshrink.forms import decode
+from llmshrink.forms import decode, split_rows
 from llmshrink.methods import load_method, method_names
 from llmshrink.methods.base import Method
 from llmshrink.statistics import Statistic
@@ -88,3 +88,16 @@ def test_odd_shapes_are_refused_before_any_work(method: Method[Any]) -> None:
     if "group_size" in method.Config.model_fields:
         assert "does not divide" in str(method.check((24, 50)))
     assert method.check(SHAPE) is None
+
+
+def test_rows_that_are_said_not_to_depend_on_each_other_do_not(method: Method[Any]) -> None:
+    weights = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (24, 8, 16)]
+    prepared = method.prepare(gathered(method))
+    stacked = method.compress(torch.cat(weights), prepared)
+    if not method.by_row:
+        with pytest.raises(ValueError, match="span rows"):
+            split_rows(stacked, [24, 8, 16])
+        return
+    for weight, part in zip(weights, split_rows(stacked, [24, 8, 16]), strict=True):
+        alone = decode(method.compress(weight, prepared).weight)
+        assert (decode(part.weight) == alone).float().mean() > 0.99  # sums in another order may break a tie

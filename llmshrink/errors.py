@@ -10,7 +10,6 @@
     |- OutputError                7   the output exists, or another run holds it
     |- InputError                 8   bad input: corrupt weights, NaN, empty calibration
     |- GateError                  9   finished, but a gate or --strict failed
-    |- MissingDependencyError    10   an optional package is missing (the message is the install line)
     `- InterruptedRun            12   stopped by a signal; the same command goes on where it was
 
 0 is success and 130 a second interrupt. A message says where, what, and what to do.
@@ -89,12 +88,6 @@ class GateError(LlmshrinkError):
     """The run finished, but a quality gate or `--strict` says no."""
 
     exit_code = 9
-
-
-class MissingDependencyError(LlmshrinkError):
-    """An optional package is not installed; the message is the line that installs it."""
-
-    exit_code = 10
 
 
 class InterruptedRun(LlmshrinkError):  # noqa: N818 - it is not an error: the journal holds what was done

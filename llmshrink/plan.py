@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from llmshrink.errors import PlanError
@@ -161,7 +162,10 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         )
     events: list[Event] = []
     default = _default_method(stage, matrices, events)
-    specs = {m: stage.method_for(m.name, default) for m in matrices}
+    try:
+        specs = {m: stage.method_for(m.name, default) for m in matrices}
+    except ValidationError as error:
+        raise PlanError(f"The keys in `layers` do not fit {default.name}: {error.errors()[0]['msg']}") from error
     _check_patterns(stage, matrices)
     methods, left, problems = {}, {}, []
     for matrix, spec in specs.items():
@@ -186,7 +190,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         left,
         None,
         0,
-        _output(recipe, model.source.id, next(iter(methods.values()))),
+        _output(recipe, model.source.id, main_method(methods)),
         events=_merged(events),
     )
     _check_format(work)
@@ -206,6 +210,13 @@ def _output(recipe: Recipe, model_id: str, method: Method[Any]) -> Path:
     name, bits = method_name(method), getattr(method.config, "bits", None)
     label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name)
     return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
+
+
+def main_method(methods: dict[Matrix, Method[Any]]) -> Method[Any]:
+    """The method, with its settings, that most matrices get."""
+    counted = Counter((type(method), method.config) for method in methods.values())
+    cls, config = counted.most_common(1)[0][0]
+    return cls(config)
 
 
 def method_name(method: Method[Any]) -> str:
@@ -251,7 +262,7 @@ def _fit(
     if "group_size" not in cls.Config.model_fields:
         return cls(config), None
     width, asked = matrix.shape[1], getattr(config, "group_size")  # noqa: B009 - not every Config has it
-    size = asked or GROUP_SIZES[0]
+    size = GROUP_SIZES[0] if asked is None else asked
     if size != -1 and width % size:
         policy = stage.indivisible
         if policy == "skip":
@@ -384,7 +395,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
     ]
     parameters = sum(info.numel for info in infos.values())
     hidden = recipe.calibration.samples * work.length * model.model.get_input_embeddings().weight.shape[1] * 4
-    first = next(iter(work.methods.values()))
+    first = main_method(work.methods)
     return Plan(
         model=model.source.id,
         architecture=type(model.model).__name__,
@@ -399,7 +410,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
         file_bytes=work.file_bytes,
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
-        disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0),
+        disk_bytes=sum(work.file_bytes.values()) + (3 * hidden if work.needs_data else 0) - _already(work.output),
         disk_free=shutil.disk_usage(_existing(work.output)).free,
         output=str(work.output),
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
@@ -418,6 +429,12 @@ def _left_plan(matrix: Matrix, size: int, reason: str) -> LayerPlan:
         bytes_after=size,
         reason=reason,
     )
+
+
+def _already(output: Path) -> int:
+    """Bytes that an unfinished run of this output holds already: they are not needed again."""
+    partial = output.with_name(output.name + ".partial")
+    return sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
 
 
 def _existing(path: Path) -> Path:

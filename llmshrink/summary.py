@@ -17,7 +17,7 @@ from llmshrink.forms import Event
 from llmshrink.machine import versions
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan import Plan, Work
+from llmshrink.plan import Plan, Work, main_method
 from llmshrink.recipe import text
 from llmshrink.recipe.load import dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
@@ -126,8 +126,7 @@ def quantize_stage(
     seconds: float,
 ) -> StageReport:
     """What one quantize stage did, from the plan, the engine's result and the files."""
-    first = next(iter(work.methods.values()))
-    after = sum(layer.bytes_after for layer in result.layers)
+    first = main_method(work.methods)
     return StageReport(
         task="quantize",
         method={"name": plan.method, **first.config.model_dump(mode="json")},
@@ -136,7 +135,7 @@ def quantize_stage(
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,
-        bits_per_weight=8 * after / sum(layer.parameters for layer in result.layers),
+        bits_per_weight=plan.bits_per_weight,
         seconds={"compress_stage": seconds, **result.seconds},
         memory=MemoryReport(
             planned_bytes=plan.memory_bytes,

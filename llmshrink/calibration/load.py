@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from llmshrink.calibration.rows import Rows, tokenize
-from llmshrink.calibration.sample import sample_rows
+from llmshrink.calibration.sample import fits, sample_rows
 from llmshrink.calibration.text import documents
 from llmshrink.forms import Event
 from llmshrink.model.source import Source
@@ -16,6 +16,7 @@ from llmshrink.progress import Progress
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
 
 GENERAL_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # what `auto` means where there is a network
+AUTO_SELF_TOKENS = 16_384  # sampled for the evaluation that a recipe leaves to `auto`
 HUB_SECONDS = 3.0
 SELF_EVALUATION_SEED = 1_000_003  # so that no sample for calibration is evaluated
 
@@ -48,7 +49,10 @@ class TextLoader:
             names += self._auto_texts() if name == "auto" else [name]
         texts = []
         for name in dict.fromkeys(names):
-            rows = self._rows(name, spec.split or "test", spec.column, spec.rows, length, 0, spec.packed)
+            count = spec.rows
+            if name == "self" and "auto" in spec.data:  # nobody asked for hours of sampling
+                count = min(count, max(1, AUTO_SELF_TOKENS // length))
+            rows = self._rows(name, spec.split or "test", spec.column, count, length, 0, spec.packed)
             if calibration is not None and _overlap(calibration, rows):
                 message = f"calibration and evaluation share a text: {name}. The figures on it flatter the result"
                 self.events.append(Event("shared_corpus", message))
@@ -56,7 +60,11 @@ class TextLoader:
         return texts
 
     def _auto_texts(self) -> list[str]:
-        return ["generator", "self"] if self._embedded or not _hub_answers() else [GENERAL_TEXT, "self"]
+        text = "generator" if self._embedded or not _hub_answers() else GENERAL_TEXT
+        if fits(self._source, self._device):
+            return [text, "self"]
+        self.events.append(Event("not_measured", "quality on the model's own samples: it does not fit into memory"))
+        return [text]
 
     def _rows(
         self, data: str, split: str, column: str | None, count: int, length: int, seed: int, packed: bool

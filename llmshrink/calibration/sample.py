@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import ResourceError
@@ -20,6 +20,11 @@ BATCH_TOKENS = 16_384  # rows times length generated together: bounds the cache
 ROOM = 1.3  # what loading and a cache need, as a multiple of the weights
 
 
+def fits(source: Source, device: torch.device) -> bool:
+    """Whether the whole model can be in memory."""
+    return device.type != "cpu" or int(source.checkpoint.bytes * ROOM) <= available_memory()
+
+
 @torch.no_grad()
 def sample_rows(source: Source, *, rows: int, length: int, seed: int, device: torch.device, progress: Progress) -> Rows:
     """Sample `rows` rows of `length` tokens.
@@ -27,16 +32,16 @@ def sample_rows(source: Source, *, rows: int, length: int, seed: int, device: to
     Raises:
         ResourceError: the model does not fit into memory as a whole.
     """
-    needed = int(source.checkpoint.bytes * ROOM)
-    if device.type == "cpu" and needed > available_memory():
+    if not fits(source, device):
         raise ResourceError(
-            f"Sampling calibration text from {source.id} needs about {needed / 2**30:.1f} GiB of memory at once.",
-            hint="Give calibration text instead: --calibration FILE or a dataset id.",
+            f"Sampling text from {source.id} needs its {source.checkpoint.bytes / 2**30:.1f} GiB in memory at once.",
+            hint="Give text instead: --calibration FILE --evaluation FILE, or dataset ids.",
         )
     model = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype="auto", trust_remote_code=False, local_files_only=True
     )
     model = model.to(device).eval()
+    model.generation_config = GenerationConfig()  # its own may penalise or cut: that is not its distribution
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     bos = source.tokenizer.bos_token_id
     found: list[Tensor] = []

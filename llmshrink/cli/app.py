@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 recipe or plan refused, 4 model not found, 5 refused for safety, "
     "6 not enough memory or disk, 7 output exists or is locked, 8 bad input, 9 a check or --strict failed, "
-    "10 a package is missing, 12 interrupted and resumable, 130 interrupted."
+    "12 interrupted and resumable, 130 interrupted."
 )
 
 app = typer.Typer(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.gather import gather
-from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.workspace import WORK, Workspace
 from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, relative_error, split_rows
@@ -228,7 +228,7 @@ class Compressor:
         files = {name: safetensors.write(self._workspace.folder / name, tensors)}
         kept = block.index + 1
         hidden = self._workspace.work / _hidden_name(kept)
-        files[f"{WORK}/{hidden.name}"] = safetensors.write(hidden, {f"{i:06d}": s for i, s in enumerate(states)})
+        files[f"{WORK}/{hidden.name}"] = save_states(hidden, states)
         entry = {**entry, "files": files, "seconds": {**entry["seconds"], "write": time.perf_counter() - start}}
         self._workspace.append(entry)
         (self._workspace.work / _hidden_name(kept - 2)).unlink(missing_ok=True)

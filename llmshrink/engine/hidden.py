@@ -54,11 +54,12 @@ class Hidden:
         """Drop the states of the first batches."""
         del self.states[:batches]
 
-    def save(self, path: Path) -> str:
-        """Write the states exactly; returns the file's SHA-256."""
-        return safetensors.write(path, {f"{i:06d}": state for i, state in enumerate(self.states)})
-
     def load(self, path: Path) -> None:
-        """Take the states from a file that `save` wrote."""
+        """Take the states from a file that `save_states` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
         self.states = [checkpoint.get(name).to(self._model.device, copy=True) for name in sorted(checkpoint.infos)]
+
+
+def save_states(path: Path, states: list[Tensor]) -> str:
+    """Write states exactly; returns the file's SHA-256."""
+    return safetensors.write(path, {f"{i:06d}": state for i, state in enumerate(states)})

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from llmshrink.errors import OutputError
 from llmshrink.io.files import sha256, step, sync_folder, write_bytes, write_json
 
-WORK = ".work"  # inside OUT.partial: journal and hidden states, removed before the rename
+WORK = ".work"  # inside OUT.partial: journal and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
 
 
@@ -32,7 +32,10 @@ class Workspace:
     """Holds the lock on one output for as long as it is open."""
 
     def __init__(self, output: Path, *, overwrite: bool = False) -> None:
-        self.output = output.absolute()
+        self.output = output.resolve()
+        here = {*(Path.cwd(), *Path.cwd().parents), *(Path.home(), *Path.home().parents)}
+        if self.output in here:
+            raise OutputError(f"{self.output} cannot be an output folder.", hint="Name a new folder with --output.")
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.work = self.folder / WORK
         self._replaced = self.output.with_name(f".{self.output.name}.replaced")
@@ -41,6 +44,7 @@ class Workspace:
         self._holder = self.output.with_name(f".{self.output.name}.lock.json")
 
     def __enter__(self) -> Self:
+        self._refuse_strangers()
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -77,11 +81,23 @@ class Workspace:
 
     def _mend(self) -> None:
         """End a commit, finished or not: the replaced output goes if the new one is there, and comes back if not."""
-        if self._replaced.exists():
+        if self._replaced.is_dir():
             if self.output.exists():
                 shutil.rmtree(self._replaced)
             else:
                 self._replaced.rename(self.output)
+        if (self.output / MANIFEST).is_file() and (self.output / WORK).is_dir():
+            shutil.rmtree(self.output / WORK)
+
+    def _refuse_strangers(self) -> None:
+        """Never replace or empty a folder that llmshrink did not make."""
+        for folder, mark in ((self.output, MANIFEST), (self.folder, WORK)):
+            empty = folder.is_dir() and not any(folder.iterdir())
+            if folder.exists() and not empty and not (folder / mark).exists() and (self._overwrite or mark == WORK):
+                raise OutputError(
+                    f"{folder} is there already and was not made by llmshrink: it is left as it is.",
+                    hint="Move it away, or choose another --output.",
+                )
 
     def _who(self) -> str:
         try:
@@ -167,14 +183,14 @@ class Workspace:
         write_manifest(self.folder)
         self._check_free()
         step()
-        shutil.rmtree(self.work)
-        step()
         if self.output.exists():
             self.output.rename(self._replaced)
             step()
         self.folder.rename(self.output)
         step()
         sync_folder(self.output.parent)
+        shutil.rmtree(self.output / WORK)  # last: until the rename it is what a resume needs
+        step()
 
 
 def write_manifest(folder: Path) -> None:

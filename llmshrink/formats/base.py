@@ -63,6 +63,10 @@ class Format(ABC):
         """The `quantization_config`: `layers` are stored compressed, modules named in `left` are not."""
 
     @abstractmethod
+    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
+        """Why a checkpoint with this `quantization_config`, written by any tool, cannot be decoded here, or None."""
+
+    @abstractmethod
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """For each matrix among the stored tensor names: its dense key -> the tensor that marks it as compressed.
 

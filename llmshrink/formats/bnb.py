@@ -114,6 +114,10 @@ class BitsAndBytes(Format):
             "llm_int8_skip_modules": sorted(left),
         }
 
+    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
+        """Only the 4-bit kinds."""
+        return None if config and config.get("load_in_4bit") else "only its 4-bit kinds are read"
+
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """A weight with a quantization state beside it."""
         return {name.partition(f".{STATE}")[0]: name for name in stored if f".weight.{STATE}" in name}

@@ -137,6 +137,17 @@ class CompressedTensors(Format):
             config["dequantize"] = True
         return config
 
+    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
+        """Only packed integer weights without rounded inputs."""
+        for group in (config or {}).get("config_groups", {}).values():
+            weights = group.get("weights") or {}
+            if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
+                return "only integer weights with scales per group or channel are read"
+            if group.get("input_activations") or weights.get("actorder") == "group":
+                return "neither rounded inputs nor reordered groups are read"
+        packed = (config or {}).get("format") in ("pack-quantized", "mixed-precision")
+        return None if packed else "only its format pack-quantized is read"
+
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """Every `X.weight_packed` is the weight of X."""
         suffix = ".weight_packed"

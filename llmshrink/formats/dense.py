@@ -41,6 +41,10 @@ class DenseFormat(Format):
         """A dense checkpoint needs no word of it."""
         return None
 
+    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
+        """Plain weights are always read."""
+        return None
+
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """Nothing is compressed."""
         return {}

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
         spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in header.items()}
+        infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], tuple(map(index, e["shape"]))) for n, e in header.items()}
     except KeyError as error:
         raise InputError(_broken(path, f"its header has an unknown or missing entry {error}")) from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -117,7 +118,10 @@ class Checkpoint:
             UnsafeError: only pickled weights, or an index that names a file outside the folder.
         """
         if (folder / INDEX).exists():
-            return cls(folder, _read_index(folder))
+            found = cls(folder, _read_index(folder))
+            if (folder / SINGLE).exists() and SINGLE not in found.files:
+                raise InputError(f"{folder} holds {SINGLE} beside the shards of {INDEX}: which one counts?")
+            return found
         if (folder / SINGLE).exists():
             return cls(folder, read_header(_inside(folder, SINGLE)))
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
@@ -188,9 +192,14 @@ def _inside(folder: Path, name: str) -> Path:
     if not plain or not name.endswith((".safetensors", ".json")):
         raise UnsafeError(f"{folder / INDEX} names the file {name!r}, which is not a file of this folder.")
     path = folder / name
+    refuse_outside(path)
+    return path
+
+
+def refuse_outside(path: Path) -> None:
+    """Raise UnsafeError where a file of a model folder is a link to somewhere else."""
     if path.is_symlink() and not _in_cache(path):
         raise UnsafeError(f"{path} is a link out of the model's folder ({path.resolve()}).")
-    return path
 
 
 def _in_cache(path: Path) -> bool:

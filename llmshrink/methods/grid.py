@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmshrink.forms import Dense, Layer, Quantized
@@ -39,6 +39,13 @@ class GridConfig(MethodConfig):
     symmetric: bool = Field(True, description="zero is the code 0; false stores a zero point for every scale")
     scales: Literal["minmax", "mse"] = Field("mse", description="cover the range, or search for the least error")
 
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, size: int | None) -> int | None:
+        if size is not None and size != -1 and size < 1:
+            raise ValueError("group_size is -1 (one scale per output) or a positive number")
+        return size
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code, both included."""
@@ -54,8 +61,6 @@ class GridConfig(MethodConfig):
         """Why a matrix [out, in] of this shape cannot be cut into these groups, or None."""
         if self.group_size is None or self.group_size == -1:
             return None
-        if self.group_size < 1:
-            return f"group_size {self.group_size} is neither -1 (one group per row) nor a positive number"
         if shape[1] % self.group_size:
             return f"group_size {self.group_size} does not divide the width {shape[1]}"
         return None

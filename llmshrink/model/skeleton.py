@@ -47,7 +47,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = Fals
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise PlanError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
-    if any(hasattr(module, "is_transposed") for module in model.modules()):
+    fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    if any(module.is_transposed or module.has_bias for module in fused):
+        raise PlanError(f"{type(model).__name__}: its fused experts are transposed or have biases: not supported yet.")
+    if fused:
         model.set_experts_implementation(EXPERTS)
     return model.eval()
 

@@ -13,12 +13,14 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError
+from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError, UsageError
 from llmshrink.io.files import sha256
-from llmshrink.io.safetensors import INDEX, Checkpoint
+from llmshrink.io.safetensors import Checkpoint, refuse_outside
 
-WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$|.*\.index\.json$")
-CODE_FILES = re.compile(r".*\.(py|pyc|so|pkl|pickle)$")
+COMPANIONS = re.compile(
+    r"tokenizer.*\.(json|model)|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|added_tokens\.json"
+    r"|special_tokens_map\.json|generation_config\.json|chat_template.*|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
+)
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
@@ -70,16 +72,10 @@ class Source:
     @cached_property
     def companions(self) -> list[Path]:
         """Files that go into the output byte for byte: tokenizer, generation config, licence."""
-        skip = {"config.json", "README.md", "report.json", "recipe.yaml", "llmshrink-manifest.json", INDEX}
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and path.name not in skip
-            and not path.name.startswith(".")
-            and not WEIGHT_FILES.match(path.name)
-            and not CODE_FILES.match(path.name)
-        )
+        found = sorted(p for p in self.folder.iterdir() if COMPANIONS.fullmatch(p.name) and p.is_file())
+        for path in found:
+            refuse_outside(path)
+        return found
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -105,6 +101,7 @@ def _content_hash(path: Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    refuse_outside(path)
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -126,10 +123,12 @@ def open_source(model_id: str, revision: str | None = None) -> Source:
     """
     path = Path(model_id).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"{model_id} is a folder: it has no revision {revision!r}.")
         source = Source(model_id, path.resolve(), None)
     elif path.exists():
         raise InputError(f"{model_id} is a file; give the folder of the model.")
-    elif re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model_id):
+    elif re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model_id) and ".." not in model_id and "--" not in model_id:
         source = _download(model_id, revision)
     else:
         raise ModelNotFoundError(f"There is no folder {model_id!r}, and it is not a Hub id (owner/name) either.")

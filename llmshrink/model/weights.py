@@ -25,6 +25,8 @@ class Weights:
         if found is None:
             method = (self._config or {}).get("quant_method")
             raise PlanError(f"{checkpoint.folder} is quantized by {method!r}, which llmshrink cannot read back yet.")
+        if why := found.cannot_read(self._config):
+            raise PlanError(f"{checkpoint.folder} is stored as {found.name}, of which {why}.")
         self.format = found
         compressed = found.dense_names(checkpoint.infos)
         parts = {key: found.companions(key, checkpoint.infos) for key in compressed}

@@ -110,7 +110,8 @@ def test_a_kill_between_the_two_renames_of_overwrite_brings_the_old_output_back(
     out = case.folder / "old"
     out.mkdir()
     (out / "precious").write_text("old")
-    ended = case.run("old", overwrite=True, crash_at=case.unbroken.steps)  # one step more: the old output moved away
+    (out / "llmshrink-manifest.json").touch()  # made by llmshrink: nothing else is ever replaced
+    ended = case.run("old", overwrite=True, crash_at=case.unbroken.steps - 1)  # the old output moved, the new one not
     assert ended.code == KILLED and not out.exists()
     refused = case.run("old")
     assert refused.code == 7 and "exists already" in refused.message

@@ -116,6 +116,7 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(tmp_path: Path) -
 def test_overwrite_replaces(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / MANIFEST).touch()
     with Workspace(tmp_path / "out", overwrite=True) as workspace:
         workspace.begin(IDENTITY, resume=True)
         block(workspace, 0)
@@ -123,6 +124,21 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
         workspace.commit()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"shard-0", MANIFEST}
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="not made by llmshrink"), Workspace(tmp_path / "out", overwrite=True):
+        pass
+    assert (tmp_path / name / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("folder", [".", "..", "~", "/"])
+def test_some_folders_are_no_outputs(folder: str) -> None:
+    with pytest.raises(OutputError, match="cannot be"), Workspace(Path(folder).expanduser(), overwrite=True):
+        pass
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

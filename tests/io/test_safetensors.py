@@ -160,3 +160,12 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UnsafeError, match="pickled"):
         st.Checkpoint.open(tmp_path)
+
+
+def test_a_single_file_beside_an_index_is_refused(tmp_path: Path) -> None:
+    good(tmp_path).rename(tmp_path / "one.safetensors")
+    index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
+    assert set(st.Checkpoint.open(tmp_path).infos) == {"a", "b"}
+    good(tmp_path)
+    with pytest.raises(InputError, match="which one counts"):
+        st.Checkpoint.open(tmp_path)

@@ -132,9 +132,6 @@ class Checkpoint:
             )
         raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.infos
-
     def get(self, name: str) -> Tensor:
         """One tensor as stored, mapped from its file: do not write to it."""
         return self._file(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
@@ -146,10 +143,6 @@ class Checkpoint:
             except SafetensorError as error:
                 raise InputError(_broken(self.folder / name, str(error))) from error
         return self._open[name]
-
-    def release(self) -> None:
-        """Unmap all files (they are mapped again when needed)."""
-        self._open.clear()
 
     @property
     def bytes(self) -> int:

@@ -36,7 +36,6 @@ class Weights:
             shape, dtype = found.dense_info(key, checkpoint.get)
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype, shape)
         self.compressed = frozenset(compressed)
-        self.parts = parts  # dense name -> names of the tensors that store it
         self._transposed: frozenset[str] = frozenset()
 
     def transpose(self, keys: Iterable[str]) -> None:

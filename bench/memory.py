@@ -22,7 +22,7 @@ from llmshrink.demo import MODEL_DIR
 from llmshrink.io import safetensors
 from llmshrink.io.files import copy_file
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 1280, 4096, 20, 10, 32000
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 1536, 4096, 12, 4, 32000
 
 
 def make_model(folder: Path, blocks: int) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+ROWS = 256  # of a matrix that are compared at a time
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -54,11 +56,25 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """The error that a method minimises, and what its baseline makes of the same rows."""
+
+    own: Tensor  # float32 [out]
+    baseline: Tensor  # float32 [out]
+
+    @property
+    def share(self) -> float:
+        """The method's error as a share of its baseline's; 1 where the baseline makes none."""
+        total = float(self.baseline.sum())
+        return float(self.own.sum()) / total if total else 1.0
+
+
+@dataclass(frozen=True)
 class Layer:
     """The result of compressing one matrix."""
 
     weight: Form
-    objective: float | None = None  # the error the method minimises, as a share of its baseline's on the same matrix
+    objective: Objective | None = None
     events: tuple[Event, ...] = ()
 
 
@@ -67,36 +83,82 @@ def decode(form: Form) -> Tensor:
     if isinstance(form, Dense):
         return form.weight.float()
     scale = decode(form.scale)
-    values = form.codes.float() if form.levels is None else form.levels.float()[form.codes.long()]
+    values = form.codes.float() if form.levels is None else form.levels.float()[form.codes.int()]
     if isinstance(form.block, int):
-        flat = scale.flatten().repeat_interleave(form.block)[: values.numel()].view(values.shape)
-        values = values * flat
+        values *= scale.flatten().repeat_interleave(form.block)[: values.numel()].view(values.shape)
     else:
         rows, cols = form.block
         out, width = values.shape
         tiled = values.view(out // rows, rows, width // cols, cols)
         if form.zero is not None:
-            tiled = tiled - form.zero.float()[:, None, :, None]
-        values = (tiled * scale[:, None, :, None]).view(out, width)
-    return values if form.offset is None else values + form.offset.float()
+            tiled -= form.zero.float()[:, None, :, None]
+        tiled *= scale[:, None, :, None]
+    return values if form.offset is None else values.add_(form.offset.float())
 
 
 def split_rows(layer: Layer, rows: list[int]) -> list[Layer]:
     """The results of matrices that were compressed stacked on top of each other, `rows` [out] of each."""
-    form = layer.weight
+    form, objective = layer.weight, layer.objective
+    objectives: list[Objective | None] = [None] * len(rows)
+    if objective is not None:
+        halves = zip(torch.split(objective.own, rows), torch.split(objective.baseline, rows), strict=True)
+        objectives = [Objective(own, baseline) for own, baseline in halves]
     if isinstance(form, Dense):
-        return [replace(layer, weight=Dense(part)) for part in torch.split(form.weight, rows)]
-    if isinstance(form.block, int) or form.block[0] != 1 or not isinstance(form.scale, Dense):
+        forms: list[Form] = [Dense(part) for part in torch.split(form.weight, rows)]
+    elif not _by_row(form) or not isinstance(form.scale, Dense):
         raise ValueError("scales that span rows cannot be split by rows")
-    zeros: Sequence[Tensor | None] = [None] * len(rows) if form.zero is None else torch.split(form.zero, rows)
-    parts = zip(torch.split(form.codes, rows), torch.split(form.scale.weight, rows), zeros, strict=True)
-    return [replace(layer, weight=replace(form, codes=c, scale=Dense(s), zero=z)) for c, s, z in parts]
+    else:
+        zeros: Sequence[Tensor | None] = [None] * len(rows) if form.zero is None else torch.split(form.zero, rows)
+        parts = zip(torch.split(form.codes, rows), torch.split(form.scale.weight, rows), zeros, strict=True)
+        forms = [replace(form, codes=c, scale=Dense(s), zero=z) for c, s, z in parts]
+    return [replace(layer, weight=f, objective=o) for f, o in zip(forms, objectives, strict=True)]
+
+
+def join_rows(layers: list[Layer]) -> Layer:
+    """The result of a matrix that was compressed in stretches of rows: the inverse of `split_rows`; events once."""
+    forms = [layer.weight for layer in layers]
+    known = [layer.objective for layer in layers if layer.objective is not None]
+    objective = Objective(torch.cat([o.own for o in known]), torch.cat([o.baseline for o in known])) if known else None
+    dense = [form for form in forms if isinstance(form, Dense)]
+    if dense:
+        return replace(layers[0], weight=Dense(torch.cat([form.weight for form in dense])), objective=objective)
+    parts = [form for form in forms if isinstance(form, Quantized)]
+    scales = [form.scale.weight for form in parts if isinstance(form.scale, Dense) and _by_row(form)]
+    if len(scales) < len(forms):
+        raise ValueError("scales that span rows cannot be joined by rows")
+    zeros = [form.zero for form in parts if form.zero is not None]
+    form = replace(
+        parts[0],
+        codes=torch.cat([form.codes for form in parts]),
+        scale=Dense(torch.cat(scales)),
+        zero=torch.cat(zeros) if zeros else None,
+    )
+    return replace(layers[0], weight=form, objective=objective)
+
+
+def _by_row(form: Quantized) -> bool:
+    return not isinstance(form.block, int) and form.block[0] == 1
 
 
 def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
-    norm = float(original.square().sum(dtype=torch.float64))
-    return (float((original - decoded).square().sum(dtype=torch.float64)) / norm) ** 0.5 if norm else 0.0
+    norm = rest = 0.0
+    for w, q in zip(torch.split(original, ROWS), torch.split(decoded, ROWS), strict=True):
+        exact = w.double()
+        norm += float(exact.square().sum())
+        rest += float(exact.sub_(q).square().sum())
+    return (rest / norm) ** 0.5 if norm else 0.0
 
 
-__all__ = ["Dense", "Event", "Form", "Layer", "Quantized", "decode", "relative_error", "split_rows"]
+__all__ = [
+    "Dense",
+    "Event",
+    "Form",
+    "Layer",
+    "Objective",
+    "Quantized",
+    "decode",
+    "join_rows",
+    "relative_error",
+    "split_rows",
+]

@@ -410,7 +410,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
         file_bytes=work.file_bytes,
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
-        disk_bytes=sum(work.file_bytes.values()) + (3 * hidden if work.needs_data else 0) - _already(work.output),
+        disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0) - _already(work.output),
         disk_free=shutil.disk_usage(_existing(work.output)).free,
         output=str(work.output),
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],

@@ -21,11 +21,11 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, OutputError, PlanError, ResourceError
 from llmshrink.evaluate.measure import measure_models
-from llmshrink.evaluate.memory import PeakMonitor, available_memory, fix_malloc
 from llmshrink.forms import Event
 from llmshrink.io.files import copy_file, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, environment, pick_device, quiet_libraries, threads
+from llmshrink.memory import PeakMonitor, available_memory, fix_malloc
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate

@@ -11,10 +11,10 @@ import torch
 from llmshrink import __version__
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.compress import Result
-from llmshrink.evaluate.memory import PeakMonitor
 from llmshrink.formats.runtimes import RUNTIMES, worst
 from llmshrink.forms import Event
 from llmshrink.machine import versions
+from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan import Plan, Work, main_method

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import ResourceError
-from llmshrink.evaluate.memory import available_memory
+from llmshrink.memory import available_memory
 from llmshrink.model.source import Source
 from llmshrink.progress import Progress
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden, save_states
-from llmshrink.engine.workspace import WORK, Workspace
+from llmshrink.engine.workspace import Workspace
 from llmshrink.formats.base import Slot
-from llmshrink.forms import Event, Layer, Quantized, decode, relative_error, split_rows
+from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.io import safetensors
+from llmshrink.memory import trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
@@ -27,7 +28,8 @@ from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import NoStatistic, Statistic
 
-STACK = 1 << 22  # weights compressed in one call at most
+STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
+SAVE_EVERY = 60.0  # seconds between two savings of the hidden states: a run that goes on repeats at most their forwards
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Result:
         """Take over a journal entry."""
         self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
         self.events += [Event(**event) for event in entry["events"]]
-        self.files |= {name: digest for name, digest in entry["files"].items() if not name.startswith(WORK)}
+        self.files |= entry["files"]
         for step, seconds in entry["seconds"].items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
@@ -69,31 +71,61 @@ class Compressor:
     def run(self, done: list[dict[str, Any]]) -> Result:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
         result = Result()
-        for last in done:
-            result.add(last)
+        for entry in done:
+            result.add(entry)
         blocks = self._model.anatomy.blocks
         self._progress.start("compress", sum(m.numel for b in blocks for m in b.matrices))
         self._progress.advance(sum(m.numel for b in blocks[: len(done)] for m in b.matrices))
-        if done:
-            self._hidden.load(self._workspace.work / _hidden_name(min(len(done), len(blocks))))
+        self._restore(done)
+        saved = time.perf_counter()
         with ThreadPoolExecutor(1) as disk:
             pending: Future[dict[str, Any]] | None = None
             for block in blocks[len(done) :]:
                 entry, tensors = self._block(block)
                 if pending is not None:
                     result.add(pending.result())
+                states = None
+                if time.perf_counter() - saved >= SAVE_EVERY:
+                    saved, states = time.perf_counter(), list(self._hidden.states)
                 # Files are written and synced while the next block computes; the journal line comes last.
-                states = list(self._hidden.states)
                 pending = disk.submit(self._write, block, tensors, states, entry)
                 size = sum(m.numel for m in block.matrices)
                 worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
                 self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
             if pending is not None:
-                result.add(last := pending.result())
+                result.add(pending.result())
         if len(done) <= len(blocks):
-            result.add(self._others(last))
+            result.add(self._others())
         self._progress.finish()
         return result
+
+    def _restore(self, done: list[dict[str, Any]]) -> None:
+        """Bring back the states behind the last finished block.
+
+        They come from the newest file of them that is whole; what was compressed after it runs again on what was
+        written, which gives the same bits.
+        """
+        blocks = self._model.anatomy.blocks[: len(done)]
+        missing = blocks
+        for entry in reversed(done):
+            if (states := entry.get("states")) and self._workspace.holds(states):
+                self._hidden.load(self._workspace.folder / next(iter(states)))
+                missing = blocks[entry["block"] + 1 :]
+                break
+        for block in missing:
+            self._forward(block, self._written(block))
+
+    def _written(self, block: Block) -> dict[str, Callable[[], Tensor]]:
+        """The compressed matrices of a finished block, from its file."""
+        header = safetensors.read_header(self._workspace.folder / self._work.shards[block.index])
+        checkpoint = safetensors.Checkpoint(self._workspace.folder, header)
+        decoded: dict[str, Callable[[], Tensor]] = {}
+        for matrix in block.matrices:
+            if method := self._work.methods.get(matrix):
+                slot = self._work.slots[matrix]
+                names = self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype))
+                decoded[matrix.key] = partial(self._decode, slot, {name: checkpoint.get(name) for name in names})
+        return decoded
 
     # --- one block
 
@@ -109,12 +141,9 @@ class Compressor:
             clock.lap("calibrate")
             for group in groups:
                 self._group(group, statistics.pop(group), tensors, decoded, layers, events)
+                trim()
             clock.lap("compress")
-        model.load_block(block.index, decoded)
-        if block is model.anatomy.blocks[-1]:
-            self._hidden.forget(self._batches)  # nothing follows that calibration rows could calibrate
-        self._hidden.advance(block.index)
-        model.drop_block(block.index)
+        self._forward(block, decoded)
         clock.lap("forward")
         order = {m.name: i for i, m in enumerate(block.matrices)}
         layers.sort(key=lambda layer: order[layer.name])
@@ -125,6 +154,15 @@ class Compressor:
             "seconds": clock.seconds,
         }
         return entry, tensors
+
+    def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> None:
+        """Take all states through a compressed block."""
+        if block is self._model.anatomy.blocks[-1]:
+            self._hidden.forget(self._batches)  # nothing follows that calibration rows could calibrate
+        self._model.load_block(block.index, decoded)
+        self._hidden.advance(block.index)
+        self._model.drop_block(block.index)
+        trim()
 
     def _steps(self, block: Block) -> Iterator[list[Group]]:
         """Groups that are calibrated together: all, or one stretch of the forward pass after another."""
@@ -148,6 +186,7 @@ class Compressor:
         self._model.load_block(block.index, decoded)
         found = gather(self._model, block, groups, kinds, self._hidden, self._batches)
         self._model.drop_block(block.index)
+        trim()
         return found
 
     def _needs(self, group: Group) -> type[Statistic]:
@@ -172,7 +211,7 @@ class Compressor:
             if key not in prepared:
                 prepared[key] = used.prepare(statistic)
             weights = [self._model.read(matrix) for matrix in matrices]
-            layer = used.compress(torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
+            layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
             found = [*([event] if event else []), *prepared[key].events, *layer.events]
             fallback = any(e.kind.endswith("_fallback") for e in found)
@@ -183,7 +222,7 @@ class Compressor:
                 # Go on with what the file means, not with what the method meant.
                 decoded[matrix.key] = partial(self._decode, slot, packed)
                 tensors |= packed
-                error = relative_error(weight.float(), decoded[matrix.key]())
+                error = relative_error(weight, decoded[matrix.key]())
                 seconds = (time.perf_counter() - start) / len(matrices)
                 layers.append(_report(matrix, used, part, packed, error, fallback, self._work.format.name, seconds))
 
@@ -221,39 +260,47 @@ class Compressor:
     # --- files
 
     def _write(
-        self, block: Block, tensors: dict[str, Tensor], states: list[Tensor], entry: dict[str, Any]
+        self, block: Block, tensors: dict[str, Tensor], states: list[Tensor] | None, entry: dict[str, Any]
     ) -> dict[str, Any]:
         start = time.perf_counter()
         name = self._work.shards[block.index]
-        files = {name: safetensors.write(self._workspace.folder / name, tensors)}
-        kept = block.index + 1
-        hidden = self._workspace.work / _hidden_name(kept)
-        files[f"{WORK}/{hidden.name}"] = save_states(hidden, states)
-        entry = {**entry, "files": files, "seconds": {**entry["seconds"], "write": time.perf_counter() - start}}
+        entry = {**entry, "files": {name: safetensors.write(self._workspace.folder / name, tensors)}}
+        older = list(self._workspace.work.glob(_hidden_name("*"))) if states else []
+        if states:
+            path = self._workspace.work / _hidden_name(f"{block.index:05d}")
+            entry["states"] = {path.relative_to(self._workspace.folder).as_posix(): save_states(path, states)}
+        entry["seconds"]["write"] = time.perf_counter() - start
         self._workspace.append(entry)
-        (self._workspace.work / _hidden_name(kept - 2)).unlink(missing_ok=True)
+        for path in older:
+            path.unlink()
         return entry
 
-    def _others(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Write all that is outside the blocks; the states behind the `last` block are needed until the very end."""
+    def _others(self) -> dict[str, Any]:
+        """Write all that is outside the blocks."""
         start = time.perf_counter()
         anatomy, name = self._model.anatomy, self._work.shards[-1]
         tensors = {key: self._model.weights.get(key) for key in (*anatomy.others, *anatomy.unused)}
         digest = safetensors.write(self._workspace.folder / name, tensors)
-        states = {n: h for n, h in last["files"].items() if n.startswith(WORK)}
-        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest, **states}}
+        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest}}
         entry["seconds"] = {"write": time.perf_counter() - start}
         self._workspace.append(entry)
         return entry
 
 
-def _hidden_name(index: int) -> str:
-    """The file of the states that enter block `index`."""
-    return f"hidden-{index:05d}.safetensors"
+def _hidden_name(index: str) -> str:
+    """The file of the states behind a block."""
+    return f"hidden-{index}.safetensors"
 
 
 def _stretch(group: Group) -> tuple[str, str]:
     return group.sites[0].module, group.sites[0].leaf
+
+
+def _compress(method: Method[Any], weight: Tensor, prepared: Prepared) -> Layer:
+    """Compress a matrix, a stretch of rows at a time where they do not depend on each other: that bounds the memory."""
+    rows = -(-STACK // weight.shape[1]) if method.by_row else len(weight)
+    layers = [method.compress(part, prepared) for part in torch.split(weight, rows)]
+    return join_rows(layers) if len(layers) > 1 else layers[0]
 
 
 class _Clock:
@@ -294,7 +341,7 @@ def _report(
         bytes_after=size,
         bits_per_weight=8 * size / matrix.numel,
         relative_error=error,
-        objective=layer.objective,
+        objective=None if layer.objective is None else layer.objective.share,
         seconds=seconds,
         fallback=fallback,
     )

@@ -10,6 +10,7 @@ neither describes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -160,20 +161,11 @@ class Workspace:
         return lines
 
     def _held(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Entries in order up to the first whose output files are not what the journal says.
+        """Entries in order up to the first whose files are not what the journal says."""
+        return list(itertools.takewhile(lambda entry: self.holds(entry["files"]), entries))
 
-        Of the hidden states only the last are kept on disk, so they are checked for the last entry alone.
-        """
-        held: list[dict[str, Any]] = []
-        for entry in entries:
-            if not self._intact({k: v for k, v in entry["files"].items() if not k.startswith(WORK)}):
-                break
-            held.append(entry)
-        while held and not self._intact(held[-1]["files"]):
-            held.pop()
-        return held
-
-    def _intact(self, files: dict[str, str]) -> bool:
+    def holds(self, files: dict[str, str]) -> bool:
+        """Whether files {path below the folder: SHA-256} are there and whole."""
         return all((self.folder / n).is_file() and sha256(self.folder / n) == h for n, h in files.items())
 
     # --- the end

@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.llama import modeling_llama
 
 from llmshrink.errors import InputError
-from llmshrink.evaluate.memory import PeakMonitor, resident_bytes
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
+from llmshrink.memory import PeakMonitor, resident_bytes
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
 IMPORTED = (modeling_auto, modeling_llama)

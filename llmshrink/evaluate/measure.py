@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.evaluate.memory import available_memory
 from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
 from llmshrink.forms import Event
+from llmshrink.memory import available_memory
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import Recipe

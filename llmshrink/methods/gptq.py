@@ -10,6 +10,7 @@ each group's scale and then each code in turn moves to its best value given all 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,13 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmshrink.forms import Event, Layer
+from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to, stored
 from llmshrink.statistics import Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
-ROWS = 256  # of a matrix that are converted at a time
+PANEL = 256  # rows of the Hessian that are factorised at a time
+LEAF = 16  # columns rounded one by one before what they change reaches the others
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # factors on the damping, tried in turn
 
 
@@ -32,7 +34,6 @@ class GptqConfig(GridConfig):
 
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
     damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
-    block_size: int = Field(64, ge=1, description="columns between two updates of the whole matrix (speed only)")
     refine: int = Field(1, ge=0, description="passes over all scales and codes after the paper's single one")
 
 
@@ -94,37 +95,44 @@ class Gptq(Method[GptqConfig]):
         return Prepared((*events, failed))
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """Quantize one matrix [out, in]; scales are stored in its dtype."""
+        """Quantize one matrix [out, in]; scales are stored in its dtype.
+
+        In each row, rounding to nearest on the grid that was found stands where nothing better came out.
+        """
         W = weight.float()
-        plain = choose_grid(W, self.config, weight.dtype)
         if not isinstance(prepared, Factors):
-            return Layer(plain.form(round_to(plain, W, self.config), self.config))
-        grid = choose_grid(W, self.config, weight.dtype, prepared.importance)
-        steps = self._sweep(W, grid, prepared)
+            grid = choose_grid(W, self.config, weight.dtype)
+            return Layer(grid.form(round_to(grid, W, self.config), self.config))
+        first = choose_grid(W, self.config, weight.dtype, prepared.importance)
+        grid, steps = first, self._sweep(W, first, prepared)
         for _ in range(self.config.refine):
             grid, steps = self._refine(W, grid, steps, prepared)
-        return self._better_rows(W, (plain, round_to(plain, W, self.config)), (grid, steps), prepared.H)
+        return self._better_rows(W, (first, round_to(first, W, self.config)), (grid, steps), prepared.H)
 
     def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
         """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
-        order, size = factors.order, self.config.block_size
-        group = self.config.group(len(order))
+        order, spread = factors.order, factors.spread
         tables = [table.float().T.contiguous().unbind() for table in (grid.scale, *grid.limits(self.config))]
-        groups = (order // group).tolist()
-        rest = W.T[order]
+        groups = (order // self.config.group(len(order))).tolist()
+        rest = W.T[order]  # once a column is rounded, the error it leaves
         result = torch.empty_like(rest)
-        for start in range(0, len(order), size):
-            stop = min(start + size, len(order))
-            block, spread = rest[start:stop], factors.spread[start:stop, start:]
-            errors = torch.empty_like(block)
-            columns = zip(block.unbind(), result[start:stop].unbind(), errors.unbind(), strict=True)
-            for i, (w, step, error) in enumerate(columns):
-                scale, lowest, highest = (table[groups[start + i]] for table in tables)
-                torch.div(w, scale, out=step).round_().clamp_(lowest, highest)
-                torch.addcmul(w, step, scale, value=-1, out=error)
-                block[i + 1 :].addr_(spread[i, i + 1 : stop - start], error, alpha=-1)
-            rest[stop:].addmm_(spread[:, stop - start :].T, errors, alpha=-1)
-        return torch.empty_like(result).index_copy_(0, order, result).T.contiguous()
+        columns, steps = rest.unbind(), result.unbind()
+
+        def one_by_one(start: int, stop: int) -> None:
+            block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+            shares = spread[start:stop, start:stop].unbind()  # what is done already may change: it is not used again
+            for i, error, share in zip(range(start, stop), errors.unbind(), shares, strict=True):
+                scale, lowest, highest = (table[groups[i]] for table in tables)
+                torch.div(columns[i], scale, out=steps[i]).round_().clamp_(lowest, highest)
+                torch.addcmul(columns[i], steps[i], scale, value=-1, out=error)
+                block.addr_(share, error, alpha=-1)
+            block.copy_(errors)
+
+        def pass_on(start: int, middle: int, stop: int) -> None:
+            rest[middle:stop].addmm_(spread[start:middle, middle:stop].T, rest[start:middle], alpha=-1)
+
+        _in_halves(0, len(order), one_by_one, pass_on)
+        return rest.index_copy_(0, order, result).T.contiguous()
 
     def _refine(self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors) -> tuple[Grid, Tensor]:
         """One pass of exact coordinate descent on the damped objective: no move can make it larger.
@@ -132,30 +140,25 @@ class Gptq(Method[GptqConfig]):
         With e the error of a row and g = H e its gradient, the best move of a group's scale is -<c, g> / <c, H c> over
         the group's steps c; the best move of a step is -g_j / (s H_jj), rounded.
         """
-        size, group = self.config.block_size, self.config.group(W.shape[1])
+        damp, group, kind = factors.damp, self.config.group(W.shape[1]), grid.scale.dtype
         lowest, highest = (table.T.contiguous() for table in grid.limits(self.config))
-        scales, kind = (
-            grid.scale.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
-            grid.scale.dtype,
-        )
-        gradient = (grid.decode(steps) - W).T
-        gradient = (factors.H @ gradient).add_(gradient, alpha=factors.damp)
+        error = (grid.decode(steps) - W).T
+        gradient = (factors.H @ error).add_(error, alpha=damp)
+        del error
+        scales = grid.scale.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         steps = steps.T.clone(memory_format=torch.contiguous_format)
         for number, scale in enumerate(scales.unbind()):
-            first, last = number * group, (number + 1) * group
-            H = factors.H[first:, first:last].clone()
-            H.diagonal().add_(factors.damp)
-            c, g = steps[first:last], gradient[first:last]
-            slope, curvature = (c * g).sum(0), (c * (H[:group] @ c)).sum(0)
+            part = slice(number * group, (number + 1) * group)
+            H, c, g = factors.H[part, part], steps[part], gradient[part]
+            before = c * scale
+            curved = (H @ c).add_(c, alpha=damp)
+            slope, curvature = (c * g).sum(0), (c * curved).sum(0)
             change = stored(scale - slope / curvature, kind) - scale
             change = torch.where(2 * change * slope + change.square() * curvature < 0, change, 0)
             scale.add_(change)
-            gradient[first:].addmm_(H, c * change)
-            for start in range(0, group, size):
-                stop = min(start + size, group)
-                part = slice(start, stop)
-                moved = _move(c[part], g[part], H[part, part], scale, lowest[number], highest[number])
-                gradient[first + stop :].addmm_(H[stop:, part], moved)
+            g.add_(curved.mul_(change))
+            _move(c, g, H, damp, scale, lowest[number], highest[number])
+            gradient[part.stop :].addmm_(factors.H[part.stop :, part], c * scale - before)
         return Grid(scales.T.to(kind).contiguous(), grid.zero), steps.T.contiguous()
 
     def _better_rows(self, W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> Layer:
@@ -166,25 +169,47 @@ class Gptq(Method[GptqConfig]):
         if one[0].zero is not None and other[0].zero is not None:
             zero = torch.where(keep, one[0].zero, other[0].zero)
         grid = Grid(torch.where(keep, one[0].scale, other[0].scale), zero)
-        total = float(baseline.sum())
-        objective = float(torch.minimum(baseline, own).sum()) / total if total else 1.0
-        return Layer(grid.form(torch.where(keep, one[1], other[1]), self.config), objective=objective)
+        form = grid.form(torch.where(keep, one[1], other[1]), self.config)
+        return Layer(form, Objective(torch.minimum(baseline, own), baseline))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         return self.config.meta(shape, dtype)
 
 
-def _move(steps: Tensor, gradient: Tensor, H: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Move each step [columns, out] to its best value in turn, in place; returns the change of the weights."""
+def _in_halves(start: int, stop: int, leaf: Callable[[int, int], None], join: Callable[[int, int, int], None]) -> None:
+    """Visit columns in order: few at a time one by one; a half is done before its changes reach the other half.
+
+    So nearly all arithmetic is in products of large matrices, at every width.
+    """
+    if stop - start <= LEAF:
+        leaf(start, stop)
+        return
+    middle = start + max((stop - start) // 2 // LEAF, 1) * LEAF
+    _in_halves(start, middle, leaf, join)
+    join(start, middle, stop)
+    _in_halves(middle, stop, leaf, join)
+
+
+def _move(
+    steps: Tensor, gradient: Tensor, H: Tensor, damp: float, scale: Tensor, lowest: Tensor, highest: Tensor
+) -> None:
+    """Move each step [columns, out] to its best value in turn, in place, under the gradient [columns, out]."""
     moved = torch.empty_like(steps)
-    stiffness = H.diagonal()[:, None] * scale
-    columns = zip(steps.unbind(), gradient.unbind(), stiffness.unbind(), moved.unbind(), strict=True)
-    for i, (step, slope, stiff, change) in enumerate(columns):
-        torch.addcdiv(step, slope, stiff, value=-1, out=change).round_().clamp_(lowest, highest).sub_(step)
-        step.add_(change)
-        gradient[i + 1 :].addr_(H[i, i + 1 :], change.mul_(scale))
-    return moved
+    stiffness = (H.diagonal() + damp)[:, None] * scale
+    columns = [tensor.unbind() for tensor in (steps, gradient, stiffness, moved)]
+
+    def one_by_one(start: int, stop: int) -> None:
+        block, rows = gradient[start:stop], H[start:stop, start:stop].unbind()
+        for row, step, slope, stiff, change in zip(rows, *(c[start:stop] for c in columns), strict=True):
+            torch.addcdiv(step, slope, stiff, value=-1, out=change).round_().clamp_(lowest, highest).sub_(step)
+            step.add_(change)
+            block.addr_(row, change.mul_(scale))
+
+    def pass_on(start: int, middle: int, stop: int) -> None:
+        gradient[middle:stop].addmm_(H[middle:stop, start:middle], moved[start:middle])
+
+    _in_halves(0, len(steps), one_by_one, pass_on)
 
 
 def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
@@ -195,32 +220,54 @@ def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
     """
     kind = torch.float64 if len(H) <= DOUBLE_WIDTH else torch.float32
     back = order.flip(0)
-    L = H[back[:, None], back].to(kind).T  # symmetric; transposed, LAPACK works in place
-    L.diagonal().add_(damp)
-    failed = torch.linalg.cholesky_ex(L, out=(L, torch.empty((), dtype=torch.int32, device=L.device))).info
-    if failed.item():
+    panels = _inverse_factor(H, back, damp, kind)
+    if panels is None:
         return None
-    _invert_lower(L)
-    importance = torch.empty_like(H[0]).index_copy_(0, back, torch.linalg.vector_norm(L, dim=0).pow(-2).float())
+    norms = torch.zeros(len(H), dtype=kind, device=H.device)
+    spread = torch.zeros_like(H)  # pages that are never written take no memory
+    stop = 0
+    while panels:
+        panel = panels.pop(0)
+        start, stop = stop, panel.shape[1]
+        norms[:stop] += panel.square().sum(0)
+        panel /= panel.diagonal(start)[:, None].clone()
+        spread[len(H) - stop : len(H) - start, len(H) - stop :] = panel.flip(0, 1)
+    importance = torch.empty_like(H[0]).index_copy_(0, back, (1 / norms).float())
     if not (importance > 0).all():  # overflow: the norm of a column was infinite or no number
         return None
-    L /= L.diagonal()[:, None].clone()
-    spread = torch.empty_like(H)
-    for row in range(0, len(H), ROWS):  # a flipped copy of all of L at once would cost more than L
-        spread[row : row + ROWS] = L[max(0, len(H) - row - ROWS) : len(H) - row].flip(0, 1)
     return Factors(H=H, damp=damp, importance=importance, order=order, spread=spread)
 
 
-def _invert_lower(L: Tensor) -> None:
-    """Turn a lower triangular matrix into its inverse, in place by halves: float64 copies of it would cost memory."""
-    half = len(L) // 2
-    if half < 128:
-        L.copy_(torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False))
-        return
-    first, below, second = L[:half, :half], L[half:, :half], L[half:, half:]
-    _invert_lower(first)
-    _invert_lower(second)
-    torch.mm(second, below @ first, out=below).neg_()
+def _inverse_factor(H: Tensor, order: Tensor, damp: float, kind: torch.dtype) -> list[Tensor] | None:
+    """The inverse of the Cholesky factor of H[order, order] + damp, or None where that is not positive definite.
+
+    It is lower triangular, and held as panels of rows: the panel of rows [start, stop) has `stop` columns. Each panel
+    of the factor follows from the inverse of those above it, so at no time is more than half a matrix held.
+    """
+    width, device = len(H), H.device
+    starts = range(0, width, PANEL)
+    stops = [min(start + PANEL, width) for start in starts]
+    # One block of memory for all that stays, and two for all that does not: the heap is left without holes.
+    store = torch.zeros(sum((b - a) * b for a, b in zip(starts, stops, strict=True)), dtype=kind, device=device)
+    scratch = torch.empty(2, min(PANEL, width), width, dtype=kind, device=device)
+    panels: list[Tensor] = []
+    for start, stop in zip(starts, stops, strict=True):
+        rows = stop - start
+        panel, store = store[: rows * stop].view(rows, stop), store[rows * stop :]
+        A, left = scratch[0, :rows, :stop], scratch[1, :rows, :start]
+        A.copy_(H[order[start:stop, None], order[:stop]]).diagonal(start).add_(damp)
+        for first, above in zip(starts, panels, strict=False):
+            last = above.shape[1]
+            torch.mm(A[:, :last], above.T, out=left[:, first:last])
+            panel[:, :last].addmm_(left[:, first:last], above, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(A[:, start:].addmm_(left, left.T, alpha=-1))
+        if info.item():
+            return None
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(rows, dtype=kind, device=device), upper=False)
+        panel[:, :start] = torch.mm(inverse, panel[:, :start], out=left)
+        panel[:, start:] = inverse
+        panels.append(panel)
+    return panels
 
 
 def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:

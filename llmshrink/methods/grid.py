@@ -19,13 +19,13 @@ from llmshrink.forms import Dense, Layer, Quantized
 from llmshrink.methods.base import MethodConfig
 
 CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the processor's cache
-STEPS = 8  # scales tried per group and sign
+STEPS = 5  # scales tried per group, each with both signs
 REFITS = 2  # closed-form steps after the search
 TIGHTEST = {
     2: 0.45,
     3: 0.5,
     4: 0.6,
-    8: 0.95,
+    8: 1.0,
 }  # by bits: the smallest scale tried, as a share of the one that covers all
 
 
@@ -135,18 +135,17 @@ def _choose(w: Tensor, cost: Tensor, config: GridConfig, dtype: torch.dtype) -> 
     For fixed steps c the best scale is s = <w, c> / <c, c> (weighted), and it takes <w, c>^2 / <c, c> off the error:
     so every scale tried stands for its steps, and these are judged by the best scale that they could have.
     """
-    tried = _candidates(w, config)
     if config.scales == "minmax":
-        scale, zero = next(tried)
+        scale, zero = _covering(w, config)
         return stored(scale, dtype), zero
     weighted = w * cost
     most = w.new_full(w.shape[:2], -1)
     best, best_zero = torch.ones_like(most), None if config.symmetric else torch.zeros_like(most)
-    for scale, zero in tried:
-        along, square = _moments(_nearest(w, scale, zero, config), weighted, cost)
+    for steps, sign, zero in _candidates(w, config):
+        along, square = _moments(steps, weighted, cost)
         gain = along.square() / square
         better = gain > most
-        most, best = torch.where(better, gain, most), torch.where(better, along / square, best)
+        most, best = torch.where(better, gain, most), torch.where(better, along.mul_(sign) / square, best)
         best_zero = zero if zero is None or best_zero is None else torch.where(better, zero, best_zero)
     best = stored(best, dtype)
     steps = _nearest(w, best, best_zero, config)
@@ -160,23 +159,37 @@ def _choose(w: Tensor, cost: Tensor, config: GridConfig, dtype: torch.dtype) -> 
     return best, best_zero
 
 
-def _candidates(w: Tensor, config: GridConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Scales and zero points [rows, groups] worth trying, the one that covers the range first."""
+def _covering(w: Tensor, config: GridConfig) -> tuple[Tensor, Tensor | None]:
+    """The scale and zero point [rows, groups] that just cover the range of each group, and zero."""
+    low, high = config.code_range
+    least, most = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
+    if config.symmetric:
+        return torch.maximum(most, -least) / ((high - low) / 2), None
+    scale = (most - least) / (high - low)
+    return scale, (low - least / scale).nan_to_num_().round_().clamp_(low, high)
+
+
+def _candidates(w: Tensor, config: GridConfig) -> Iterator[tuple[Tensor, float, Tensor | None]]:
+    """Steps [rows, groups, group] worth trying, the sign that their scale gets, and their zero points.
+
+    Steps and the same steps with the other sign take the same off the error, so these need not be turned round.
+    """
     low, high = config.code_range
     least, most = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
     tightest = TIGHTEST[config.bits]
     if config.symmetric:
-        reach = torch.maximum(most, -least)
-        yield reach / ((high - low) / 2), None
+        reach = torch.maximum(most, -least)[..., None]
         for factor in torch.linspace(tightest / -low, 1 / high, STEPS).tolist():
-            yield factor * reach, None
-            yield -factor * reach, None
+            steps = (w / (factor * reach)).round_()
+            yield steps.clamp(low, high), 1.0, None
+            yield steps.clamp_(-high, -low), -1.0, None
         return
     for factor in torch.linspace(1, tightest, STEPS).tolist():
         scale = factor * (most - least) / (high - low)
         middle = (low - factor * least / scale).nan_to_num_()
         for shift in (0, -1, 1):
-            yield scale, (middle + shift).round_().clamp_(low, high)
+            zero = (middle + shift).round_().clamp_(low, high)
+            yield _nearest(w, scale, zero, config), 1.0, zero
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,7 +210,7 @@ def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, config: GridConfig) 
 
 def _moments(steps: Tensor, weighted: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted <w, c> and <c, c> of each group."""
-    return torch.linalg.vecdot(steps, weighted), (steps.square() * cost).sum(2)
+    return torch.linalg.vecdot(steps, weighted), steps.square().mul_(cost).sum(2)
 
 
 def _error(w: Tensor, steps: Tensor, scale: Tensor, cost: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def _child(job: dict[str, Any], writer: int) -> None:
     code, message = 1, ""
     try:
         from llmshrink import run
+        from llmshrink.engine import compress
         from llmshrink.errors import LlmshrinkError
         from llmshrink.io import files
         from llmshrink.progress import Silent
@@ -103,6 +104,7 @@ def _child(job: dict[str, Any], writer: int) -> None:
 
         # The foreign reader imports for seconds, and has nothing to do with files that are written half.
         run.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")
+        compress.SAVE_EVERY = 0  # more durable steps, and states that are whole, torn or missing
         try:
             run.execute(validate(job["recipe"]), progress=Silent(), overwrite=job["overwrite"])
             code = 0

@@ -13,9 +13,10 @@ import pytest
 from helpers import SMALL, SMALL_METHOD, assert_complete, content, recipe
 
 from llmshrink import run
-from llmshrink.engine import workspace
+from llmshrink.engine import compress, workspace
 from llmshrink.engine.workspace import WORK
 from llmshrink.errors import InterruptedRun, OutputError
+from llmshrink.model.anatomy import Block
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import Recipe
 
@@ -132,15 +133,37 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, cut])
-@pytest.mark.parametrize(
-    "name", [f"{WORK}/journal", f"{WORK}/hidden-00002.safetensors", "model-00002-of-00003.safetensors"]
-)
+@pytest.mark.parametrize("name", [f"{WORK}/journal", "model-00002-of-00003.safetensors"])
 def test_a_damaged_file_costs_one_block_and_changes_no_byte(
     small: Callable[..., Recipe], expected: dict[str, str], harm: Callable[[Path], None], name: str
 ) -> None:
     harm(interrupted(small(), "block 1") / name)
     found, blocks = finished(small())
     assert blocks == ["block 1"] and found == expected
+
+
+@pytest.mark.parametrize("harm", [None, flip, cut, Path.unlink])
+def test_hidden_states_that_were_saved_are_used_if_they_are_whole(
+    small: Callable[..., Recipe],
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Callable[[Path], None] | None,
+) -> None:
+    again: list[int] = []
+    forward = compress.Compressor._forward
+
+    def counted(self: compress.Compressor, block: Block, decoded: Any) -> None:
+        again.append(block.index)
+        forward(self, block, decoded)
+
+    monkeypatch.setattr(compress, "SAVE_EVERY", 0)
+    partial = interrupted(small())
+    if harm:
+        harm(partial / WORK / "hidden-00000.safetensors")
+    monkeypatch.setattr(compress.Compressor, "_forward", counted)
+    found, blocks = finished(small())
+    assert blocks == ["block 1"] and found == expected
+    assert again == ([0, 1] if harm else [1])
 
 
 def test_files_of_a_run_nothing_is_known_about_do_not_get_into_the_output(

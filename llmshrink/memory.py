@@ -17,6 +17,7 @@ import psutil
 import torch
 
 THRESHOLD = 16 * 2**20  # bytes; larger tensors are mapped on their own. See `fix_malloc` for why this size
+WORTH_TRIMMING = 32 * 2**20  # bytes: pages given back cost a fault each when they are needed again
 PERIOD = 0.01  # seconds between two samples
 CHILDREN_EVERY = 100  # samples between two looks for new children: finding them reads all of /proc
 
@@ -162,10 +163,21 @@ def fix_malloc() -> None:
 
 
 def trim() -> None:
-    """Give every free page of the heap back to the system: once per block is cheap. Nothing without glibc."""
+    """Give the free pages of the heap back to the system where they are many. Does nothing without glibc."""
     libc = _libc()
-    if libc is not None and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if libc is None or not hasattr(libc, "malloc_trim"):
+        return
+    if hasattr(libc, "mallinfo2"):
+        libc.mallinfo2.restype = _HeapInfo
+        if libc.mallinfo2().free < WORTH_TRIMMING:
+            return
+    libc.malloc_trim(0)
+
+
+class _HeapInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h: ten numbers, of which the ninth counts the free bytes of the heap."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in [*(f"_{i}" for i in range(8)), "free", "_9"])
 
 
 def _libc() -> ctypes.CDLL | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmshrink.evaluate import memory
-from llmshrink.evaluate.memory import PeakMonitor, anonymous_bytes, available_memory, fix_malloc, resident_bytes, trim
+from llmshrink import memory
+from llmshrink.memory import PeakMonitor, anonymous_bytes, available_memory, fix_malloc, resident_bytes, trim
 
 MB = 10**6
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and glibc")

@@ -169,7 +169,7 @@ class _Run:
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
     ) -> tuple[Result, Tensor]:
         """All blocks; also the logits that the engine's own states end in for the probe rows."""
-        batches = rows.batches(self.recipe.run.batch_tokens) if rows is not None else []
+        batches = rows.batches(self.model.batch_tokens(self.recipe.run.batch_tokens)) if rows is not None else []
         hidden = Hidden(self.model, [*batches, probe])
         subset = self.recipe.run.sequential == "subset"
         compressor = Compressor(work, workspace, hidden, len(batches), subset=subset, progress=self.progress)
@@ -234,7 +234,8 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     work = resolve(recipe, stage, model)
     subset = recipe.run.sequential == "subset"
-    memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=recipe.run.batch_tokens, subset=subset)
+    batch = model.batch_tokens(recipe.run.batch_tokens)
+    memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=batch, subset=subset)
     return work, describe(work, recipe, memory)
 
 
@@ -252,7 +253,7 @@ def _check_room(plan: Plan, output: Path, source: Source) -> None:
     if plan.memory_bytes > (free := available_memory()):
         raise ResourceError(
             f"About {plan.memory_bytes / 2**20:.0f} MiB of memory are needed and {free / 2**20:.0f} are available.",
-            hint="Use fewer or shorter calibration rows (--samples, --length), or --set run.batch_tokens=1024.",
+            hint="Use fewer or shorter calibration rows (--samples, --length), or --set run.batch_tokens=N.",
         )
 
 

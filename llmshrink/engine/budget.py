@@ -1,19 +1,28 @@
-"""How much anonymous memory the compress step takes at its peak: known before it starts.
+"""How much anonymous memory a run takes at its peak: known before it starts.
 
-Everything that grows is bounded by one block, its statistics and the hidden states; depth does not appear.
+Everything that grows is bounded by one block, its statistics and the hidden states; depth does not appear. The factors
+below count the matrices that are alive at one time; `bench/memory.py` compares what they add up to with what is used.
 """
 
 from __future__ import annotations
 
-from llmshrink.model.anatomy import Block
-from llmshrink.plan import Work
+from typing import Any
 
-FIXED = 48 << 20  # the skeleton, the model's own classes, buffers of the libraries
+from llmshrink.engine.compress import STACK
+from llmshrink.methods.base import Method
+from llmshrink.model.anatomy import Block, Group
+from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan import Work
+from llmshrink.statistics import NoStatistic
+
+FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
 FLOAT = 4
+SWEEP = 9  # float32 copies of what is compressed in one call
+PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
 def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) -> int:
-    """Bytes above the level after the imports.
+    """Bytes of the compress step above the level after the imports.
 
     Args:
         work: what is done to which matrix.
@@ -21,28 +30,59 @@ def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) ->
         batch_tokens: tokens of one forward pass.
         subset: whether only one stretch of a block is calibrated at a time.
     """
-    model = work.model
-    width: int = model.model.get_input_embeddings().weight.shape[1]
     tokens = rows * work.length if work.needs_data else 0
-    # While one set of states is written to disk the next is computed.
-    states = 2 * tokens * width * FLOAT
-    worst = max(
-        _block(work, block, min(batch_tokens, tokens) or work.length, width, subset) for block in model.anatomy.blocks
-    )
-    return FIXED + states + worst
+    states = tokens * _hidden(work.model) * FLOAT
+    batch = min(max(batch_tokens, work.length), tokens or work.length)
+    return FIXED + states + max(_block(work, block, batch, subset) for block in work.model.anatomy.blocks)
 
 
-def _block(work: Work, block: Block, batch: int, hidden: int, subset: bool) -> int:
-    weights = sum(work.model.weights.infos[key].numel for key in block.keys) * FLOAT
-    methods = [(g, next((work.methods[m] for m in g.matrices if m in work.methods), None)) for g in block.groups]
-    kept = [method.needs.bytes(group.width) for group, method in methods if method is not None]
-    statistics = max(kept, default=0) if subset else sum(kept)
-    widest = max((m.shape[0] for m in block.matrices), default=hidden)
-    forward = batch * (6 * hidden + 3 * widest) * FLOAT
-    # The factorisation works in float64 on three copies; the search and the sweep on a few copies of a matrix.
-    factor = max(
-        (3 * 8 * g.width**2 for g, m in methods if m is not None and m.needs.bytes(g.width) > g.width * FLOAT),
-        default=0,
-    )
-    sweep = max((6 * m.numel * FLOAT for m in block.matrices if m in work.methods), default=0)
-    return weights + statistics + max(forward, factor, sweep)
+def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_tokens: int, logits: int) -> int:
+    """Bytes of scoring a text of `rows` x `length` tokens: the states of both models, a block, some logits.
+
+    Args:
+        model: the original.
+        rows: of the longest text.
+        length: of a row.
+        batch_tokens: tokens of one forward pass.
+        logits: bytes of the logits that are in memory at a time, of each model.
+    """
+    states = 2 * rows * length * _hidden(model) * FLOAT
+    batch = min(max(batch_tokens, length), rows * length)
+    block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
+    return FIXED + states + max(block, 4 * logits + HEAD_ROWS * _hidden(model) * FLOAT)
+
+
+def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
+    """The largest of its phases: all inputs gathered, one group after another compressed, the way to the next block."""
+    loaded = _weights(work.model, block) + _forward(work.model, block, batch)
+    packed = sum(t.numel() * t.itemsize for t in work.meta_tensors(block).values())
+    methods = {g: m for g in block.groups if (m := _method(work, g)) is not None}
+    sizes = {g: method.needs.bytes(g.width) for g, method in methods.items()}
+    kept = max(sizes.values(), default=0) if subset else sum(sizes.values())
+    phases = [loaded + kept] if any(m.needs is not NoStatistic for m in methods.values()) else []
+    for group, method in methods.items():
+        factors = int(PANELS * sizes[group] / FLOAT) if sizes[group] > group.width * FLOAT else 0
+        matrices = [m.numel for m in group.matrices]
+        sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if method.by_row else max(matrices))
+        phases.append(kept + max(factors, factors // 3 + sweep))
+        kept -= 0 if subset else sizes[group]
+    decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
+    return packed + max(*phases, loaded + decoded)
+
+
+def _method(work: Work, group: Group) -> Method[Any] | None:
+    return next((work.methods[m] for m in group.matrices if m in work.methods), None)
+
+
+def _hidden(model: StreamedModel) -> int:
+    width: int = model.model.get_input_embeddings().weight.shape[1]
+    return width
+
+
+def _weights(model: StreamedModel, block: Block) -> int:
+    return sum(model.weights.infos[key].numel for key in block.keys) * FLOAT
+
+
+def _forward(model: StreamedModel, block: Block, batch: int) -> int:
+    widest = max((max(m.shape) for m in block.matrices), default=0)
+    return batch * (6 * _hidden(model) + 5 * widest) * FLOAT

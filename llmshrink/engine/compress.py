@@ -89,6 +89,7 @@ class Compressor:
                     saved, states = time.perf_counter(), list(self._hidden.states)
                 # Files are written and synced while the next block computes; the journal line comes last.
                 pending = disk.submit(self._write, block, tensors, states, entry)
+                del tensors, states  # they go as soon as they are written
                 size = sum(m.numel for m in block.matrices)
                 worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
                 self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
@@ -210,6 +211,7 @@ class Compressor:
             key = (type(used), used.config)
             if key not in prepared:
                 prepared[key] = used.prepare(statistic)
+                trim()
             weights = [self._model.read(matrix) for matrix in matrices]
             layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]

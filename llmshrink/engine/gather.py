@@ -46,6 +46,8 @@ def gather(
             statistics[group].update(x.reshape(-1, x.shape[-1]).float())
         elif seen[group].data_ptr() != x.data_ptr() or seen[group]._version != x._version:
             raise LlmshrinkError(f"{site.module}: its input is not the tensor that {group.sites[0].module} gets.")
+        if site == group.sites[-1]:
+            del seen[group]  # activations of wide layers are large: none is held longer than needed
         if site == last:
             raise _Enough
 

@@ -24,7 +24,7 @@ class Hidden:
         for tokens in batches:
             record = model.record(tokens)
             shape = (tokens.shape[0], tokens.shape[1])
-            self._records.setdefault(shape, Record(record.hidden[:0], record.arguments))
+            self._records.setdefault(shape, Record(record.hidden.new_empty(0), record.arguments))
             self.states.append(record.hidden)
 
     def run(self, index: int, batch: int) -> Tensor:

@@ -41,7 +41,7 @@ def measure_models(
             other,
             texts,
             packed=recipe.evaluation.packed,
-            batch_tokens=recipe.run.batch_tokens,
+            batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
             progress=progress,
         )
         scores = list(found)[: len(models)]

@@ -11,14 +11,21 @@ import math
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 18  # values that pass through int64 at a time
+
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """uint8 [rows, n], each below 2^bits -> int32 [rows, ceil(n * bits / 32)]."""
     rows, n = values.shape
-    period, words = _period(bits)
-    blocks = math.ceil(n / period)
     if values.is_meta:  # only the shape is asked for, and often
         return torch.empty(rows, math.ceil(n * bits / 32), dtype=torch.int32, device="meta")
+    return torch.cat([_pack(part, bits) for part in torch.split(values, _rows(n))])
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    rows, n = values.shape
+    period, words = _period(bits)
+    blocks = math.ceil(n / period)
     padded = torch.nn.functional.pad(values, (0, blocks * period - n)).view(rows, blocks, period)
     packed = torch.zeros(rows, blocks, words, dtype=torch.int64, device=values.device)
     for i in range(period):
@@ -28,11 +35,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
         if offset + bits > 32:
             packed[:, :, word + 1] |= value >> (32 - offset)
     packed = torch.where(packed >= 2**31, packed - 2**32, packed)
-    return packed.view(rows, blocks * words)[:, : math.ceil(n * bits / 32)].to(torch.int32).contiguous()
+    return packed.view(rows, blocks * words)[:, : math.ceil(n * bits / 32)].to(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """int32 [rows, ceil(n * bits / 32)] -> uint8 [rows, n]."""
+    return torch.cat([_unpack(part, bits, n) for part in torch.split(packed, _rows(n))])
+
+
+def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     rows, have = packed.shape
     period, words = _period(bits)
     blocks = math.ceil(n / period)
@@ -44,7 +55,11 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         if offset + bits > 32:
             value = value | (padded[:, :, word + 1] << (32 - offset))
         values[:, :, i] = (value & (2**bits - 1)).to(torch.uint8)
-    return values.view(rows, blocks * period)[:, :n].contiguous()
+    return values.view(rows, blocks * period)[:, :n]
+
+
+def _rows(n: int) -> int:
+    return max(1, CHUNK // n)
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -170,11 +170,11 @@ def _scheme(slot: Slot, layer: Layer) -> Scheme:
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    return codes.to(torch.int16).add(2 ** (bits - 1)).to(torch.uint8)
+    return codes.sub(-(1 << bits - 1)).view(torch.uint8)  # eight bits wrap round, as they should
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
-    return codes.to(torch.int16).sub(2 ** (bits - 1)).to(torch.int8)
+    return codes.view(torch.int8).add(-(1 << bits - 1))
 
 
 def _find_scheme(config: dict[str, Any], module: str) -> Scheme:

@@ -142,7 +142,7 @@ class Gptq(Method[GptqConfig]):
         """
         damp, group, kind = factors.damp, self.config.group(W.shape[1]), grid.scale.dtype
         lowest, highest = (table.T.contiguous() for table in grid.limits(self.config))
-        error = (grid.decode(steps) - W).T
+        error = grid.decode(steps).sub_(W).T
         gradient = (factors.H @ error).add_(error, alpha=damp)
         del error
         scales = grid.scale.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -224,11 +224,11 @@ def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
     if panels is None:
         return None
     norms = torch.zeros(len(H), dtype=kind, device=H.device)
-    spread = torch.zeros_like(H)  # pages that are never written take no memory
-    stop = 0
-    while panels:
-        panel = panels.pop(0)
-        start, stop = stop, panel.shape[1]
+    spread = torch.empty_like(H)  # below the diagonal nothing is written, nor used
+    while panels:  # from the last, so that the heap shrinks as they go
+        panel = panels.pop()
+        stop = panel.shape[1]
+        start = stop - len(panel)
         norms[:stop] += panel.square().sum(0)
         panel /= panel.diagonal(start)[:, None].clone()
         spread[len(H) - stop : len(H) - start, len(H) - stop :] = panel.flip(0, 1)
@@ -245,19 +245,17 @@ def _inverse_factor(H: Tensor, order: Tensor, damp: float, kind: torch.dtype) ->
     of the factor follows from the inverse of those above it, so at no time is more than half a matrix held.
     """
     width, device = len(H), H.device
-    starts = range(0, width, PANEL)
-    stops = [min(start + PANEL, width) for start in starts]
-    # One block of memory for all that stays, and two for all that does not: the heap is left without holes.
-    store = torch.zeros(sum((b - a) * b for a, b in zip(starts, stops, strict=True)), dtype=kind, device=device)
-    scratch = torch.empty(2, min(PANEL, width), width, dtype=kind, device=device)
+    scratch = torch.empty(2, min(PANEL, width), width, dtype=kind, device=device)  # once: holes in the heap cost memory
     panels: list[Tensor] = []
-    for start, stop in zip(starts, stops, strict=True):
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
         rows = stop - start
-        panel, store = store[: rows * stop].view(rows, stop), store[rows * stop :]
+        panel = torch.zeros(rows, stop, dtype=kind, device=device)
         A, left = scratch[0, :rows, :stop], scratch[1, :rows, :start]
         A.copy_(H[order[start:stop, None], order[:stop]]).diagonal(start).add_(damp)
-        for first, above in zip(starts, panels, strict=False):
+        for above in panels:
             last = above.shape[1]
+            first = last - len(above)
             torch.mm(A[:, :last], above.T, out=left[:, first:last])
             panel[:, :last].addmm_(left[:, first:last], above, alpha=-1)
         corner, info = torch.linalg.cholesky_ex(A[:, start:].addmm_(left, left.T, alpha=-1))
@@ -272,7 +270,7 @@ def _inverse_factor(H: Tensor, order: Tensor, damp: float, kind: torch.dtype) ->
 
 def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:
     """Mean squared output error [out] of each row."""
-    rest = W - grid.decode(steps)
+    rest = grid.decode(steps).sub_(W)
     return (rest @ H).mul_(rest).sum(1)
 
 

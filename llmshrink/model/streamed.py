@@ -16,6 +16,8 @@ from llmshrink.model.skeleton import build, drop_parameters, set_parameter
 from llmshrink.model.source import Source
 from llmshrink.model.weights import Weights
 
+BATCH_TOKENS = 1024  # of one forward pass at most, and ...
+ACTIVATIONS = 1 << 21  # ... elements in the widest activation: what is small stays in the cache
 HEAD_ROWS = 8192  # rows of the head converted to the compute dtype at a time
 
 
@@ -42,6 +44,11 @@ class StreamedModel:
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
         self._recorder = Recorder(self.model, self._blocks)
+
+    def batch_tokens(self, asked: int | None) -> int:
+        """Tokens of one forward pass: as asked, or so many that activations stay small."""
+        widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)
+        return asked or max(1, min(BATCH_TOKENS, ACTIVATIONS // widest))
 
     # --- blocks
 

@@ -16,7 +16,7 @@ from typing import Self
 import psutil
 import torch
 
-THRESHOLD = 16 * 2**20  # bytes; larger tensors are mapped on their own. See `fix_malloc` for why this size
+THRESHOLD = 4 * 2**20  # bytes; larger tensors are mapped on their own. See `fix_malloc` for why this size
 WORTH_TRIMMING = 32 * 2**20  # bytes: pages given back cost a fault each when they are needed again
 PERIOD = 0.01  # seconds between two samples
 CHILDREN_EVERY = 100  # samples between two looks for new children: finding them reads all of /proc

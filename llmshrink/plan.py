@@ -91,6 +91,7 @@ class Plan(_Part):
     file_bytes: dict[str, int]  # every safetensors file of the output, with its header
     bits_per_weight: float  # of the whole file over all parameters
     memory_bytes: int  # peak anonymous memory of the compress step above the level after the imports
+    evaluation_bytes: int  # the same of the comparison of both models; 0: none is asked for
     disk_bytes: int  # output, and what a resume needs beside it
     disk_free: int
     output: str
@@ -357,7 +358,7 @@ def _lay_out_files(work: Work) -> None:
     work.file_bytes[work.shards[-1]] = safetensors.file_size(work.meta_others())
 
 
-def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
+def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: int) -> Plan:
     """The plan as data."""
     model, infos = work.model, work.model.weights.infos
     blocks, compressed = [], 0
@@ -410,6 +411,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int) -> Plan:
         file_bytes=work.file_bytes,
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
+        evaluation_bytes=evaluation_bytes,
         disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0) - _already(work.output),
         disk_free=shutil.disk_usage(_existing(work.output)).free,
         output=str(work.output),

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.demo import MODEL_DIR, NAME
-from llmshrink.engine.budget import planned_memory
+from llmshrink.engine.budget import planned_evaluation, planned_memory
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
@@ -46,8 +46,9 @@ from llmshrink.verify import (
     verify_folder,
 )
 
-__all__ = ["environment", "execute", "make_plan", "smoke", "verify"]
+__all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "verify"]
 
+ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
 NOTICES = {"left_dense", "default_method", "length_cut"}  # events that --strict lets pass: nothing was degraded
 
@@ -67,7 +68,7 @@ def execute(recipe: Recipe, *, progress: Progress, overwrite: bool = False) -> R
     """Carry out a recipe.
 
     Raises:
-        GateError: the run degraded something and `run.strict` is set; the result is kept.
+        GateError: what was written does not verify; it is kept, unfinished.
         InterruptedRun: a signal came; the same call goes on where it was.
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
@@ -79,11 +80,19 @@ def execute(recipe: Recipe, *, progress: Progress, overwrite: bool = False) -> R
         source, embedded = _open(recipe)
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count)
         run = _Run(facts, stop.over(progress))
-        report = run.evaluate() if _quantize_stage(recipe) is None else run.quantize(overwrite)
-    if recipe.run.strict and (degraded := [e for e in report.events if e.kind not in NOTICES]):
+        return run.evaluate() if _quantize_stage(recipe) is None else run.quantize(overwrite)
+
+
+def check_strict(report: Report) -> None:
+    """What `run.strict` asks for, once the report is shown.
+
+    Raises:
+        GateError: the recipe is strict and an event says that something was degraded; the result is kept.
+    """
+    degraded = [event for event in report.events if event.kind not in NOTICES]
+    if report.recipe["run"]["strict"] and degraded:
         shown = "\n".join(f"  - {event.message}" for event in degraded[:10])
         raise GateError(f"--strict: {len(degraded)} events; the result is in {report.output}:\n{shown}")
-    return report
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
@@ -136,10 +145,13 @@ class _Run:
         _check_room(plan, work.output, self.facts.source)
         with Workspace(work.output, overwrite=overwrite) as workspace:
             _check_finite(self.model, self.progress)
-            rows = self.loader.calibration(self.recipe.calibration, work.length) if work.needs_data else None
+            rows = self._calibration(work, workspace) if work.needs_data else None
+            happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
+            if rows is not None:
+                rows.save(workspace.work / ROWS, happened)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device) as memory:
                 clock = time.perf_counter()
@@ -164,6 +176,17 @@ class _Run:
             _write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
+
+    def _calibration(self, work: Work, workspace: Workspace) -> Rows:
+        """The rows that an unfinished run of this output began with, else new ones.
+
+        What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
+        """
+        kept = Rows.load(workspace.work / ROWS) if self.recipe.run.resume else None
+        if kept is None:
+            return self.loader.calibration(self.recipe.calibration, work.length)
+        self.loader.events += kept[1]
+        return kept[0]
 
     def _compress(
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
@@ -236,7 +259,11 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     subset = recipe.run.sequential == "subset"
     batch = model.batch_tokens(recipe.run.batch_tokens)
     memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=batch, subset=subset)
-    return work, describe(work, recipe, memory)
+    evaluation = 0
+    if recipe.evaluation.data:
+        length = row_length(recipe.evaluation.length, model, [])
+        evaluation = planned_evaluation(model, rows=recipe.evaluation.rows, length=length, batch_tokens=batch)
+    return work, describe(work, recipe, memory, evaluation)
 
 
 def _check_room(plan: Plan, output: Path, source: Source) -> None:
@@ -250,11 +277,16 @@ def _check_room(plan: Plan, output: Path, source: Source) -> None:
             f"{output} needs {plan.disk_bytes / 2**20:.0f} MiB of disk, and {plan.disk_free / 2**20:.0f} are free.",
             hint="Free some, or choose an --output on another disk.",
         )
-    if plan.memory_bytes > (free := available_memory()):
-        raise ResourceError(
-            f"About {plan.memory_bytes / 2**20:.0f} MiB of memory are needed and {free / 2**20:.0f} are available.",
-            hint="Use fewer or shorter calibration rows (--samples, --length), or --set run.batch_tokens=N.",
-        )
+    needs = {
+        "compress": (plan.memory_bytes, "Use fewer or shorter calibration rows: --samples, --length."),
+        "compare both models": (plan.evaluation_bytes, "Use fewer rows: --set evaluation.rows=N, evaluation.length=N."),
+    }
+    for what, (needed, hint) in needs.items():
+        if needed > (free := available_memory()):
+            raise ResourceError(
+                f"About {needed / 2**20:.0f} MiB of memory are needed to {what}, {free / 2**20:.0f} are available.",
+                hint=hint,
+            )
 
 
 def _check_finite(model: StreamedModel, progress: Progress) -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
     "demo": set(),
     "model": {"errors", "forms", "formats", "io"},
     "memory": set(),
-    "calibration": {"errors", "forms", "memory", "model", "progress", "demo", "recipe"},
+    "calibration": {"errors", "forms", "io", "memory", "model", "progress", "demo", "recipe"},
     "machine": {"errors", "forms", "progress"},
     "plan": {"errors", "forms", "formats", "io", "methods", "model", "recipe"},
     "engine": {

@@ -7,14 +7,18 @@ them and cut. With one document to a row, rows keep their own lengths and are ne
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmshrink.errors import InputError
+from llmshrink.forms import Event
+from llmshrink.io.files import write_json
 
 MIN_ROW = 2  # a row of one token predicts nothing
 
@@ -55,6 +59,23 @@ class Rows:
             else:
                 found.append([row])
         return [torch.stack(rows) for rows in found]
+
+    def save(self, path: Path, events: list[Event]) -> None:
+        """Keep the rows, and what happened while they were made, for a run that goes on."""
+        tokens = [row.tolist() for row in self.tokens]
+        facts = {"data": self.data, "origin": self.origin, "fingerprint": self.fingerprint, "tokens": tokens}
+        write_json(path, {**facts, "events": [vars(event) for event in events]})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Rows, list[Event]] | None:
+        """What `save` kept, or None where it is missing or damaged."""
+        try:
+            kept = json.loads(path.read_bytes())
+            rows = cls(tuple(torch.tensor(row) for row in kept["tokens"]), kept["data"], kept["origin"])
+            events = [Event(**event) for event in kept["events"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (rows, events) if rows.fingerprint == kept["fingerprint"] else None
 
 
 def tokenize(

@@ -90,10 +90,13 @@ def quantize(
     elif smoke:
         _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
     else:
+        from llmshrink import run
+
         report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
         _show_report(report, json=json, quiet=quiet)
         if not json:
             print(report.output)
+        run.check_strict(report)
 
 
 @app.command("eval", rich_help_panel="Work")

@@ -11,7 +11,7 @@ from typing import Any
 from llmshrink.engine.compress import STACK
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Block, Group
-from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.model.streamed import HEAD_ROWS, LOGITS, StreamedModel
 from llmshrink.plan import Work
 from llmshrink.statistics import NoStatistic
 
@@ -36,7 +36,7 @@ def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) ->
     return FIXED + states + max(_block(work, block, batch, subset) for block in work.model.anatomy.blocks)
 
 
-def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_tokens: int, logits: int) -> int:
+def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_tokens: int) -> int:
     """Bytes of scoring a text of `rows` x `length` tokens: the states of both models, a block, some logits.
 
     Args:
@@ -44,12 +44,11 @@ def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_to
         rows: of the longest text.
         length: of a row.
         batch_tokens: tokens of one forward pass.
-        logits: bytes of the logits that are in memory at a time, of each model.
     """
     states = 2 * rows * length * _hidden(model) * FLOAT
     batch = min(max(batch_tokens, length), rows * length)
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * logits + HEAD_ROWS * _hidden(model) * FLOAT)
+    return FIXED + states + max(block, 4 * LOGITS + HEAD_ROWS * _hidden(model) * FLOAT)
 
 
 def _block(work: Work, block: Block, batch: int, subset: bool) -> int:

@@ -67,6 +67,7 @@ class Compressor:
         self._work, self._model, self._workspace = work, work.model, workspace
         self._hidden, self._batches = hidden, batches
         self._subset, self._progress = subset, progress
+        self._pending: Future[dict[str, Any]] | None = None
 
     def run(self, done: list[dict[str, Any]]) -> Result:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
@@ -79,26 +80,28 @@ class Compressor:
         self._restore(done)
         saved = time.perf_counter()
         with ThreadPoolExecutor(1) as disk:
-            pending: Future[dict[str, Any]] | None = None
             for block in blocks[len(done) :]:
-                entry, tensors = self._block(block)
-                if pending is not None:
-                    result.add(pending.result())
+                entry, tensors = self._block(block, result)
                 states = None
                 if time.perf_counter() - saved >= SAVE_EVERY:
                     saved, states = time.perf_counter(), list(self._hidden.states)
                 # Files are written and synced while the next block computes; the journal line comes last.
-                pending = disk.submit(self._write, block, tensors, states, entry)
-                del tensors, states  # they go as soon as they are written
+                self._pending = disk.submit(self._write, block, tensors, states, entry)
+                del tensors  # they go as soon as they are written
                 size = sum(m.numel for m in block.matrices)
                 worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
                 self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
-            if pending is not None:
-                result.add(pending.result())
+            self._written_out(result)
         if len(done) <= len(blocks):
             result.add(self._others())
         self._progress.finish()
         return result
+
+    def _written_out(self, result: Result) -> None:
+        """Wait until the block before this one is on disk, or fail as its writing did."""
+        if self._pending is not None:
+            result.add(self._pending.result())
+        self._pending = None
 
     def _restore(self, done: list[dict[str, Any]]) -> None:
         """Bring back the states behind the last finished block.
@@ -130,7 +133,7 @@ class Compressor:
 
     # --- one block
 
-    def _block(self, block: Block) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
         compressed = {m.key for m in block.matrices if m in self._work.methods}
         tensors = {key: model.weights.get(key) for key in block.keys if key not in compressed}
@@ -144,6 +147,8 @@ class Compressor:
                 self._group(group, statistics.pop(group), tensors, decoded, layers, events)
                 trim()
             clock.lap("compress")
+        self._written_out(result)  # perhaps with the states, which change now
+        clock.lap("wait")
         self._forward(block, decoded)
         clock.lap("forward")
         order = {m.name: i for i, m in enumerate(block.matrices)}

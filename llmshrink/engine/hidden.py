@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from llmshrink.errors import InputError
 from llmshrink.io import safetensors
@@ -19,18 +21,21 @@ class Hidden:
 
     def __init__(self, model: StreamedModel, batches: list[Tensor]) -> None:
         self._model = model
-        self._records: dict[tuple[int, int], Record] = {}
+        self._records: list[Record] = []
         self.states: list[Tensor] = []
+        known: dict[torch.Size, Record] = {}
         for tokens in batches:
             record = model.record(tokens)
-            shape = (tokens.shape[0], tokens.shape[1])
-            self._records.setdefault(shape, Record(record.hidden.new_empty(0), record.arguments))
             self.states.append(record.hidden)
+            # Masks and positions follow from the shape of a batch in most families: they are kept once. A family
+            # where they depend on the tokens has its own for each batch.
+            first = known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
+            same = _equal(first.arguments, record.arguments)
+            self._records.append(first if same else Record(first.hidden, record.arguments))
 
     def run(self, index: int, batch: int) -> Tensor:
         """The output of block `index` for one batch; the state stays as it is."""
-        state = self.states[batch]
-        return self._model.run(index, self._records[state.shape[0], state.shape[1]], state)
+        return self._model.run(index, self._records[batch], self.states[batch])
 
     @torch.no_grad()
     def advance(self, index: int, done: Callable[[int], None] | None = None) -> None:
@@ -46,18 +51,28 @@ class Hidden:
                     f"Block {index} gives infinite or undefined activations on batch {batch}.",
                     hint="The weights overflow the compute dtype, or are damaged.",
                 )
-            self.states[batch] = out
+            self.states[batch].copy_(out)  # in place: states that wander through the heap leave holes in it
             if done:
                 done(out.shape[0] * out.shape[1])
 
     def forget(self, batches: int) -> None:
         """Drop the states of the first batches."""
-        del self.states[:batches]
+        del self.states[:batches], self._records[:batches]
 
     def load(self, path: Path) -> None:
         """Take the states from a file that `save_states` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
         self.states = [checkpoint.get(name).to(self._model.device, copy=True) for name in sorted(checkpoint.infos)]
+        del self._records[: len(self._records) - len(self.states)]  # saved after batches were forgotten
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two trees of arguments are the same, tensors by value."""
+    (a, kind), (b, other_kind) = tree_flatten(one), tree_flatten(other)
+    return kind == other_kind and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def save_states(path: Path, states: list[Tensor]) -> str:

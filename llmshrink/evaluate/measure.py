@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmshrink.calibration.rows import Rows
+from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
 from llmshrink.forms import Event
@@ -36,15 +37,21 @@ def measure_models(
     if texts:
         base, other = [*models.values(), None][:2]
         assert base is not None
-        found = score_texts(
-            base,
-            other,
-            texts,
-            packed=recipe.evaluation.packed,
-            batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
-            progress=progress,
-        )
-        scores = list(found)[: len(models)]
+        try:
+            found = score_texts(
+                base,
+                other,
+                texts,
+                packed=recipe.evaluation.packed,
+                batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
+                progress=progress,
+            )
+            scores = list(found)[: len(models)]
+        except InputError as error:
+            if other is None:
+                raise
+            # Hours of compression are not thrown away because the result cannot be scored.
+            events.append(Event("not_measured", f"quality: {error}"))
     prompt = texts[0].tokens[0][:PROMPT].tolist() if texts else None
     readings = [_read(m, prompt, events, progress) if recipe.evaluation.speed else None for m in models.values()]
     return {

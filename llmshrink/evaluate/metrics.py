@@ -32,6 +32,7 @@ class Scores:
         self.nll_rows: list[float] = []
         self.kl_rows: list[float] = []
         self.top1_rows: list[int] = []
+        self._rows, self._start = slice(0, 0), 0  # begun last, and how many positions were added
 
     def update(self, logits: Tensor, tokens: Tensor, reference: Tensor | None = None) -> None:
         """Add a batch of rows.
@@ -44,37 +45,53 @@ class Scores:
         Raises:
             InputError: Logits that are not finite, a row of fewer than 2 tokens, or a reference with some batches only.
         """
-        if tokens.shape[1] < 2:
-            raise InputError(f"row {len(self.tokens_rows)} has {tokens.shape[1]} token: a score needs at least 2")
-        if self.tokens_rows and bool(self.kl_rows) != (reference is not None):
-            raise InputError("a reference was given with some batches only: give it with all, or with none")
-        for row in range(tokens.shape[0]):
-            self._add_row(logits[row, :-1], tokens[row, 1:], None if reference is None else reference[row, :-1])
+        self.begin(len(tokens))
+        self.add(logits[:, :-1], tokens[:, 1:], None if reference is None else reference[:, :-1])
 
-    def _add_row(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
-        nll, kl, same = 0.0, 0.0, 0
+    def begin(self, rows: int) -> None:
+        """Start a batch of rows."""
+        self._rows, self._start = slice(len(self.tokens_rows), len(self.tokens_rows) + rows), 0
+        self.tokens_rows += [0] * rows
+        self.nll_rows += [0.0] * rows
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
+        """Add the next stretch of positions to the rows begun last: not all logits of long rows fit into memory.
+
+        Args:
+            logits: The model's [B, t, V].
+            targets: The ids [B, t] that these positions predict.
+            reference: The original's logits [B, t, V].
+        """
+        if targets.shape[1] < 1:
+            raise InputError(f"row {self._rows.start} has 1 token: a score needs at least 2")
+        if reference is not None and self._start == 0 and len(self.kl_rows) == self._rows.start:
+            self.kl_rows += [0.0] * len(targets)
+            self.top1_rows += [0] * len(targets)
+        if len(self.kl_rows) != (0 if reference is None else len(self.tokens_rows)):
+            raise InputError("a reference was given with some batches only: give it with all, or with none")
+        for i, row in enumerate(range(self._rows.start, self._rows.stop)):
+            self._add_stretch(row, logits[i], targets[i], None if reference is None else reference[i])
+        self._start += targets.shape[1]
+
+    def _add_stretch(self, row: int, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         chunk = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+        self.tokens_rows[row] += len(targets)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            model = self._log_probabilities(logits[part], "the model", start)
-            nll -= model.gather(-1, targets[part, None].to(model.device)).sum(dtype=torch.float64).item()
+            model = self._log_probabilities(logits[part], "the model", row, start)
+            self.nll_rows[row] -= model.gather(-1, targets[part, None].to(model.device)).sum(dtype=torch.float64).item()
             if reference is not None:
-                original = self._log_probabilities(reference[part].to(model.device), "the reference", start)
-                same += int((model.argmax(-1) == original.argmax(-1)).sum().item())
+                original = self._log_probabilities(reference[part].to(model.device), "the reference", row, start)
+                self.top1_rows[row] += int((model.argmax(-1) == original.argmax(-1)).sum().item())
                 gap = torch.sub(original, model, out=model)
-                kl += gap.mul_(original.exp_()).sum(dtype=torch.float64).item()
-        self.tokens_rows.append(len(targets))
-        self.nll_rows.append(nll)
-        if reference is not None:
-            self.kl_rows.append(kl)
-            self.top1_rows.append(same)
+                self.kl_rows[row] += gap.mul_(original.exp_()).sum(dtype=torch.float64).item()
 
-    def _log_probabilities(self, logits: Tensor, whose: str, start: int) -> Tensor:
+    def _log_probabilities(self, logits: Tensor, whose: str, row: int, start: int) -> Tensor:
         """float32 [chunk, V]. One NaN makes both extremes NaN, so two numbers tell whether all are finite."""
         if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(logits)):
-            bad = int((~logits.isfinite()).any(-1).nonzero()[0].item()) + start
+            bad = int((~logits.isfinite()).any(-1).nonzero()[0].item()) + start + self._start
             raise InputError(
-                f"the logits of {whose} are not finite at row {len(self.tokens_rows)}, position {bad}",
+                f"the logits of {whose} are not finite at row {row}, position {bad}",
                 hint="look for weights that are NaN or too large for the compute dtype",
             )
         return torch.log_softmax(logits, -1, dtype=torch.float32)

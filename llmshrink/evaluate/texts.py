@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.metrics import Scores
-from llmshrink.model.streamed import StreamedModel
+from llmshrink.memory import trim
+from llmshrink.model.streamed import LOGITS, StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TextScore
 
@@ -26,28 +28,46 @@ def score_texts(
     Returns:
         The scores of `base` and those of `model` (empty where it is None), in the order of the texts.
     """
-    batches = [(i, batch) for i, text in enumerate(texts) for batch in text.batches(batch_tokens)]
     models = [base] if model is None else [base, model]
-    work = sum(text.count for text in texts) * len(base.anatomy.blocks) * len(models)
-    progress.start("evaluate", work)
-    states = []
-    for one in models:
-        hidden = Hidden(one, [batch for _, batch in batches])
-        for block in one.anatomy.blocks:
-            one.load_block(block.index)
-            hidden.advance(block.index, progress.advance)
-            one.drop_block(block.index)
-        states.append(hidden.states)
-    scores = [[Scores() for _ in texts] for _ in models]
-    with torch.no_grad():
-        for number, (text, tokens) in enumerate(batches):
-            reference = base.logits(tokens, states[0][number])
-            scores[0][text].update(reference, tokens)
-            if model is not None:
-                scores[1][text].update(model.logits(tokens, states[1][number]), tokens, reference)
+    progress.start("evaluate", sum(text.count for text in texts) * len(base.anatomy.blocks) * len(models))
+    made: list[list[TextScore]] = [[] for _ in models]
+    for text in texts:  # one after another: the states of all would be in memory together
+        batches = text.batches(batch_tokens)
+        states = [_last_states(one, batches, progress) for one in models]
+        scores = [Scores() for _ in models]
+        for tokens, *ends in zip(batches, *states, strict=True):
+            _score(models, ends, tokens, scores)
+        for row, found in zip(made, scores, strict=True):
+            row.append(_text_score(found, text, packed))
     progress.finish()
-    made = [[_text_score(s, text, packed) for s, text in zip(row, texts, strict=True)] for row in scores]
     return made[0], made[1] if model is not None else []
+
+
+def _last_states(model: StreamedModel, batches: list[Tensor], progress: Progress) -> list[Tensor]:
+    """What leaves the last block, for each batch."""
+    hidden = Hidden(model, batches)
+    for block in model.anatomy.blocks:
+        model.load_block(block.index)
+        hidden.advance(block.index, progress.advance)
+        model.drop_block(block.index)
+        trim()
+    return hidden.states
+
+
+@torch.no_grad()
+def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores]) -> None:
+    """Add a batch to the scores, a stretch of positions at a time; the first model is the others' reference."""
+    vocabulary: int = models[0].source.config.get_text_config(decoder=True).vocab_size
+    stretch = max(1, LOGITS // (len(tokens) * vocabulary * 4))
+    for one in scores:
+        one.begin(len(tokens))
+    for start in range(0, tokens.shape[1] - 1, stretch):
+        part = slice(start, min(start + stretch, tokens.shape[1] - 1))
+        targets = tokens[:, part.start + 1 : part.stop + 1]
+        reference = models[0].logits(tokens[:, part], ends[0][:, part])
+        scores[0].add(reference, targets)
+        for model, end, score in zip(models[1:], ends[1:], scores[1:], strict=True):
+            score.add(model.logits(tokens[:, part], end[:, part]), targets, reference)
 
 
 def _text_score(scores: Scores, text: Rows, packed: bool) -> TextScore:

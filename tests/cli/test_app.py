@@ -45,6 +45,7 @@ def library(monkeypatch):
     checks = [Check(name="hashes", passed=True, detail="3 files"), Check(name="logits", passed=True, detail="0")]
     for name, value in (("execute", Answer()), ("make_plan", Answer()), ("smoke", checks), ("verify", checks)):
         answers(name, value)
+    run.check_strict = lambda report: None
     run.environment = lambda: {"torch": "2.13", "device": "cpu"}
     table.render = lambda report: "REPORT TABLE"
     table.render_plan = lambda plan: "PLAN TABLE"
@@ -100,6 +101,16 @@ def test_flags_are_names_for_recipe_keys(library, command, flags, look, expected
     assert main([command, "some/model", *flags.split()]) == 0
     assert look(last_recipe(library)) == expected
     assert last_recipe(library).model.id == "some/model"
+
+
+def test_strict_shows_the_report_before_it_fails(library, monkeypatch, capsys):
+    def fail(report):
+        raise errors.GateError("--strict: 1 event")
+
+    monkeypatch.setattr(library, "check_strict", fail)
+    assert main(["quantize", "--strict"]) == 9
+    shown = capsys.readouterr()
+    assert "REPORT TABLE" in shown.out and "out/model-gptq4" in shown.out and "--strict: 1 event" in shown.err
 
 
 def test_strict_and_resume(library):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmshrink import run
-from llmshrink.errors import GateError, PlanError
+from llmshrink.errors import GateError, InputError, PlanError
+from llmshrink.evaluate import measure
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.progress import Silent
 
@@ -223,9 +224,24 @@ def test_evaluation_before_and_after(
 def test_strict_fails_on_events_and_keeps_the_result(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
+    wanted = recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, {"bits": 4}, run={"strict": True})
+    report = run.execute(wanted, progress=Silent())
     with pytest.raises(GateError, match="groups of 32"):
-        run.execute(
-            recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, {"bits": 4}, run={"strict": True}),
-            progress=Silent(),
-        )
+        run.check_strict(report)
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_result_that_cannot_be_scored_is_kept_and_told(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("the logits are not finite")
+
+    monkeypatch.setattr(measure, "score_texts", fail)
+    evaluation = {"data": [str(text_file)], "rows": 2, "length": 16}
+    wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, {"name": "rtn"}, evaluation=evaluation)
+    report = run.execute(wanted, progress=Silent())
+    last = report.events[-1]
+    assert (last.kind, last.message) == ("not_measured", "quality: the logits are not finite")
+    assert report.after is not None and report.after.scores == []
     assert (tmp_path / "out" / "report.json").exists()

@@ -13,6 +13,7 @@ import pytest
 from helpers import SMALL, SMALL_METHOD, assert_complete, content, recipe
 
 from llmshrink import run
+from llmshrink.calibration.load import TextLoader
 from llmshrink.engine import compress, workspace
 from llmshrink.engine.workspace import WORK
 from llmshrink.errors import InterruptedRun, OutputError
@@ -88,6 +89,23 @@ def expected(
     return finished(recipe(smallest, tmp_path_factory.mktemp("unbroken") / "out", text_file, SMALL_METHOD, **SMALL))[0]
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_token(path: Path) -> None:
+    text = path.read_text()
+    at = text.index('"tokens"') + 30
+    digit = next(i for i in range(at, len(text)) if text[i].isdigit())
+    path.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
+
+
 def test_a_signal_ends_the_run_after_the_block_and_the_same_recipe_goes_on(
     small: Callable[..., Recipe], expected: dict[str, str]
 ) -> None:
@@ -117,19 +135,30 @@ def test_another_recipe_is_refused_with_the_difference(
     assert {p: p.read_bytes() for p in partial.rglob("*") if p.is_file()} == files
 
 
+def test_a_run_goes_on_with_the_text_it_began_with(
+    small: Callable[..., Recipe], expected: dict[str, str], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the text is no longer there, or another is what `auto` would take now."""
+    partial = interrupted(small())
+    monkeypatch.setattr(TextLoader, "calibration", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextLoader, "evaluation", lambda *_: [])
+        found, blocks = finished(small())
+    assert blocks == ["block 1"] and found == expected
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("harm", [flip_token, cut, Path.unlink])
+def test_rows_that_were_damaged_are_made_again(
+    small: Callable[..., Recipe], expected: dict[str, str], harm: Callable[[Path], None]
+) -> None:
+    harm(interrupted(small()) / WORK / run.ROWS)
+    assert finished(small()) == (expected, ["block 1"])
+
+
 def test_no_resume_starts_anew(small: Callable[..., Recipe]) -> None:
     interrupted(small())
     assert finished(small({**SMALL_METHOD, "bits": 3}, run={"resume": False}))[1] == ["block 0", "block 1"]
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-20] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
 
 
 @pytest.mark.parametrize("harm", [flip, cut])

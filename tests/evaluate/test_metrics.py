@@ -57,6 +57,20 @@ def test_scores_equal_brute_force(monkeypatch: pytest.MonkeyPatch, dtype: torch.
     assert scores.top1 == sum(expected[2]) / count
 
 
+@pytest.mark.parametrize("stretch", [1, 4, 9])
+def test_rows_may_come_in_stretches(stretch: int) -> None:
+    whole, parts = Scores(), Scores()
+    for seed in (0, 1):
+        model, tokens, reference = batch(seed)
+        whole.update(model, tokens, reference)
+        parts.begin(ROWS)
+        for start in range(0, LENGTH - 1, stretch):
+            stop = min(start + stretch, LENGTH - 1)
+            parts.add(model[:, start:stop], tokens[:, start + 1 : stop + 1], reference[:, start:stop])
+    assert parts.tokens_rows == whole.tokens_rows and parts.top1_rows == whole.top1_rows
+    assert parts.nll_rows == pytest.approx(whole.nll_rows) and parts.kl_rows == pytest.approx(whole.kl_rows)
+
+
 def test_the_original_is_at_no_distance_from_itself() -> None:
     model, tokens, _ = batch(0)
     scores = Scores()

@@ -287,7 +287,7 @@ def plan(blocks: int = 3) -> Any:
                 *(SimpleNamespace(name=f"model.layers.{i}.{n}.weight", bytes=512, parameters=256)
                   for i in range(blocks) for n in ("norm_a", "norm_b", "norm_c"))],
         parameters=10_000_000, parameters_compressed=9_000_000, bytes_before=20_000_000, bytes_after=6_000_000,
-        bits_per_weight=4.8, memory_bytes=50_000_000, disk_bytes=7_000_000, disk_free=10**9,
+        bits_per_weight=4.8, memory_bytes=50_000_000, evaluation_bytes=0, disk_bytes=7_000_000, disk_free=10**9,
         events=[SimpleNamespace(kind="group_size", message="groups of 64", layer=None, data=None)],
     )  # fmt: skip
 

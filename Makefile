@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check fmt bench clean
+.PHONY: help demo test test-slow test-gpu test-oldest check fmt bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,13 @@ test-slow: $(STAMP) ## tests that take minutes (memory of a deep model, random k
 test-gpu: $(STAMP) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: ## the default tests with the oldest releases that pyproject.toml allows (torch: the pinned one)
+	test -x .venv-oldest/bin/uv || ($(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet uv)
+	grep '^torch==' constraints.txt > .venv-oldest/torch.txt
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	  --constraint .venv-oldest/torch.txt --editable . pytest hypothesis
+	.venv-oldest/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider
+
 check: $(STAMP) ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +48,5 @@ bench: $(STAMP) ## the benches of bench/results.md that need nothing but this pr
 	$(BIN)/python -m bench.startup
 
 clean: ## remove what these targets made
-	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Dense bit packing: value i of a row at bit i*b, least significant first, crossing word boundaries.
 
-This is the layout of compressed-tensors' pack-quantized since 0.17. For 2, 4 and 8 bits no value crosses a word. `pack`
+This is the layout of compressed-tensors' pack-quantized since 0.18. For 2, 4 and 8 bits no value crosses a word. `pack`
 also runs on the `meta` device, which gives exact shapes without data.
 """
 

@@ -25,7 +25,7 @@ from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Dense, Form, Layer, Quantized
 
-LAYOUT_VERSION = "0.17.0"  # the oldest release that reads 3-bit codes laid out like this
+LAYOUT_VERSION = "0.18.0"  # the oldest release that reads 3-bit codes laid out like this
 
 
 @dataclass(frozen=True, order=True)

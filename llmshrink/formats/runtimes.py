@@ -53,7 +53,7 @@ def _compressed_tensors(kind: Kind, runtime: str, bits: int, symmetric: bool) ->
     if not symmetric and kind == "experts":
         return Entry("no", "asymmetric codes of fused experts are not supported")
     if runtime == "transformers":
-        return Entry("dense-only", "needs compressed-tensors >= 0.17; decompresses at the first forward pass")
+        return Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass")
     if symmetric and bits in (4, 8):
         return Entry("native", "WNA16 kernels")
     if symmetric:

@@ -106,7 +106,7 @@ def override(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
 
     Args:
         data: plain data, not validated; the result is not validated either.
-        path: such as `calibration.data`; in a recipe of one stage it may leave out `stages.0.`.
+        path: such as `calibration.data`; where one stage alone has the key, `stages.N.` may be left out.
         value: plain data.
 
     Raises:
@@ -196,6 +196,8 @@ def _full_path(path: str, data: Mapping[str, Any]) -> list[str]:
     known = {name for task, names in _STAGE_KEYS.items() if task in tasks for name in names}
     if keys[0] not in known:
         raise RecipeError(f"{path}: unknown key{did_you_mean(keys[0], known | set(Recipe.model_fields))}")
-    if len(tasks) > 1:
-        raise RecipeError(f"{path}: the recipe has several stages; write stages.0.{path}, stages.1.{path}, ...")
-    return ["stages", "0", *keys]
+    having = [i for i, task in enumerate(tasks) if keys[0] in _STAGE_KEYS.get(str(task), ())]
+    if len(having) > 1:
+        shown = ", ".join(f"stages.{i}.{path}" for i in having)
+        raise RecipeError(f"{path}: several stages have this key; write {shown}")
+    return ["stages", str(having[0]), *keys]

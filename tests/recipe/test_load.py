@@ -183,6 +183,16 @@ def test_overrides_leave_their_input_alone_and_follow_in_order():
 
 
 TWO = {"version": 1, "stages": [*ONE["stages"], {"task": "eval"}]}
+TWICE = {"version": 1, "stages": [*ONE["stages"], *ONE["stages"]]}
+
+
+def test_a_key_that_one_stage_alone_has_needs_no_number():
+    assert load.apply_overrides(TWO, ["method.bits=3"])["stages"] == [
+        {**ONE["stages"][0], "method": {**ONE["stages"][0]["method"], "bits": 3}},
+        {"task": "eval"},
+    ]
+
+
 BAD_OVERRIDES = [
     (ONE, "metod.bits=3", "did you mean 'method'"),
     (ONE, "calibratoin.data=x", "did you mean 'calibration'"),
@@ -190,7 +200,7 @@ BAD_OVERRIDES = [
     (ONE, "stages.-1.task=x", "'-1' is not one of 0..0"),
     (ONE, "version.x=2", "nothing below version"),
     (ONE, "method.bits={", "line 1"),
-    (TWO, "method.bits=3", "several stages; write stages.0.method.bits"),
+    (TWICE, "method.bits=3", "several stages have this key; write stages.0.method.bits, stages.1.method.bits"),
 ]
 
 

@@ -144,7 +144,7 @@ def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
     norm = rest = 0.0
     for w, q in zip(torch.split(original, ROWS), torch.split(decoded, ROWS), strict=True):
-        exact = w.double()
+        exact = w.to(torch.float64, copy=True)  # a float64 matrix may be mapped from its file
         norm += float(exact.square().sum())
         rest += float(exact.sub_(q).square().sum())
     return (rest / norm) ** 0.5 if norm else 0.0

@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ def check_strict(report: Report) -> None:
     degraded = [event for event in report.events if event.kind not in NOTICES]
     if report.recipe["run"]["strict"] and degraded:
         shown = "\n".join(f"  - {event.message}" for event in degraded[:10])
-        raise GateError(f"--strict: {len(degraded)} events; the result is in {report.output}:\n{shown}")
+        where = f"; the result is in {report.output}" if report.output else ""
+        raise GateError(f"--strict: {len(degraded)} events{where}:\n{shown}")
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
@@ -151,7 +153,7 @@ class _Run:
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
-                rows.save(workspace.work / ROWS, happened)
+                rows.save(workspace.work / ROWS, self._text_key(work), happened)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device) as memory:
                 clock = time.perf_counter()
@@ -182,11 +184,16 @@ class _Run:
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """
-        kept = Rows.load(workspace.work / ROWS) if self.recipe.run.resume else None
+        kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]
         return kept[0]
+
+    def _text_key(self, work: Work) -> dict[str, Any]:
+        """What calibration rows depend on, but for what `auto` means today."""
+        calibration = self.facts.resolved["calibration"]
+        return {"model": self.facts.source.hashes, "calibration": calibration, "length": work.length}
 
     def _compress(
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
@@ -279,7 +286,10 @@ def _check_room(plan: Plan, output: Path, source: Source) -> None:
         )
     needs = {
         "compress": (plan.memory_bytes, "Use fewer or shorter calibration rows: --samples, --length."),
-        "compare both models": (plan.evaluation_bytes, "Use fewer rows: --set evaluation.rows=N, evaluation.length=N."),
+        "compare both models": (
+            plan.evaluation_bytes,
+            "Use fewer or shorter rows: --set evaluation.rows=N --set evaluation.length=N.",
+        ),
     }
     for what, (needed, hint) in needs.items():
         if needed > (free := available_memory()):

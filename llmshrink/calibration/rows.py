@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmshrink.errors import InputError
 from llmshrink.forms import Event
-from llmshrink.io.files import write_json
+from llmshrink.io.files import write_bytes
 
 MIN_ROW = 2  # a row of one token predicts nothing
 
@@ -60,22 +61,22 @@ class Rows:
                 found.append([row])
         return [torch.stack(rows) for rows in found]
 
-    def save(self, path: Path, events: list[Event]) -> None:
-        """Keep the rows, and what happened while they were made, for a run that goes on."""
+    def save(self, path: Path, key: dict[str, Any], events: list[Event]) -> None:
+        """Keep the rows, and what happened while they were made, for a run that goes on; `key` says for which run."""
         tokens = [row.tolist() for row in self.tokens]
-        facts = {"data": self.data, "origin": self.origin, "fingerprint": self.fingerprint, "tokens": tokens}
-        write_json(path, {**facts, "events": [vars(event) for event in events]})
+        facts = {"data": self.data, "origin": self.origin, "tokens": tokens}
+        text = json.dumps({"key": key, **facts, "events": [vars(event) for event in events]}).encode()
+        write_bytes(path, hashlib.sha256(text).hexdigest().encode() + b" " + text)
 
     @classmethod
-    def load(cls, path: Path) -> tuple[Rows, list[Event]] | None:
-        """What `save` kept, or None where it is missing or damaged."""
-        try:
-            kept = json.loads(path.read_bytes())
-            rows = cls(tuple(torch.tensor(row) for row in kept["tokens"]), kept["data"], kept["origin"])
-            events = [Event(**event) for event in kept["events"]]
-        except (OSError, ValueError, KeyError, TypeError):
+    def load(cls, path: Path, key: dict[str, Any]) -> tuple[Rows, list[Event]] | None:
+        """What `save` kept for this key, or None where it is missing, damaged, or kept for another."""
+        digest, _, text = path.read_bytes().partition(b" ") if path.is_file() else (b"", b"", b"")
+        if digest.decode(errors="replace") != hashlib.sha256(text).hexdigest():
             return None
-        return (rows, events) if rows.fingerprint == kept["fingerprint"] else None
+        kept = json.loads(text)
+        rows = cls(tuple(torch.tensor(row) for row in kept["tokens"]), kept["data"], kept["origin"])
+        return (rows, [Event(**event) for event in kept["events"]]) if kept["key"] == key else None
 
 
 def tokenize(

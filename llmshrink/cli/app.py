@@ -118,7 +118,11 @@ def evaluate(
     """Measure a model: perplexity, size, speed, memory."""
     wanted = opt.build_recipe("eval", ctx.params)
     _tell_default(wanted.model.id, quiet)
-    _show_report(_execute(wanted, quiet=quiet, verbose=verbose), json=json)
+    report = _execute(wanted, quiet=quiet, verbose=verbose)
+    from llmshrink import run
+
+    _show_report(report, json=json)
+    run.check_strict(report)
 
 
 @app.command(rich_help_panel="Work")

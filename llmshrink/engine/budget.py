@@ -47,8 +47,10 @@ def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_to
     """
     states = 2 * rows * length * _hidden(model) * FLOAT
     batch = min(max(batch_tokens, length), rows * length)
+    vocabulary: int = model.source.config.get_text_config(decoder=True).vocab_size
+    head = min(HEAD_ROWS, vocabulary) * _hidden(model) * FLOAT
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * LOGITS + HEAD_ROWS * _hidden(model) * FLOAT)
+    return FIXED + states + max(block, 4 * min(LOGITS, batch * vocabulary * FLOAT) + head)
 
 
 def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
@@ -66,7 +68,7 @@ def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
         phases.append(kept + max(factors, factors // 3 + sweep))
         kept -= 0 if subset else sizes[group]
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
-    return packed + max(*phases, loaded + decoded)
+    return packed + max([*phases, loaded + decoded])
 
 
 def _method(work: Work, group: Group) -> Method[Any] | None:

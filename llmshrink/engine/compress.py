@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +78,8 @@ class Compressor:
         blocks = self._model.anatomy.blocks
         self._progress.start("compress", sum(m.numel for b in blocks for m in b.matrices))
         self._progress.advance(sum(m.numel for b in blocks[: len(done)] for m in b.matrices))
-        self._restore(done)
         saved = time.perf_counter()
+        self._restore(done)
         with ThreadPoolExecutor(1) as disk:
             for block in blocks[len(done) :]:
                 entry, tensors = self._block(block, result)
@@ -117,6 +118,7 @@ class Compressor:
                 missing = blocks[entry["block"] + 1 :]
                 break
         for block in missing:
+            self._progress.advance(0, f"running block {block.index} again")
             self._forward(block, self._written(block))
 
     def _written(self, block: Block) -> dict[str, Callable[[], Tensor]]:
@@ -127,8 +129,8 @@ class Compressor:
         for matrix in block.matrices:
             if method := self._work.methods.get(matrix):
                 slot = self._work.slots[matrix]
-                names = self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype))
-                decoded[matrix.key] = partial(self._decode, slot, {name: checkpoint.get(name) for name in names})
+                names = list(self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype)))
+                decoded[matrix.key] = partial(self._decode_stored, slot, checkpoint, names)
         return decoded
 
     # --- one block
@@ -248,6 +250,10 @@ class Compressor:
                 stacks.append((method, [matrix]))
         return stacks
 
+    def _decode_stored(self, slot: Slot, checkpoint: safetensors.Checkpoint, names: list[str]) -> Tensor:
+        # Copies: what is computed with must not lie in a mapped file, nor be aligned otherwise than when it was made.
+        return self._decode(slot, {name: checkpoint.get(name).clone() for name in names})
+
     def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
         return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
 
@@ -272,9 +278,10 @@ class Compressor:
         start = time.perf_counter()
         name = self._work.shards[block.index]
         entry = {**entry, "files": {name: safetensors.write(self._workspace.folder / name, tensors)}}
-        older = list(self._workspace.work.glob(_hidden_name("*"))) if states else []
+        older: list[Path] = []
         if states:
             path = self._workspace.work / _hidden_name(f"{block.index:05d}")
+            older = [found for found in self._workspace.work.glob(_hidden_name("*")) if found != path]
             entry["states"] = {path.relative_to(self._workspace.folder).as_posix(): save_states(path, states)}
         entry["seconds"]["write"] = time.perf_counter() - start
         self._workspace.append(entry)

@@ -62,8 +62,10 @@ class Hidden:
     def load(self, path: Path) -> None:
         """Take the states from a file that `save_states` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
-        self.states = [checkpoint.get(name).to(self._model.device, copy=True) for name in sorted(checkpoint.infos)]
-        del self._records[: len(self._records) - len(self.states)]  # saved after batches were forgotten
+        names = sorted(checkpoint.infos)
+        self.forget(len(self.states) - len(names))  # they were saved after these were forgotten
+        for state, name in zip(self.states, names, strict=True):
+            state.copy_(checkpoint.get(name))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from llmshrink.errors import OutputError
 from llmshrink.io.files import sha256, step, sync_folder, write_bytes, write_json
 
-WORK = ".work"  # inside OUT.partial: journal and hidden states, removed when the rename is done
+WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
 
 

@@ -43,7 +43,7 @@ class Method(ABC, Generic[C]):
     task: ClassVar[Task]
     needs: ClassVar[type[Statistic]]
     by_row: ClassVar[bool] = False  # rows do not depend on each other: small matrices of a group go in one call
-    baseline: ClassVar[str | None] = None  # the method it may never be worse than, in its own objective
+    baseline: ClassVar[str | None] = None  # the method that stands in where the statistic is too poor
     Config: ClassVar[type[MethodConfig]]
 
     def __init__(self, config: C) -> None:

@@ -45,7 +45,7 @@ class Factors(Prepared):
     damp: float  # added to its diagonal
     importance: Tensor  # float32 [in], 1 / diag(H^-1): the cost of an error once all other inputs have made up for it
     order: Tensor  # int64 [in], the columns in the order they are rounded
-    spread: Tensor  # float32 [in, in] in that order, unit upper triangular: row i spreads the error of column i
+    spread: Tensor  # float32 [in, in] in that order; row i spreads the error of column i. Below the diagonal: undefined
 
 
 class Gptq(Method[GptqConfig]):
@@ -164,13 +164,13 @@ class Gptq(Method[GptqConfig]):
     def _better_rows(self, W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> Layer:
         """Of two results for W, in each row the one with the smaller squared output error; `one` is the baseline."""
         baseline, own = _output_error(W, *one, H), _output_error(W, *other, H)
-        keep = (baseline < own)[:, None]
+        keep = ~(own <= baseline)[:, None]  # also where an overflow made it no number
         zero = None
         if one[0].zero is not None and other[0].zero is not None:
             zero = torch.where(keep, one[0].zero, other[0].zero)
         grid = Grid(torch.where(keep, one[0].scale, other[0].scale), zero)
         form = grid.form(torch.where(keep, one[1], other[1]), self.config)
-        return Layer(form, Objective(torch.minimum(baseline, own), baseline))
+        return Layer(form, Objective(torch.where(keep[:, 0], baseline, own), baseline))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""

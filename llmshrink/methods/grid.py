@@ -184,7 +184,7 @@ def _candidates(w: Tensor, config: GridConfig) -> Iterator[tuple[Tensor, float, 
             yield steps.clamp(low, high), 1.0, None
             yield steps.clamp_(-high, -low), -1.0, None
         return
-    for factor in torch.linspace(1, tightest, STEPS).tolist():
+    for factor in torch.linspace(1, tightest, STEPS if tightest < 1 else 1).tolist():
         scale = factor * (most - least) / (high - low)
         middle = (low - factor * least / scale).nan_to_num_()
         for shift in (0, -1, 1):

@@ -211,7 +211,9 @@ class RunSpec(Section):
     resume: bool = Field(True, description="go on with an interrupted run of the same recipe")
     strict: bool = Field(False, description="exit 9 where an event says that something was degraded")
     batch_tokens: int | None = Field(
-        None, ge=1, description="tokens in one forward pass; null: at most 1024, and fewer where layers are wide"
+        None,
+        ge=1,
+        description="tokens in one forward pass, at least a row; null: up to 1024, fewer where layers are wide",
     )
 
 

@@ -56,7 +56,8 @@ class LayerReport(Record):
     bits_per_weight: float = Field(description="scales and zero points counted")
     relative_error: float | None = Field(default=None, description="||W - Q|| / ||W||, Frobenius")
     objective: float | None = Field(
-        default=None, description="the method's own error as a share of its baseline's; below 1 is better"
+        default=None,
+        description="the error that the method minimises over that of rounding on the same grid; below 1 is better",
     )
     seconds: float | None = None
     fallback: bool = Field(default=False, description="done by the method's fallback; an event says why")

@@ -67,7 +67,7 @@ def render_plan(plan: Plan) -> Group:
         f"{plan.parameters_compressed:,} of {plan.parameters:,} parameters ({share(covered)}) are compressed",
         f"tensors {decimal(plan.bytes_before)} -> {decimal(plan.bytes_after)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, all tensors counted",
-        f"peak memory about {decimal(plan.memory_bytes)}",
+        f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
     reasons = sorted({layer.reason for block in plan.blocks for layer in block.layers if layer.reason})

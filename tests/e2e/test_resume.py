@@ -148,12 +148,19 @@ def test_a_run_goes_on_with_the_text_it_began_with(
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("harm", [flip_token, cut, Path.unlink])
+@pytest.mark.parametrize("harm", [flip, flip_token, cut, Path.unlink])
 def test_rows_that_were_damaged_are_made_again(
     small: Callable[..., Recipe], expected: dict[str, str], harm: Callable[[Path], None]
 ) -> None:
     harm(interrupted(small()) / WORK / run.ROWS)
     assert finished(small()) == (expected, ["block 1"])
+
+
+def test_rows_of_another_recipe_are_not_taken(small: Callable[..., Recipe], expected: dict[str, str]) -> None:
+    """The journal is gone, so that nothing else says whose rows they are."""
+    partial = interrupted(small(calibration={"samples": 3}))
+    (partial / WORK / "journal").unlink()
+    assert finished(small()) == (expected, ["block 0", "block 1"])
 
 
 def test_no_resume_starts_anew(small: Callable[..., Recipe]) -> None:
@@ -193,6 +200,16 @@ def test_hidden_states_that_were_saved_are_used_if_they_are_whole(
     found, blocks = finished(small())
     assert blocks == ["block 1"] and found == expected
     assert again == ([0, 1] if harm else [1])
+
+
+def test_states_that_are_saved_again_under_their_name_stay(
+    small: Callable[..., Recipe], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress, "SAVE_EVERY", 0)
+    flip(interrupted(small()) / "model-00001-of-00003.safetensors")
+    partial = interrupted(small())  # compresses block 0 again
+    assert [p.name for p in (partial / WORK).glob("hidden-*")] == ["hidden-00000.safetensors"]
+    assert finished(small()) == (expected, ["block 1"])
 
 
 def test_files_of_a_run_nothing_is_known_about_do_not_get_into_the_output(

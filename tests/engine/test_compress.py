@@ -18,8 +18,10 @@ from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine import compress
 from llmshrink.engine.budget import planned_memory
+from llmshrink.errors import ResourceError
 from llmshrink.forms import decode
 from llmshrink.methods import load_method
+from llmshrink.model import streamed
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan import resolve
@@ -127,3 +129,47 @@ def test_planned_memory_does_not_grow_with_depth(
     assert planned["deep"] == planned[models_folder("llama").name]
     whole, subset = planned["deep"]
     assert subset <= whole
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_matrix_may_be_compressed_in_stretches_of_rows(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = load_method(method)(load_method(method).Config(bits=4, group_size=32))
+    hessian = Hessian(64, CPU)
+    hessian.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(1)))
+    hessian.finish()
+    weight, prepared = torch.randn(50, 64, generator=torch.Generator().manual_seed(2)), used.prepare(hessian)
+    whole = compress._compress(used, weight, prepared)
+    monkeypatch.setattr(compress, "STACK", 7 * 64)
+    parts = compress._compress(used, weight, prepared)
+    assert (decode(parts.weight) == decode(whole.weight)).float().mean() > 0.99  # sums in another order break ties
+    assert (parts.objective is None) == (whole.objective is None)
+    if parts.objective and whole.objective:
+        assert parts.objective.share == pytest.approx(whole.objective.share, rel=1e-2)
+
+
+def test_a_whole_block_may_be_left_out(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    ignored = {"stage": {**DENSE, "ignore": [r".*layers\.0\..*"]}}
+    report = run.execute(
+        recipe(models_folder("llama"), tmp_path / "out", text_file, GPTQ, **ignored), progress=Silent()
+    )
+    assert report.stages[0].layers and all(".layers.1." in layer.name for layer in report.stages[0].layers)
+
+
+def test_a_comparison_that_does_not_fit_is_refused_before_compute(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"data": [str(text_file)], "rows": 10**7, "length": 32}
+    wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, GPTQ, evaluation=evaluation)
+    with pytest.raises(ResourceError, match=r"compare both models.*\n.*evaluation\.rows") as caught:
+        run.execute(wanted, progress=Silent())
+    assert caught.value.exit_code == 6 and list(tmp_path.iterdir()) == []
+
+
+def test_wide_layers_run_fewer_tokens_at_a_time(
+    models_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StreamedModel(open_source(str(models_folder("llama"))), CPU)
+    widest = max(max(m.shape) for block in model.anatomy.blocks for m in block.matrices)
+    assert (model.batch_tokens(7), model.batch_tokens(None)) == (7, 1024)
+    monkeypatch.setattr(streamed, "ACTIVATIONS", 100 * widest)
+    assert model.batch_tokens(None) == 100

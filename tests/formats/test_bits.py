@@ -41,3 +41,12 @@ def test_compressed_tensors_packs_the_same_words(bits: int, width: int) -> None:
 
 def test_shapes_are_known_without_data() -> None:
     assert bitpack.pack(torch.empty(5, 172, dtype=torch.uint8, device="meta"), 3).shape == (5, 17)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_may_pass_through_in_small_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randint(2**bits, (7, 45), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    whole = bitpack.pack(values, bits)
+    monkeypatch.setattr(bitpack, "CHUNK", 100)
+    assert torch.equal(bitpack.pack(values, bits), whole)
+    assert torch.equal(bitpack.unpack(whole, bits, 45), values)

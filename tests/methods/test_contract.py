@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmshrink.forms import decode, split_rows
+from llmshrink.forms import decode, join_rows, split_rows
 from llmshrink.methods import load_method, method_names
 from llmshrink.methods.base import Method
 from llmshrink.statistics import Statistic
@@ -98,6 +98,10 @@ def test_rows_that_are_said_not_to_depend_on_each_other_do_not(method: Method[An
         with pytest.raises(ValueError, match="span rows"):
             split_rows(stacked, [24, 8, 16])
         return
+    for (_, one), (_, other) in zip(
+        tensors(stacked), tensors(join_rows(split_rows(stacked, [24, 8, 16]))), strict=True
+    ):
+        assert torch.equal(one, other)
     for weight, part in zip(weights, split_rows(stacked, [24, 8, 16]), strict=True):
         alone = decode(method.compress(weight, prepared).weight)
         assert (decode(part.weight) == alone).float().mean() > 0.99  # sums in another order may break a tie

@@ -9,6 +9,7 @@ from oracles import coordinate_descent, optimal_brain_quantizer
 from torch import Tensor
 
 from llmshrink.forms import Quantized, decode
+from llmshrink.methods import gptq
 from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
 from llmshrink.methods.grid import Grid, choose_grid, round_to
 from llmshrink.methods.rtn import Rtn, RtnConfig
@@ -44,6 +45,30 @@ def prepared(method: Gptq, statistic: Hessian) -> Factors:
     return factors
 
 
+@pytest.fixture(params=[(16, 256), (5, 20), (1, 7), (64, 17)])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns of a leaf and rows of a panel: they may change the speed alone."""
+    leaf, panel = request.param
+    monkeypatch.setattr(gptq, "LEAF", leaf)
+    monkeypatch.setattr(gptq, "PANEL", panel)
+
+
+@pytest.mark.parametrize("double_width", [0, 4096])
+@pytest.mark.parametrize("width", [5, 256, 300, 600])
+def test_factors_are_those_of_the_inverse(width: int, double_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "DOUBLE_WIDTH", double_width)
+    statistic = hessian(width, tokens=4 * width)
+    factors = prepared(Gptq(GptqConfig(group_size=-1)), statistic)
+    H = statistic.matrix.double()
+    H.diagonal().add_(factors.damp)
+    inverse = torch.linalg.inv(H)
+    close = {"rtol": 1e-4, "atol": 1e-5} if double_width else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(factors.importance.double(), 1 / inverse.diagonal(), **close)
+    upper = torch.linalg.cholesky(inverse[factors.order][:, factors.order], upper=True)
+    torch.testing.assert_close(factors.spread.double().triu(), upper / upper.diagonal()[:, None], **close)
+
+
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -62,6 +87,7 @@ def test_codes_equal_those_of_brute_force(bits: int, act_order: bool, symmetric:
     assert torch.equal(found.double(), optimal_brain_quantizer(weight, H, order, scales, zeros, config.code_range))
 
 
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("group", [16, 48, -1, 8])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_refinement_equals_brute_force(bits: int, group: int) -> None:

@@ -395,7 +395,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside
     ]
     parameters = sum(info.numel for info in infos.values())
-    hidden = recipe.calibration.samples * work.length * model.model.get_input_embeddings().weight.shape[1] * 4
+    hidden = recipe.calibration.samples * work.length * model.hidden * 4
     first = main_method(work.methods)
     return Plan(
         model=model.source.id,
@@ -406,7 +406,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         others=others,
         parameters=parameters,
         parameters_compressed=compressed,
-        bytes_before=sum(info.bytes for info in infos.values()),
+        bytes_before=model.dense_bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
         bits_per_weight=8 * after / parameters,

@@ -226,8 +226,7 @@ class _Run:
             *check_layers(self.model, written, result.layers),
             check_blocks(written, probe, logits),
         ]
-        dense = sum(info.bytes for info in self.model.weights.infos.values())
-        if 2 * dense < available_memory():
+        if 2 * self.model.dense_bytes < available_memory():
             on_cpu = StreamedModel(written.source, torch.device("cpu"))
             checks.append(check_reader(folder, probe, streamed_logits(on_cpu, probe), self.model.anatomy.unused))
         else:

@@ -101,8 +101,7 @@ def check_reader(folder: Path, tokens: Tensor, expected: Tensor, unused: tuple[s
     result = measure([ReadRequest(folder=str(folder), tokens=tokens.tolist(), dtype="float32")])[0]
     if result.found is None or result.logits is None:
         return Check(name="reader", passed=False, detail=result.error or "no logits came back")
-    found = result.found
-    if keys := [*found.missing, *(k for k in found.unexpected if k not in unused), *found.mismatched]:
+    if keys := result.found.misplaced(unused):
         detail = f"missing, unexpected or mismatched tensors: {', '.join(keys[:3])}"
         return Check(name="reader", passed=False, detail=detail, value=float(len(keys)))
     difference = float((result.logits - expected).abs().max())

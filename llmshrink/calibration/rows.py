@@ -7,7 +7,6 @@ them and cut. With one document to a row, rows keep their own lengths and are ne
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmshrink.errors import InputError
 from llmshrink.forms import Event
-from llmshrink.io.files import write_bytes
+from llmshrink.io.files import sealed, unsealed, write_bytes
 
 MIN_ROW = 2  # a row of one token predicts nothing
 
@@ -65,18 +64,16 @@ class Rows:
         """Keep the rows, and what happened while they were made, for a run that goes on; `key` says for which run."""
         tokens = [row.tolist() for row in self.tokens]
         facts = {"data": self.data, "origin": self.origin, "tokens": tokens}
-        text = json.dumps({"key": key, **facts, "events": [vars(event) for event in events]}).encode()
-        write_bytes(path, hashlib.sha256(text).hexdigest().encode() + b" " + text)
+        write_bytes(path, sealed({"key": key, **facts, "events": [vars(event) for event in events]}))
 
     @classmethod
     def load(cls, path: Path, key: dict[str, Any]) -> tuple[Rows, list[Event]] | None:
         """What `save` kept for this key, or None where it is missing, damaged, or kept for another."""
-        digest, _, text = path.read_bytes().partition(b" ") if path.is_file() else (b"", b"", b"")
-        if digest.decode(errors="replace") != hashlib.sha256(text).hexdigest():
+        kept = unsealed(path.read_bytes()) if path.is_file() else None
+        if kept is None or kept["key"] != key:
             return None
-        kept = json.loads(text)
         rows = cls(tuple(torch.tensor(row) for row in kept["tokens"]), kept["data"], kept["origin"])
-        return (rows, [Event(**event) for event in kept["events"]]) if kept["key"] == key else None
+        return rows, [Event(**event) for event in kept["events"]]
 
 
 def tokenize(

@@ -90,13 +90,8 @@ def quantize(
     elif smoke:
         _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
     else:
-        from llmshrink import run
-
         report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
-        _show_report(report, json=json, quiet=quiet)
-        if not json:
-            print(report.output)
-        run.check_strict(report)
+        _finish(report, json=json, table=not quiet, path=True)
 
 
 @app.command("eval", rich_help_panel="Work")
@@ -119,10 +114,7 @@ def evaluate(
     wanted = opt.build_recipe("eval", ctx.params)
     _tell_default(wanted.model.id, quiet)
     report = _execute(wanted, quiet=quiet, verbose=verbose)
-    from llmshrink import run
-
-    _show_report(report, json=json)
-    run.check_strict(report)
+    _finish(report, json=json)
 
 
 @app.command(rich_help_panel="Work")
@@ -246,13 +238,18 @@ def _execute(wanted: Recipe, *, quiet: bool, verbose: bool, overwrite: bool = Fa
         return run.execute(wanted, progress=progress, overwrite=overwrite)
 
 
-def _show_report(report: Report, *, json: bool, quiet: bool = False) -> None:
-    from llmshrink.report import table
+def _finish(report: Report, *, json: bool, table: bool = True, path: bool = False) -> None:
+    """Show the report and, as the last line, where the result is; then fail if the recipe is strict."""
+    from llmshrink import run
+    from llmshrink.report.table import render
 
     if json:
         console.show_json(report.model_dump(mode="json"))
-    elif not quiet:
-        console.show(table.render(report))
+    elif table:
+        console.show(render(report))
+    if path and not json:
+        print(report.output)
+    run.check_strict(report)
 
 
 def _show_checks(checks: Sequence[Check], *, json: bool) -> None:

@@ -31,7 +31,7 @@ def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) ->
         subset: whether only one stretch of a block is calibrated at a time.
     """
     tokens = rows * work.length if work.needs_data else 0
-    states = tokens * _hidden(work.model) * FLOAT
+    states = tokens * work.model.hidden * FLOAT
     batch = min(max(batch_tokens, work.length), tokens or work.length)
     return FIXED + states + max(_block(work, block, batch, subset) for block in work.model.anatomy.blocks)
 
@@ -45,12 +45,11 @@ def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_to
         length: of a row.
         batch_tokens: tokens of one forward pass.
     """
-    states = 2 * rows * length * _hidden(model) * FLOAT
+    states = 2 * rows * length * model.hidden * FLOAT
     batch = min(max(batch_tokens, length), rows * length)
-    vocabulary: int = model.source.config.get_text_config(decoder=True).vocab_size
-    head = min(HEAD_ROWS, vocabulary) * _hidden(model) * FLOAT
+    head = min(HEAD_ROWS, model.vocabulary) * model.hidden * FLOAT
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * min(LOGITS, batch * vocabulary * FLOAT) + head)
+    return FIXED + states + max(block, 4 * min(LOGITS, batch * model.vocabulary * FLOAT) + head)
 
 
 def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
@@ -75,15 +74,10 @@ def _method(work: Work, group: Group) -> Method[Any] | None:
     return next((work.methods[m] for m in group.matrices if m in work.methods), None)
 
 
-def _hidden(model: StreamedModel) -> int:
-    width: int = model.model.get_input_embeddings().weight.shape[1]
-    return width
-
-
 def _weights(model: StreamedModel, block: Block) -> int:
     return sum(model.weights.infos[key].numel for key in block.keys) * FLOAT
 
 
 def _forward(model: StreamedModel, block: Block, batch: int) -> int:
     widest = max((max(m.shape) for m in block.matrices), default=0)
-    return batch * (6 * _hidden(model) + 5 * widest) * FLOAT
+    return batch * (6 * model.hidden + 5 * widest) * FLOAT

@@ -9,7 +9,6 @@ neither describes.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from llmshrink.errors import OutputError
-from llmshrink.io.files import sha256, step, sync_folder, write_bytes, write_json
+from llmshrink.io.files import sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
@@ -131,14 +130,14 @@ class Workspace:
         for stale in [*self.folder.glob(".*.tmp"), *self.work.glob(".*.tmp")]:
             stale.unlink()
         held = self._held(lines[1:])
-        write_bytes(self._journal, b"".join(map(_line, [{"identity": identity}, *held])))
+        write_bytes(self._journal, b"".join(sealed(line) + b"\n" for line in [{"identity": identity}, *held]))
         return held
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry; its `files` {path below the folder: SHA-256} must be on disk already."""
         with self._journal.open("ab") as file:
             step()
-            file.write(_line(entry))
+            file.write(sealed(entry) + b"\n")
             file.flush()
             step()
             os.fsync(file.fileno())
@@ -154,10 +153,9 @@ class Workspace:
         if not self._journal.exists():
             return lines
         for raw in self._journal.read_bytes().split(b"\n"):
-            digest, _, text = raw.partition(b" ")
-            if digest.decode(errors="replace") != hashlib.sha256(text).hexdigest():
+            if (line := unsealed(raw)) is None:
                 break
-            lines.append(json.loads(text))
+            lines.append(line)
         return lines
 
     def _held(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,12 +190,6 @@ def write_manifest(folder: Path) -> None:
     )
     entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(folder / MANIFEST, {"version": 1, "files": entries})
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    """A journal line: the SHA-256 of the JSON text, a space, the JSON text."""
-    text = json.dumps(entry).encode()
-    return hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
 
 
 def _difference(old: Any, new: Any, path: str = "") -> list[str]:

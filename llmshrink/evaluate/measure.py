@@ -63,7 +63,7 @@ def measure_models(
 def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress) -> Found | None:
     """Load the folder as its users do and time it; None, with an event, where it cannot be done here."""
     folder = model.source.folder
-    needed = int(ROOM * sum(info.bytes for info in model.weights.infos.values()))
+    needed = int(ROOM * model.dense_bytes)
     if model.device.type == "cpu" and needed > available_memory():
         events.append(Event("not_measured", f"speed: {needed / 2**30:.1f} GiB needed to load {folder} as a whole"))
         return None

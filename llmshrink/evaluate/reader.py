@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Collection
 from multiprocessing.connection import Connection
 
 import torch
@@ -56,7 +57,11 @@ class Found(BaseModel):
     @property
     def complete(self) -> bool:
         """Every tensor of the folder found its place and every place its tensor."""
-        return not (self.missing or self.unexpected or self.mismatched)
+        return not self.misplaced()
+
+    def misplaced(self, known: Collection[str] = ()) -> list[str]:
+        """Tensors without a place and places without a tensor; `known` may be unexpected."""
+        return [*self.missing, *(name for name in self.unexpected if name not in known), *self.mismatched]
 
 
 class ReadResult(BaseModel):

@@ -57,8 +57,7 @@ def _last_states(model: StreamedModel, batches: list[Tensor], progress: Progress
 @torch.no_grad()
 def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores]) -> None:
     """Add a batch to the scores, a stretch of positions at a time; the first model is the others' reference."""
-    vocabulary: int = models[0].source.config.get_text_config(decoder=True).vocab_size
-    stretch = max(1, LOGITS // (len(tokens) * vocabulary * 4))
+    stretch = max(1, LOGITS // (len(tokens) * models[0].vocabulary * 4))
     for one in scores:
         one.begin(len(tokens))
     for start in range(0, tokens.shape[1] - 1, stretch):

@@ -108,6 +108,19 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def sealed(value: Any) -> bytes:
+    """A line that says whether it is whole: the SHA-256 of the JSON text, a space, the JSON text; no line break."""
+    text = json.dumps(value).encode()
+    return hashlib.sha256(text).hexdigest().encode() + b" " + text
+
+
+def unsealed(line: bytes) -> Any:
+    """What `sealed` was given, or None where the line is torn or changed."""
+    digest, _, text = line.partition(b" ")
+    whole = digest.decode(errors="replace") == hashlib.sha256(text).hexdigest()
+    return json.loads(text) if whole else None
+
+
 def copy_file(source: Path, target: Path) -> str:
     """Copy the content of a file (a snapshot in the Hub's cache is a link) durably; returns its SHA-256."""
     with source.open("rb") as raw, atomic_file(target) as file:

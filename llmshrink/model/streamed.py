@@ -46,6 +46,23 @@ class StreamedModel:
         self._moved = False
         self._recorder = Recorder(self.model, self._blocks)
 
+    @property
+    def hidden(self) -> int:
+        """Width of the hidden states."""
+        width: int = self.model.get_input_embeddings().weight.shape[1]
+        return width
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        size: int = self.source.config.get_text_config(decoder=True).vocab_size
+        return size
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors when nothing is compressed."""
+        return sum(info.bytes for info in self.weights.infos.values())
+
     def batch_tokens(self, asked: int | None) -> int:
         """Tokens of one forward pass: as asked, or so many that activations stay small."""
         widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)

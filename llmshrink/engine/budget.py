@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmshrink.engine.compress import STACK
+from llmshrink.engine.lanes import lanes_of
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Block, Group
 from llmshrink.model.streamed import HEAD_ROWS, LOGITS, StreamedModel
@@ -80,4 +81,4 @@ def _weights(model: StreamedModel, block: Block) -> int:
 
 def _forward(model: StreamedModel, block: Block, batch: int) -> int:
     widest = max((max(m.shape) for m in block.matrices), default=0)
-    return batch * (6 * model.hidden + 5 * widest) * FLOAT
+    return lanes_of(model.device) * batch * (6 * model.hidden + 5 * widest) * FLOAT

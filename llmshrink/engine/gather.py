@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.lanes import Turns, side_by_side
 from llmshrink.errors import LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site, watch
 from llmshrink.model.streamed import StreamedModel
@@ -18,7 +19,14 @@ class _Enough(Exception):  # noqa: N818 - the last wanted input was seen: what f
     pass
 
 
-@torch.no_grad()
+class _Batch(threading.local):
+    """What the thread knows of the batch that it runs."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.seen: dict[Group, Tensor] = {}
+
+
 def gather(
     model: StreamedModel,
     block: Block,
@@ -35,15 +43,16 @@ def gather(
     statistics = {group: kinds[group](group.width, model.device) for group in groups}
     owner = {site: group for group in groups for site in group.sites}
     last = groups[-1].sites[-1] if groups[-1].sites[-1].expert is None else None
-    seen: dict[Group, Tensor] = {}
+    batch, turns = _Batch(), Turns(batches)
 
     def observe(site: Site, x: Tensor) -> None:
-        group = owner.get(site)
+        group, seen = owner.get(site), batch.seen
         if group is None:
             return
         if group not in seen:
             seen[group] = x
-            statistics[group].update(x.reshape(-1, x.shape[-1]).float())
+            with turns.turn(batch.number, group):
+                statistics[group].update(x.reshape(-1, x.shape[-1]).float())
         elif seen[group].data_ptr() != x.data_ptr() or seen[group]._version != x._version:
             raise LlmshrinkError(f"{site.module}: its input is not the tensor that {group.sites[0].module} gets.")
         if site == group.sites[-1]:
@@ -51,11 +60,14 @@ def gather(
         if site == last:
             raise _Enough
 
+    def run(number: int) -> None:
+        batch.number, batch.seen = number, {}
+        with turns.taking_part(number), suppress(_Enough):
+            hidden.run(block.index, number)
+
     with watch(model.model.get_submodule(block.prefix), block.prefix, observe):
-        for batch in range(batches):
-            seen.clear()
-            with suppress(_Enough):
-                hidden.run(block.index, batch)
+        for _ in side_by_side(model.device, run, batches):
+            pass
     for statistic in statistics.values():
         statistic.finish()
     return statistics

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from llmshrink.engine.lanes import side_by_side
 from llmshrink.errors import InputError
 from llmshrink.io import safetensors
 from llmshrink.model.capture import Record
@@ -37,14 +38,18 @@ class Hidden:
         """The output of block `index` for one batch; the state stays as it is."""
         return self._model.run(index, self._records[batch], self.states[batch])
 
-    @torch.no_grad()
     def advance(self, index: int, done: Callable[[int], None] | None = None) -> None:
         """Replace every state by the output of the loaded block.
+
+        Args:
+            index: which block.
+            done: told of the rows x length of each batch.
 
         Raises:
             InputError: the outputs are not finite.
         """
-        for batch in range(len(self.states)):
+
+        def run(batch: int) -> int:
             out = self.run(index, batch)
             if not torch.isfinite(out.sum()):
                 raise InputError(
@@ -52,8 +57,11 @@ class Hidden:
                     hint="The weights overflow the compute dtype, or are damaged.",
                 )
             self.states[batch].copy_(out)  # in place: states that wander through the heap leave holes in it
+            return out.shape[0] * out.shape[1]
+
+        for size in side_by_side(self._model.device, run, len(self.states)):
             if done:
-                done(out.shape[0] * out.shape[1])
+                done(size)
 
     def forget(self, batches: int) -> None:
         """Drop the states of the first batches."""

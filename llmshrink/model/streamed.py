@@ -17,7 +17,7 @@ from llmshrink.model.source import Source
 from llmshrink.model.weights import Weights
 
 BATCH_TOKENS = 1024  # of one forward pass at most, and ...
-ACTIVATIONS = 1 << 21  # ... elements in the widest activation: what is small stays in the cache
+ACTIVATIONS = 1 << 20  # ... elements in the widest activation: what is small stays in the cache
 LOGITS = 256 << 20  # bytes of one model's logits to ask for at a time
 HEAD_ROWS = 8192  # rows of the head converted to the compute dtype at a time
 

@@ -141,6 +141,22 @@ def test_linears_that_do_not_share_an_input_are_not_put_together(models_folder: 
         gathered(model, Hidden(model, batches()), block, (wrong,))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_the_number_of_lanes_changes_no_bit(models_folder: Models, family: str) -> None:
+    model = StreamedModel(open_source(str(models_folder(family))), CPU)
+    block, many = model.anatomy.blocks[0], [tokens for tokens in batches() for _ in range(6)]
+    before = torch.get_num_threads()
+    found = []
+    for lanes in (1, 2):
+        torch.set_num_threads(lanes)  # one core for each lane
+        found.append(gathered(model, Hidden(model, many), block, block.groups))
+    torch.set_num_threads(before)
+    for group in block.groups:
+        one, two = (statistics[group] for statistics in found)
+        assert isinstance(one, Hessian) and isinstance(two, Hessian)
+        assert one.tokens == two.tokens and torch.equal(one.matrix, two.matrix)
+
+
 # --- hidden states
 
 

@@ -6,15 +6,12 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
-from typing import Any
-
-from llmshrink.engine.compress import STACK
+from llmshrink.engine.compress import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
-from llmshrink.methods.base import Method
-from llmshrink.model.anatomy import Block, Group
+from llmshrink.model.anatomy import Block
 from llmshrink.model.streamed import HEAD_ROWS, LOGITS, StreamedModel
-from llmshrink.plan import Work
-from llmshrink.statistics import NoStatistic
+from llmshrink.plan.work import Work
+from llmshrink.statistics import Hessian
 
 FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
 FLOAT = 4
@@ -57,22 +54,21 @@ def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
     """The largest of its phases: all inputs gathered, one group after another compressed, the way to the next block."""
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
     packed = sum(t.numel() * t.itemsize for t in work.meta_tensors(block).values())
-    methods = {g: m for g in block.groups if (m := _method(work, g)) is not None}
-    sizes = {g: method.needs.bytes(g.width) for g, method in methods.items()}
+    sizes = {group: work.needs(group).bytes(group.width) for group in block.groups}
     kept = max(sizes.values(), default=0) if subset else sum(sizes.values())
-    phases = [loaded + kept] if any(m.needs is not NoStatistic for m in methods.values()) else []
-    for group, method in methods.items():
-        factors = int(PANELS * sizes[group] / FLOAT) if sizes[group] > group.width * FLOAT else 0
+    phases = [loaded + kept] if kept else []
+    for group in block.groups:
+        methods = [work.methods[m] for m in group.matrices if m in work.methods]
+        if not methods:
+            continue
+        factors = int(PANELS * sizes[group] / FLOAT) if work.needs(group) is Hessian else 0
         matrices = [m.numel for m in group.matrices]
-        sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if method.by_row else max(matrices))
-        phases.append(kept + max(factors, factors // 3 + sweep))
+        sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
+        together = lanes_of(work.model.device) if is_small(group) else 1
+        phases.append(kept + together * max(factors, factors // 3 + sweep))
         kept -= 0 if subset else sizes[group]
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
-
-
-def _method(work: Work, group: Group) -> Method[Any] | None:
-    return next((work.methods[m] for m in group.matrices if m in work.methods), None)
 
 
 def _weights(model: StreamedModel, block: Block) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden, save_states
+from llmshrink.engine.lanes import side_by_side
 from llmshrink.engine.workspace import Workspace
 from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
@@ -24,12 +25,13 @@ from llmshrink.memory import trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
-from llmshrink.plan import Work, method_name
+from llmshrink.plan.work import Work, method_name
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import NoStatistic, Statistic
 
 STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
+SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
 SAVE_EVERY = 60.0  # seconds between two savings of the hidden states: a run that goes on repeats at most their forwards
 
 
@@ -49,6 +51,22 @@ class Result:
         self.files |= entry["files"]
         for step, seconds in entry["seconds"].items():
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+
+@dataclass
+class _Made:
+    """What became of a group, or of all groups of a block."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # to write
+    decoded: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by key: what they mean
+    layers: list[LayerReport] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, other: _Made) -> None:
+        self.tensors |= other.tensors
+        self.decoded |= other.decoded
+        self.layers += other.layers
+        self.events += other.events
 
 
 class Compressor:
@@ -138,30 +156,27 @@ class Compressor:
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
         compressed = {m.key for m in block.matrices if m in self._work.methods}
-        tensors = {key: model.weights.get(key) for key in block.keys if key not in compressed}
-        decoded: dict[str, Callable[[], Tensor]] = {}
-        layers: list[LayerReport] = []
-        events: list[Event] = []
+        made = _Made(tensors={key: model.weights.get(key) for key in block.keys if key not in compressed})
         for groups in self._steps(block):
-            statistics = self._gather(block, groups, decoded)
+            statistics = self._gather(block, groups, made.decoded)
             clock.lap("calibrate")
-            for group in groups:
-                self._group(group, statistics.pop(group), tensors, decoded, layers, events)
+            for part in self._groups(groups, statistics):
+                made.add(part)
                 trim()
             clock.lap("compress")
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
-        self._forward(block, decoded)
+        self._forward(block, made.decoded)
         clock.lap("forward")
         order = {m.name: i for i, m in enumerate(block.matrices)}
-        layers.sort(key=lambda layer: order[layer.name])
+        layers = sorted(made.layers, key=lambda layer: order[layer.name])
         entry = {
             "block": block.index,
             "layers": [layer.model_dump(mode="json") for layer in layers],
-            "events": [vars(event) for event in events],
+            "events": [vars(event) for event in made.events],
             "seconds": clock.seconds,
         }
-        return entry, tensors
+        return entry, made.tensors
 
     def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> None:
         """Take all states through a compressed block."""
@@ -188,7 +203,7 @@ class Compressor:
         self, block: Block, groups: list[Group], decoded: dict[str, Callable[[], Tensor]]
     ) -> dict[Group, Statistic]:
         """Statistics of the groups; the block is in memory only for this, not while matrices are compressed."""
-        kinds = {g: self._needs(g) for g in groups}
+        kinds = {g: self._work.needs(g) for g in groups}
         if all(kind is NoStatistic for kind in kinds.values()):
             return {g: NoStatistic(g.width, self._model.device) for g in groups}
         self._model.load_block(block.index, decoded)
@@ -197,20 +212,18 @@ class Compressor:
         trim()
         return found
 
-    def _needs(self, group: Group) -> type[Statistic]:
-        """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
-        kinds = {self._work.methods[m].needs for m in group.matrices if m in self._work.methods}
-        return max(kinds, key=lambda kind: kind.bytes(group.width))
+    def _groups(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[_Made]:
+        """What becomes of each group; those with little to compute go side by side, the others one by one."""
+        for small, members in groupby(groups, key=is_small):
+            todo = list(members)
 
-    def _group(
-        self,
-        group: Group,
-        statistic: Statistic,
-        tensors: dict[str, Tensor],
-        decoded: dict[str, Callable[[], Tensor]],
-        layers: list[LayerReport],
-        events: list[Event],
-    ) -> None:
+            def job(number: int, todo: list[Group] = todo) -> _Made:
+                return self._group(todo[number], statistics.pop(todo[number]))
+
+            yield from side_by_side(self._model.device, job, len(todo)) if small else map(job, range(len(todo)))
+
+    def _group(self, group: Group, statistic: Statistic) -> _Made:
+        made = _Made()
         prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
         for method, matrices in self._stacks(group):
             start = time.perf_counter()
@@ -225,15 +238,17 @@ class Compressor:
             found = [*([event] if event else []), *prepared[key].events, *layer.events]
             fallback = any(e.kind.endswith("_fallback") for e in found)
             for matrix, weight, part in zip(matrices, weights, parts, strict=True):
-                events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
+                made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
                 slot = self._work.slots[matrix]
                 packed = self._work.format.pack(slot, part)
                 # Go on with what the file means, not with what the method meant.
-                decoded[matrix.key] = partial(self._decode, slot, packed)
-                tensors |= packed
-                error = relative_error(weight, decoded[matrix.key]())
+                made.decoded[matrix.key] = partial(self._decode, slot, packed)
+                made.tensors |= packed
+                error = relative_error(weight, made.decoded[matrix.key]())
                 seconds = (time.perf_counter() - start) / len(matrices)
-                layers.append(_report(matrix, used, part, packed, error, fallback, self._work.format.name, seconds))
+                report = _report(matrix, used, part, packed, error, fallback, self._work.format.name, seconds)
+                made.layers.append(report)
+        return made
 
     def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
         """The group's matrices, small ones of one method together: a column loop costs the same for all of them."""
@@ -299,6 +314,11 @@ class Compressor:
         entry["seconds"] = {"write": time.perf_counter() - start}
         self._workspace.append(entry)
         return entry
+
+
+def is_small(group: Group) -> bool:
+    """Whether a group is compressed beside another."""
+    return group.width <= SMALL and sum(m.numel for m in group.matrices) <= SMALL * SMALL
 
 
 def _hidden_name(index: str) -> str:

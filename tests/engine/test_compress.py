@@ -24,7 +24,7 @@ from llmshrink.methods import load_method
 from llmshrink.model import streamed
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan import resolve
+from llmshrink.plan.resolve import resolve
 from llmshrink.progress import Silent
 from llmshrink.report.schema import Check
 from llmshrink.statistics import Hessian

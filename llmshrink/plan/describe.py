@@ -1,0 +1,97 @@
+"""From the work to the plan that people read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llmshrink.model.anatomy import Matrix
+from llmshrink.plan.schema import BlockPlan, LayerPlan, Plan, PlanEvent, TensorPlan
+from llmshrink.plan.work import Work, main_method, method_name
+from llmshrink.recipe.schema import Recipe
+
+
+def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: int) -> Plan:
+    """The plan as data."""
+    model, infos = work.model, work.model.weights.infos
+    blocks, compressed = [], 0
+    after = sum(t.numel() * t.itemsize for t in work.meta_others().values())
+    for block in model.anatomy.blocks:
+        tensors = work.meta_tensors(block)
+        after += sum(t.numel() * t.itemsize for t in tensors.values())
+        layers = []
+        for matrix in block.matrices:
+            before = infos[matrix.key].bytes
+            method = work.methods.get(matrix)
+            if method is None:
+                layers.append(_left_plan(matrix, before, work.left[matrix]))
+                continue
+            layer = method.form(matrix.shape, matrix.dtype)
+            packed = work.format.pack(work.slots[matrix], layer)
+            compressed += matrix.numel
+            layers.append(
+                LayerPlan(
+                    name=matrix.name,
+                    shape=matrix.shape,
+                    parameters=matrix.numel,
+                    method=method_name(method),
+                    bits=getattr(layer.weight, "bits", None),
+                    group_size=getattr(method.config, "group_size", getattr(method.config, "block_size", None)),
+                    bytes_before=before,
+                    bytes_after=sum(t.numel() * t.itemsize for t in packed.values()),
+                    reason=None,
+                )
+            )
+        blocks.append(BlockPlan(index=block.index, layers=layers))
+    inside = {m.key for b in model.anatomy.blocks for m in b.matrices}
+    others = [
+        TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside
+    ]
+    parameters = sum(info.numel for info in infos.values())
+    hidden = recipe.calibration.samples * work.length * model.hidden * 4
+    first = main_method(work.methods)
+    return Plan(
+        model=model.source.id,
+        architecture=type(model.model).__name__,
+        method=method_name(first),
+        format=work.format.name,
+        blocks=blocks,
+        others=others,
+        parameters=parameters,
+        parameters_compressed=compressed,
+        bytes_before=model.dense_bytes,
+        bytes_after=after,
+        file_bytes=work.file_bytes,
+        bits_per_weight=8 * after / parameters,
+        memory_bytes=memory_bytes,
+        evaluation_bytes=evaluation_bytes,
+        disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0) - _already(work.output),
+        disk_free=shutil.disk_usage(_existing(work.output)).free,
+        output=str(work.output),
+        events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
+    )
+
+
+def _left_plan(matrix: Matrix, size: int, reason: str) -> LayerPlan:
+    return LayerPlan(
+        name=matrix.name,
+        shape=matrix.shape,
+        parameters=matrix.numel,
+        method=None,
+        bits=None,
+        group_size=None,
+        bytes_before=size,
+        bytes_after=size,
+        reason=reason,
+    )
+
+
+def _already(output: Path) -> int:
+    """Bytes that an unfinished run of this output holds already: they are not needed again."""
+    partial = output.with_name(output.name + ".partial")
+    return sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
+
+
+def _existing(path: Path) -> Path:
+    """The nearest parent that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -1,0 +1,69 @@
+"""A plan as data: what `--plan --json` prints and the report is compared with."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerPlan(_Part):
+    """One matrix [out, in]; `method` is None where it is left as it is, and `reason` says why."""
+
+    name: str
+    shape: tuple[int, int]
+    parameters: int
+    method: str | None
+    bits: int | None
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int
+    reason: str | None
+
+
+class BlockPlan(_Part):
+    """One decoder block."""
+
+    index: int
+    layers: list[LayerPlan]
+
+
+class TensorPlan(_Part):
+    """A tensor outside the matrices of the blocks, copied as it is."""
+
+    name: str
+    bytes: int
+    parameters: int
+
+
+class PlanEvent(_Part):
+    """Something the plan does differently from what the recipe says."""
+
+    kind: str
+    message: str
+    layer: str | None = None
+
+
+class Plan(_Part):
+    """The whole plan; bytes of tensors before and after, exact."""
+
+    model: str
+    architecture: str
+    method: str
+    format: str
+    blocks: list[BlockPlan]
+    others: list[TensorPlan]
+    parameters: int
+    parameters_compressed: int
+    bytes_before: int
+    bytes_after: int  # of all tensors
+    file_bytes: dict[str, int]  # every safetensors file of the output, with its header
+    bits_per_weight: float  # of the whole file over all parameters
+    memory_bytes: int  # peak anonymous memory of the compress step above the level after the imports
+    evaluation_bytes: int  # the same of the comparison of both models; 0: none is asked for
+    disk_bytes: int  # output, and what a resume needs beside it
+    disk_free: int
+    output: str
+    events: list[PlanEvent]

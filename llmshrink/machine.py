@@ -39,6 +39,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """The device with the model of its GPU: another one gives other bytes."""
+    return str(device) if device.type != "cuda" else f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of a result."""
     found = {"llmshrink": __version__, "python": platform.python_version()}

@@ -30,13 +30,16 @@ from llmshrink.memory import PeakMonitor, available_memory, fix_malloc
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
-from llmshrink.plan import Plan, Work, describe, resolve, row_length
+from llmshrink.plan.describe import describe
+from llmshrink.plan.resolve import resolve, row_length
+from llmshrink.plan.schema import Plan
+from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
 from llmshrink.recipe.schema import QuantizeStage, Recipe
 from llmshrink.report.card import model_card
-from llmshrink.report.schema import Check, Report
-from llmshrink.summary import RunFacts, quantize_stage
+from llmshrink.report.schema import Check, ModelMeasure, Report
+from llmshrink.summary import RunFacts, eval_stage, quantize_stage
 from llmshrink.verify import (
     check_blocks,
     check_hashes,
@@ -51,7 +54,7 @@ __all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "veri
 
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
-NOTICES = {"left_dense", "default_method", "length_cut"}  # events that --strict lets pass: nothing was degraded
+NOTICES = {"left_dense", "default_method", "length_cut", "unused_tensors"}  # --strict lets them pass: nothing degraded
 
 
 def make_plan(recipe: Recipe, progress: Progress) -> Plan:
@@ -131,9 +134,9 @@ class _Run:
         """Measure the model as it is."""
         length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
         texts = self.loader.evaluation(self.recipe.evaluation, length, None)
-        measures = measure_models(self.recipe, {"before": self.model}, texts, self.loader.events, self.progress)
+        measures, seconds = self._measure({"before": self.model}, texts)
         return self.facts.report(
-            stages=[],
+            stages=[eval_stage(self.model, seconds)],
             calibration=None,
             measures=measures,
             events=self.loader.events,
@@ -163,10 +166,11 @@ class _Run:
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, workspace.folder, written, result, probe, logits)
-            models = {"before": self.model, "after": written}
-            measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
+            stages = [quantize_stage(work, plan, result, checks, memory, written, seconds)]
+            measures, seconds = self._measure({"before": self.model, "after": written}, texts)
+            stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
-                stages=[quantize_stage(work, plan, result, checks, memory, written, seconds)],
+                stages=stages,
                 calibration=rows,
                 measures=measures,
                 events=[*work.events, *self.loader.events, *result.events],
@@ -178,6 +182,12 @@ class _Run:
             _write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
+
+    def _measure(self, models: dict[str, StreamedModel], texts: list[Rows]) -> tuple[dict[str, ModelMeasure], float]:
+        """The measures of each model, and the seconds they took together."""
+        clock = time.perf_counter()
+        measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
+        return measures, time.perf_counter() - clock
 
     def _calibration(self, work: Work, workspace: Workspace) -> Rows:
         """The rows that an unfinished run of this output began with, else new ones.

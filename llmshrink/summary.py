@@ -13,11 +13,12 @@ from llmshrink.calibration.rows import Rows
 from llmshrink.engine.compress import Result
 from llmshrink.formats.runtimes import RUNTIMES, worst
 from llmshrink.forms import Event
-from llmshrink.machine import versions
+from llmshrink.machine import device_name, versions
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan import Plan, Work, main_method
+from llmshrink.plan.schema import Plan
+from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
 from llmshrink.recipe.load import dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
@@ -59,7 +60,7 @@ class RunFacts:
             "model": self.source.hashes,
             "calibration": rows.fingerprint if rows is not None else None,
             "versions": versions(),
-            "device": str(self.device),
+            "device": device_name(self.device),
             "threads": self.threads,
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
@@ -89,7 +90,7 @@ class RunFacts:
                 licence=self.source.licence,
             ),
             versions=versions(),
-            device=str(self.device),
+            device=device_name(self.device),
             seed=self.recipe.calibration.seed,
             threads=self.threads,
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
@@ -144,6 +145,20 @@ def quantize_stage(
         ),
         checks=checks,
         loads_in=_loads_in(work, checks),
+    )
+
+
+def eval_stage(model: StreamedModel, seconds: float) -> StageReport:
+    """One eval stage: the measures themselves are `before` and `after` of the report."""
+    checkpoint = model.source.checkpoint
+    parameters = sum(info.numel for info in model.weights.infos.values())
+    return StageReport(
+        task="eval",
+        format=model.weights.format.name,
+        bytes_before=checkpoint.bytes,
+        bytes_after=checkpoint.bytes,
+        bits_per_weight=8 * checkpoint.bytes / parameters,
+        seconds={"evaluate": seconds},
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from llmshrink.progress import Progress, Silent
+from llmshrink.report.rows import seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +77,7 @@ class Lines:
     def finish(self) -> None:
         """One line for the whole step."""
         step = self._steps.pop()
-        self._write(f"{step.name}: done in {duration(self._clock() - step.begun)}")
+        self._write(f"{step.name}: done in {seconds(self._clock() - step.begun)}")
 
     def event(self, event: Event) -> None:
         """One line, for the first of its kind."""
@@ -141,19 +142,11 @@ class Bars:
         self._console.print(line, markup=False, highlight=False)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 3.2 s, 4 min 05 s, 2 h 03 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _share(step: _Step, elapsed: float) -> str:
     if not step.total or not step.done:
-        return f": {duration(elapsed)}"
+        return f": {seconds(elapsed)}"
     share = min(step.done / step.total, 1.0)
-    return f": {share:.0%}, about {duration(elapsed * (1 - share) / share)} left"
+    return f": {share:.0%}, about {seconds(elapsed * (1 - share) / share)} left"
 
 
 @contextmanager

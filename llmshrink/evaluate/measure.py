@@ -33,31 +33,43 @@ def measure_models(
         events: gets an entry for what could not be measured.
         progress: told of the steps.
     """
-    scores: list[list[TextScore]] = [[] for _ in models]
-    if texts:
-        base, other = [*models.values(), None][:2]
-        assert base is not None
-        try:
-            found = score_texts(
-                base,
-                other,
-                texts,
-                packed=recipe.evaluation.packed,
-                batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
-                progress=progress,
-            )
-            scores = list(found)[: len(models)]
-        except InputError as error:
-            if other is None:
-                raise
-            # Hours of compression are not thrown away because the result cannot be scored.
-            events.append(Event("not_measured", f"quality: {error}"))
+    scores = _scores(recipe, list(models.values()), texts, events, progress)
     prompt = texts[0].tokens[0][:PROMPT].tolist() if texts else None
     readings = [_read(m, prompt, events, progress) if recipe.evaluation.speed else None for m in models.values()]
     return {
         label: _measure(label, model, reading, score)
         for (label, model), reading, score in zip(models.items(), readings, scores, strict=True)
     }
+
+
+def _scores(
+    recipe: Recipe, models: list[StreamedModel], texts: list[Rows], events: list[Event], progress: Progress
+) -> list[list[TextScore]]:
+    """Scores of each model. Where both cannot be scored, those of the original alone: compression took hours, it stays.
+
+    Raises:
+        InputError: the only model cannot be scored.
+    """
+    if not texts:
+        return [[] for _ in models]
+    base, others = models[0], models[1:]
+    for compared in dict.fromkeys([*others, None]):
+        try:
+            found = score_texts(
+                base,
+                compared,
+                texts,
+                packed=recipe.evaluation.packed,
+                batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
+                progress=progress,
+            )
+            return list(found)[: len(models)]
+        except InputError as error:
+            if not others:
+                raise
+            what = "of the result" if compared else "of the original"
+            events.append(Event("not_measured", f"quality {what}: {error}"))
+    return [[] for _ in models]
 
 
 def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress) -> Found | None:

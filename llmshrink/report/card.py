@@ -121,9 +121,9 @@ def _check(check: Check) -> str:
 
 def _usage(report: Report) -> list[str]:
     """Snippets for the runtimes that load this very format, and a line for each that does not."""
-    if not report.stages or not report.stages[-1].loads_in:
+    stage = next((stage for stage in reversed(report.stages) if stage.loads_in), None)
+    if stage is None:
         return []
-    stage = report.stages[-1]
     parts = ["## How to load it\n"]
     parts += [_support(line) for line in stage.loads_in] + [""]
     for line in stage.loads_in:

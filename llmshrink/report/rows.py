@@ -133,9 +133,9 @@ def count(number: int, thing: str) -> str:
 def seconds(value: float) -> str:
     """A duration in words."""
     if value < 60:
-        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def protocols(report: Report) -> list[str]:
@@ -154,7 +154,8 @@ def stage_lines(stage: StageReport) -> list[str]:
     done = [layer for layer in stage.layers if layer.method is not None]
     weights = sum(layer.parameters for layer in done)
     settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in ("bits", "group_size") and v is not None)
-    lines = [f"{stage.task} with {stage.method.get('name', '?')} ({settings or 'default settings'}), {stage.format}"]
+    what = f" with {stage.method['name']} ({settings or 'default settings'})" if stage.method else ""
+    lines = [f"{stage.task}{what}, {stage.format}"]
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")

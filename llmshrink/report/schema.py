@@ -118,9 +118,11 @@ class StageReport(Record):
     """One stage of the recipe."""
 
     task: str
-    method: dict[str, Any] = Field(description="resolved settings, with the method's name")
+    method: dict[str, Any] = Field(
+        default_factory=dict, description="resolved settings, with the method's name; empty for eval"
+    )
     format: str
-    layers: list[LayerReport]
+    layers: list[LayerReport] = Field(default_factory=list)
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None

@@ -27,7 +27,7 @@ from llmshrink.report.rows import (
 from llmshrink.report.schema import Check, EventRecord, Report, RuntimeSupport
 
 if TYPE_CHECKING:
-    from llmshrink.plan import LayerPlan, Plan
+    from llmshrink.plan.schema import LayerPlan, Plan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -43,7 +43,7 @@ def render(report: Report) -> Group:
             parts += [_heading("Verified"), _checks_in_short(stage.checks)]
     parts += _samples(report)
     parts += _events(report.events)
-    runtimes = [line for stage in report.stages[-1:] for line in stage.loads_in]
+    runtimes = [line for stage in report.stages for line in stage.loads_in]
     if runtimes:
         parts += [_heading("Loads in"), _runtimes(runtimes)]
     if report.output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from llmshrink import run
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate import measure
 from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
+from llmshrink.recipe.schema import EvalStage
 
 ROUNDING = 1e-5  # of logits, as a share of their spread: sums in another order
 CASES: list[tuple[str, dict[str, Any], str, torch.dtype]] = [
@@ -221,6 +224,36 @@ def test_evaluation_before_and_after(
     assert json.loads((out / "report.json").read_text())["after"]["scores"][0]["tokens"] == 6 * 31
 
 
+def test_each_stage_has_its_entry(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    wanted = recipe(
+        models_folder("llama"),
+        tmp_path / "out",
+        text_file,
+        {"name": "rtn"},
+        evaluation={"data": [str(text_file)], "rows": 2, "length": 16, "speed": False},
+    )
+    both = wanted.model_copy(update={"stages": [*wanted.stages, EvalStage(task="eval")]})
+    first, second = run.execute(both, progress=Silent()).stages
+    assert (first.task, second.task) == ("quantize", "eval")
+    assert second.bytes_before == second.bytes_after == first.bytes_after
+    assert second.seconds["evaluate"] > 0 and second.format == first.format
+    only = run.execute(wanted.model_copy(update={"stages": both.stages[1:]}), progress=Silent())
+    assert [stage.task for stage in only.stages] == ["eval"] and only.stages[0].format == "dense"
+
+
+def test_tensors_without_a_parameter_are_told(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models_folder("llama"), folder)
+    path = folder / "model.safetensors"
+    more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
+    plan = run.make_plan(recipe(folder, tmp_path / "out", text_file, {"name": "rtn"}), progress=Silent())
+    (told,) = [event.message for event in plan.events if event.kind == "unused_tensors"]
+    assert told.startswith("2 tensors") and all(name in told for name in more)
+
+
 def test_strict_fails_on_events_and_keeps_the_result(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -231,17 +264,24 @@ def test_strict_fails_on_events_and_keeps_the_result(
     assert (tmp_path / "out" / "report.json").exists()
 
 
-def test_a_result_that_cannot_be_scored_is_kept_and_told(
-    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["the result", "both"])
+def test_what_cannot_be_scored_is_kept_and_told(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise InputError("the logits are not finite")
+    score = measure.score_texts
+
+    def fail(base: StreamedModel, other: StreamedModel | None, *args: Any, **more: Any) -> Any:
+        if other is not None or broken == "both":
+            raise InputError("the logits are not finite")
+        return score(base, other, *args, **more)
 
     monkeypatch.setattr(measure, "score_texts", fail)
     evaluation = {"data": [str(text_file)], "rows": 2, "length": 16}
     wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, {"name": "rtn"}, evaluation=evaluation)
     report = run.execute(wanted, progress=Silent())
-    last = report.events[-1]
-    assert (last.kind, last.message) == ("not_measured", "quality: the logits are not finite")
-    assert report.after is not None and report.after.scores == []
+    told = [event.message for event in report.events if event.kind == "not_measured"]
+    models = ["the result", "the original"] if broken == "both" else ["the result"]
+    assert told == [f"quality of {model}: the logits are not finite" for model in models]
+    assert report.before is not None and report.after is not None
+    assert report.after.scores == [] and len(report.before.scores) == (broken != "both")
     assert (tmp_path / "out" / "report.json").exists()

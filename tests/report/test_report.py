@@ -251,7 +251,7 @@ def test_escape_and_fence() -> None:
 
 
 def test_words() -> None:
-    assert [seconds(s) for s in (0.5, 12.3, 75, 7260)] == ["0.50 s", "12 s", "1 min 15 s", "2 h 1 min"]
+    assert [seconds(s) for s in (0.5, 12.3, 75, 7260)] == ["0.50 s", "12.3 s", "1 min 15 s", "2 h 01 min"]
     events = [EventRecord(kind="damping", message="x10")] * 3
     assert grouped_events(events) == ["damping: x10 (3 times)"]
 

@@ -1,7 +1,7 @@
 """Quality and time beside llm-compressor's and GPTQModel's GPTQ: same model, same calibration rows, one run.
 
     python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON
-        [--model lab8m] [--settings 4:128 3:128 2:64]
+        [--model lab8m] [--settings 4:128 3:128 2:64] [--repeat 3]
 
 Each PYTHON is the interpreter of an environment with that tool (they exclude each other, and ours). Every tool runs in
 a process of its own with `--shared`'s script; its time is its own stopwatch from load to saved file, ours the compress
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,26 +122,87 @@ def score(model: Any, base: Any, text: Rows) -> Scores:
     return scores
 
 
+class Measured:
+    """One tool at one setting: its times, repeated, and the scores of what it wrote."""
+
+    def __init__(self) -> None:
+        self.times: list[dict[str, float]] = []
+        self.scores: list[Scores] = []
+        self.bytes = 0
+
+    def line(self, tool: str) -> str:
+        """A line of the table; times are medians."""
+        seconds, process = (statistics.median(t[key] for t in self.times) for key in ("seconds", "process"))
+        kl = " / ".join(f"{s.kl:.5f}" for s in self.scores)
+        ppl = " / ".join(f"{s.perplexity:.2f}" for s in self.scores)
+        every = " ".join(f"{t['seconds']:.1f}" for t in self.times)
+        return (
+            f"  {tool:15} {seconds:6.1f} s ({every})  process {process:6.1f} s  {self.bytes} bytes  KL {kl}  ppl {ppl}"
+        )
+
+
+def measure(
+    args: argparse.Namespace, bits: int, group: int, base: Any, texts: dict[str, Rows], source: Path
+) -> dict[str, Measured]:
+    """All tools in turn, as often as asked, so that the machine's moods meet them all; the first result is scored."""
+    facts, shared = MODELS[args.model], args.shared.resolve()
+    found: dict[str, Measured] = {}
+    for turn in range(args.repeat):
+        for tool in (*PEERS, "llmshrink"):
+            python = None if tool == "llmshrink" else getattr(args, tool)
+            if tool != "llmshrink" and python is None:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / tool
+                if python is None:
+                    times = run_ours(source, out, bits, group, facts, shared)
+                else:
+                    times = run_peer(python, shared / "bench" / PEERS[tool], source, out, bits, group, facts)
+                one = found.setdefault(tool, Measured())
+                one.times.append(times)
+                if turn == 0:
+                    model = load(out, source)
+                    one.scores = [score(model, base, text) for text in texts.values()]
+                    one.bytes = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    return found
+
+
+def compare(found: dict[str, Measured], texts: dict[str, Rows]) -> None:
+    """Print the table of one setting, and this tool beside the best of the others."""
+    for tool, one in found.items():
+        print(one.line(tool))
+    ours = found["llmshrink"]
+    peers = {tool: one for tool, one in found.items() if tool != "llmshrink"}
+    for tool, one in peers.items():
+        ratios = [mine["seconds"] / theirs["seconds"] for mine, theirs in zip(ours.times, one.times, strict=True)]
+        every = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"  time: {statistics.median(ratios):.2f} of {tool}'s ({every})")
+    for number, text in enumerate(texts):
+        if peers:
+            best = min(peers, key=lambda tool: peers[tool].scores[number].kl or 0.0)
+            rows = ours.scores[number].kl_rows, peers[best].scores[number].kl_rows
+            ratio, low, high = bootstrap_ratio(*rows)
+            print(f"  {text}: KL {ratio:.3f} of {best}'s, 95 % interval {low:.3f} to {high:.3f}", flush=True)
+
+
 def main() -> None:
     """Print a table for each setting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, default="lab8m")
     parser.add_argument("--settings", nargs="+", default=["4:128", "3:128", "2:64"])
+    parser.add_argument("--repeat", type=int, default=1)
     for peer in PEERS:
         parser.add_argument(f"--{peer.replace('-', '')}", dest=peer)
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    shared, facts = args.shared.resolve(), MODELS[args.model]
-    source = shared / "models" / args.model
-    tokenizer, base = (
-        AutoTokenizer.from_pretrained(source),
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
-    )
+    facts, source = MODELS[args.model], args.shared.resolve() / "models" / args.model
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     texts = {
         name: tokenize(
-            documents(str(shared / "data" / f"{name}.json"), seed=0, split="test"),
+            documents(str(args.shared.resolve() / "data" / f"{name}.json"), seed=0, split="test"),
             tokenizer,
             rows=EVALUATION_ROWS[args.model],
             length=facts["length"],
@@ -151,32 +213,8 @@ def main() -> None:
     }
     for setting in args.settings:
         bits, group = map(int, setting.split(":"))
-        print(f"\n{args.model} W{bits} g{group}")
-        found: dict[str, list[Scores]] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for tool in (*PEERS, "llmshrink"):
-                out = Path(folder) / tool
-                if tool == "llmshrink":
-                    times = run_ours(source, out, bits, group, facts, shared)
-                elif getattr(args, tool):
-                    times = run_peer(
-                        getattr(args, tool), shared / "bench" / PEERS[tool], source, out, bits, group, facts
-                    )
-                else:
-                    continue
-                model = load(out, source)
-                found[tool] = [score(model, base, text) for text in texts.values()]
-                size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-                kl = " / ".join(f"{s.kl:.5f}" for s in found[tool])
-                ppl = " / ".join(f"{s.perplexity:.2f}" for s in found[tool])
-                clock = f"{times['seconds']:6.1f} s  process {times['process']:6.1f} s"
-                print(f"  {tool:15} {clock}  {size} bytes  KL {kl}  ppl {ppl}", flush=True)
-        for number, text in enumerate(texts):
-            peers = {tool: s[number] for tool, s in found.items() if tool != "llmshrink"}
-            if peers:
-                best = min(peers, key=lambda tool: peers[tool].kl or 0.0)
-                ratio, low, high = bootstrap_ratio(found["llmshrink"][number].kl_rows, peers[best].kl_rows)
-                print(f"  {text}: KL {ratio:.3f} of {best}'s, 95 % interval {low:.3f} to {high:.3f}", flush=True)
+        print(f"\n{args.model} W{bits} g{group}", flush=True)
+        compare(measure(args, bits, group, base, texts, source), texts)
 
 
 if __name__ == "__main__":

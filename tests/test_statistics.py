@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmshrink.statistics import TILE, Hessian, Norm, NoStatistic
+from llmshrink.statistics import NARROW, NARROW_TILE, Hessian, Norm, NoStatistic
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ def inputs(width: int, tokens: int = 40) -> torch.Tensor:
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(width))
 
 
-@pytest.mark.parametrize("width", [1, 17, TILE, TILE + 1, 2 * TILE + 40])
+@pytest.mark.parametrize("width", [1, 17, NARROW_TILE, NARROW_TILE + 1, 5 * NARROW_TILE + 40, NARROW + 40])
 def test_hessian_is_the_mean_of_the_outer_products(width: int) -> None:
     x = inputs(width)
     found = Hessian(width, CPU)

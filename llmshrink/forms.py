@@ -41,8 +41,26 @@ class Quantized:
     bits: int
     offset: Tensor | None = None  # float32 scalar added to what the codes mean (the mean of a nested scale table)
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """What a loader must be told to decode it; None for level tables and scales that span rows."""
+        if self.levels is not None or not _by_row(self):
+            return None
+        assert not isinstance(self.block, int)
+        size = self.block[1]
+        return Scheme(self.bits, self.zero is None, None if size == self.codes.shape[1] else size)
+
 
 Form = Dense | Quantized
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How codes on an even grid are to be read."""
+
+    bits: int
+    symmetric: bool
+    group_size: int | None  # adjacent inputs that share a scale; None: one scale per output
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,7 @@ __all__ = [
     "Layer",
     "Objective",
     "Quantized",
+    "Scheme",
     "decode",
     "join_rows",
     "relative_error",

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads starve others
 
 import torch
-from tiny import CONFIGS, TEXT, build_model
+from tiny import TEXT, build_model, config
 from transformers.utils import logging
 
 
@@ -40,7 +40,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     def folder(family: str, dtype: torch.dtype = torch.float32) -> Path:
         path = root / f"{family}-{dtype}".replace("torch.", "")
         if not path.exists():
-            build_model(path, CONFIGS[family](), dtype)
+            build_model(path, config(family), dtype)
         return path
 
     return folder

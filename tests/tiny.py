@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import AutoModelForCausalLM
 
 VOCABULARY = 160
@@ -22,67 +15,77 @@ VOCABULARY = 160
 WIDE = 0.2
 
 
-def llama(**more: object) -> LlamaConfig:
-    """A two-block Llama with grouped-query attention, widths divisible by 64."""
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": WIDE,
-    }
-    return LlamaConfig(**{**settings, **more})
-
-
-def gpt2(**more: object) -> GPT2Config:
-    """A two-block GPT-2: Conv1D layers, learned positions, a tied head."""
-    settings = {
-        "n_layer": 2,
-        "n_embd": 64,
-        "n_head": 4,
-        "vocab_size": VOCABULARY,
-        "n_positions": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": WIDE,
-    }
-    return GPT2Config(**{**settings, **more})
-
-
-def qwen3_moe(**more: object) -> Qwen3MoeConfig:
-    """A two-block Qwen3-MoE: four fused experts in the first block, a dense MLP in the second."""
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "moe_intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "mlp_only_layers": [1],
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "initializer_range": WIDE,
-    }
-    return Qwen3MoeConfig(**{**settings, **more})
-
-
-CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
-    "llama": llama,
-    "llama-tied": lambda **more: llama(tie_word_embeddings=True, **more),
-    "gpt2": gpt2,
-    "qwen3-moe": qwen3_moe,
+LIKE_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "initializer_range": WIDE,
 }
+"""Two blocks with grouped-query attention, widths divisible by 64; what families built like Llama share."""
+
+# Of every family: its configuration class in transformers, and where its tiny model differs from LIKE_LLAMA.
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 16, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",  # four fused experts in the first block, a dense MLP in the second
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 64,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("Phi3Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "gpt2": ("GPT2Config", {"tie_word_embeddings": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 128, "tie_word_embeddings": True, "init_std": WIDE}),
+    "opt-projected": (
+        "OPTConfig",
+        {"ffn_dim": 128, "word_embed_proj_dim": 32, "tie_word_embeddings": True, "init_std": WIDE},
+    ),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "falcon": ("FalconConfig", {"multi_query": True, "tie_word_embeddings": True}),
+    "falcon-new": (
+        "FalconConfig",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": True},
+    ),
+    "falcon-alibi": (
+        "FalconConfig",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": True},
+    ),
+    "bloom": ("BloomConfig", {"tie_word_embeddings": True}),
+}
+
+
+def config(family: str, **more: object) -> PretrainedConfig:
+    """The configuration of a family's tiny model, with the keys that its class knows."""
+    name, differs = FAMILIES[family]
+    return getattr(transformers, name)(**{**LIKE_LLAMA, **differs, **more})
 
 
 def build_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

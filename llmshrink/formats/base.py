@@ -9,12 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llmshrink.forms import Form, Layer
+
+# What holds a matrix in memory: nn.Linear, a subclass of it with its own forward, Conv1D, or experts fused into one
+# parameter, of which each is a matrix of its own on disk.
+Kind = Literal["linear", "subclass", "conv1d", "experts"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,12 @@ class Slot:
     module: str  # module name as loaders match it
     shape: tuple[int, int]  # [out, in]
     dtype: torch.dtype  # of the dense weight on disk
-    transposed: bool  # the dense weight is on disk as [in, out] (GPT-2's Conv1D)
-    expert: bool  # one expert's matrix, fused with others in memory
+    kind: Kind = "linear"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the dense weight is on disk as [in, out]."""
+        return self.kind == "conv1d"
 
     @property
     def name(self) -> str:
@@ -42,11 +50,23 @@ class Format(ABC):
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
-        """Why this layer cannot be stored so that transformers reads it back, or None."""
+        """Why this format cannot hold this layer, or None. Whether a loader reads it is said by `runtimes`."""
 
-    def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
-        """Why these layers cannot stand together in one checkpoint, or None."""
+    def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
+        """Why this format cannot hold these layers together and leave the modules named in `left`, or None."""
         return None
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What scales are stored in where the dense weight has this dtype."""
+        return dtype
+
+    def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Whether transformers decodes a matrix in the checkpoint's dtype, whatever it computes in."""
+        return False
+
+    def files(self, config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+        """JSON files that belong beside config.json, by name; `config` is the `quantization_config`."""
+        return {}
 
     @abstractmethod
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
@@ -78,5 +98,7 @@ class Format(ABC):
         """Names of all tensors that together store the matrix `key`."""
 
     @abstractmethod
-    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape [out, in] and dtype of a compressed matrix once it is decoded."""

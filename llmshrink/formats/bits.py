@@ -58,6 +58,16 @@ def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return values.view(rows, blocks * period)[:, :n]
 
 
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """int8 in [-2^(bits-1), 2^(bits-1)) -> uint8 in [0, 2^bits)."""
+    return codes.sub(-(1 << bits - 1)).view(torch.uint8)  # eight bits wrap round, as they should
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 in [0, 2^bits) -> int8 in [-2^(bits-1), 2^(bits-1))."""
+    return codes.view(torch.int8).add(-(1 << bits - 1))
+
+
 def _rows(n: int) -> int:
     return max(1, CHUNK // n)
 

@@ -6,9 +6,8 @@ A matrix `X.weight` [out, in] becomes
     X.weight.quant_map      float32 [16]
     X.weight.nested_absmax, X.weight.nested_quant_map     float32 [blocks / 256], [256] (double quantization)
     X.weight.quant_state.bitsandbytes__nf4    uint8, a JSON object with dtype, shape, block sizes and offset
-Transformers replaces linears and Conv1Ds (a Conv1D is stored as [out, in]); fused experts stay dense in memory
-whatever the file says, so they are refused. The JSON is padded with spaces to a length that does not depend on the
-offset's digits: the plan knows the file's size exactly.
+Transformers replaces linears and Conv1Ds (a Conv1D is stored as [out, in]). The JSON is padded with spaces to a length
+that does not depend on the offset's digits: the plan knows the file's size exactly.
 """
 
 from __future__ import annotations
@@ -35,17 +34,15 @@ class BitsAndBytes(Format):
     quant_method: ClassVar[str | None] = "bitsandbytes"
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
-        """4-bit codes into a level table, blocks over the flattened matrix, no fused experts."""
+        """4-bit codes into a level table, blocks over the flattened matrix."""
         form = layer.weight
         if not isinstance(form, Quantized) or form.levels is None or form.bits != 4 or not isinstance(form.block, int):
             return "it stores 4-bit codes into a table of levels (methods nf4 and fp4); use compressed-tensors or dense"
-        if slot.expert:
-            return "transformers leaves fused experts dense when it reads this format; use compressed-tensors"
         if slot.shape[0] * slot.shape[1] % 2:
             return "an odd number of weights does not fill whole bytes"
         return None
 
-    def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
+    def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """One `quantization_config` describes all layers."""
         kinds = {(_quant_type(f), f.block, isinstance(f.scale, Quantized)) for _, f in _forms(layers)}
         return "it has one kind, block size and scale table for all layers" if len(kinds) > 1 else None
@@ -126,7 +123,9 @@ class BitsAndBytes(Format):
         """The weight and everything below its name."""
         return [name for name in stored if name == key or name.startswith(key + ".")]
 
-    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype from the state."""
         state = _read_state(key, get, None)
         return tuple(state["shape"]), getattr(torch, state["dtype"])

@@ -5,16 +5,14 @@ A matrix `X.weight` [out, in] becomes
     X.weight_scale       [out, groups], in the checkpoint's dtype
     X.weight_zero_point  int32 [ceil(out * bits / 32), groups], asymmetric only, packed along the rows
     X.weight_shape       int64 [2]
-and W = scale * (code - zero). Tried against compressed-tensors 0.20 with transformers 5.23: Conv1D models load with
-random weights and no error, so they are refused here; asymmetric files load only with `"dequantize": true`, which
-knows one scheme for the whole model and no fused experts.
+and W = scale * (code - zero). Tried against compressed-tensors 0.20 with transformers 5.23: asymmetric codes, and
+linears of a class of their own, load only with `"dequantize": true`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,37 +20,10 @@ from torch import Tensor
 
 from llmshrink.errors import InputError
 from llmshrink.formats import bits as bitpack
-from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Form, Layer, Quantized
+from llmshrink.formats.base import Format, Kind, Slot
+from llmshrink.forms import Dense, Form, Layer, Quantized, Scheme
 
 LAYOUT_VERSION = "0.18.0"  # the oldest release that reads 3-bit codes laid out like this
-
-
-@dataclass(frozen=True, order=True)
-class Scheme:
-    """What a loader must be told to decode a matrix."""
-
-    bits: int
-    symmetric: bool
-    group_size: int | None  # None: one scale per row
-
-    @classmethod
-    def of(cls, form: Quantized, width: int) -> Scheme:
-        """The scheme of a form."""
-        assert not isinstance(form.block, int)
-        return cls(form.bits, form.zero is None, None if form.block[1] == width else form.block[1])
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """The entry `weights` of a config group."""
-        strategy = {"strategy": "group", "group_size": self.group_size} if self.group_size else {"strategy": "channel"}
-        return {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **strategy, "dynamic": False}
-
-    @classmethod
-    def read(cls, weights: dict[str, Any]) -> Scheme:
-        """The scheme from a config group's `weights`."""
-        group = weights.get("group_size") if weights.get("strategy") == "group" else None
-        return cls(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group)
 
 
 class CompressedTensors(Format):
@@ -62,23 +33,12 @@ class CompressedTensors(Format):
     quant_method: ClassVar[str | None] = "compressed-tensors"
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
-        """Codes on an even grid, one scale per row or per group of adjacent inputs, no Conv1D."""
+        """Codes on an even grid, one scale per row or per group of adjacent inputs."""
         form = layer.weight
         if not isinstance(form, Quantized) or form.levels is not None:
             return "it stores integer codes under scales, not level tables such as NF4; use format bnb or dense"
         if isinstance(form.block, int) or form.block[0] != 1 or not isinstance(form.scale, Dense):
             return "it stores one scale per row or per group of adjacent inputs"
-        if slot.transposed:
-            return "transformers fills Conv1D layers with random weights when it reads this format; use bnb or dense"
-        if slot.expert and form.zero is not None:
-            return "transformers cannot read asymmetric codes of fused experts; use symmetric: true"
-        return None
-
-    def check_all(self, layers: Iterable[tuple[Slot, Layer]]) -> str | None:
-        """Asymmetric codes are read only where all layers share one scheme."""
-        schemes = {_scheme(slot, layer) for slot, layer in layers if self.check(slot, layer) is None}
-        if len(schemes) > 1 and any(not s.symmetric for s in schemes):
-            return "transformers reads asymmetric codes only where every layer has the same bits and groups"
         return None
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
@@ -87,12 +47,12 @@ class CompressedTensors(Format):
         assert isinstance(form, Quantized)
         assert isinstance(form.scale, Dense)
         tensors = {
-            f"{slot.name}.weight_packed": bitpack.pack(_unsigned(form.codes, form.bits), form.bits),
+            f"{slot.name}.weight_packed": bitpack.pack(bitpack.unsigned(form.codes, form.bits), form.bits),
             f"{slot.name}.weight_scale": form.scale.weight,
             f"{slot.name}.weight_shape": torch.tensor(slot.shape, dtype=torch.int64),
         }
         if form.zero is not None:
-            packed = bitpack.pack(_unsigned(form.zero, form.bits).T.contiguous(), form.bits)
+            packed = bitpack.pack(bitpack.unsigned(form.zero, form.bits).T.contiguous(), form.bits)
             tensors[f"{slot.name}.weight_zero_point"] = packed.T.contiguous()
         return tensors
 
@@ -101,11 +61,11 @@ class CompressedTensors(Format):
         scheme = _find_scheme(config or {}, slot.module)
         out, width = slot.shape
         group = scheme.group_size or width
-        codes = _signed(bitpack.unpack(get(f"{slot.name}.weight_packed"), scheme.bits, width), scheme.bits)
+        codes = bitpack.signed(bitpack.unpack(get(f"{slot.name}.weight_packed"), scheme.bits, width), scheme.bits)
         zero = None
         if not scheme.symmetric:
             packed = get(f"{slot.name}.weight_zero_point").T.contiguous()
-            zero = _signed(bitpack.unpack(packed, scheme.bits, out).T.contiguous(), scheme.bits)
+            zero = bitpack.signed(bitpack.unpack(packed, scheme.bits, out).T.contiguous(), scheme.bits)
         return Quantized(codes, Dense(get(f"{slot.name}.weight_scale")), zero, None, (1, group), scheme.bits)
 
     def config(
@@ -113,12 +73,15 @@ class CompressedTensors(Format):
     ) -> dict[str, Any] | None:
         """One config group per scheme; the only one targets all linears but those left out."""
         by_scheme: dict[Scheme, list[str]] = {}
+        dequantize = False
         for slot, layer in layers:
-            by_scheme.setdefault(_scheme(slot, layer), []).append(slot.module)
+            scheme = _scheme(layer)
+            dequantize |= not scheme.symmetric or slot.kind == "subclass"
+            by_scheme.setdefault(scheme, []).append(slot.module)
         groups = {
             f"group_{i}": {
                 "targets": ["Linear"] if len(by_scheme) == 1 else modules,
-                "weights": scheme.weights,
+                "weights": _weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
                 "format": "pack-quantized",
@@ -133,9 +96,13 @@ class CompressedTensors(Format):
             "config_groups": groups,
             "ignore": sorted(left),
         }
-        if any(not scheme.symmetric for scheme in by_scheme):
+        if dequantize:
             config["dequantize"] = True
         return config
+
+    def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Experts, and whatever it must dequantize: these are made dense while loading, in the dtype of the scales."""
+        return kind == "experts" or bool((config or {}).get("dequantize"))
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Only packed integer weights without rounded inputs."""
@@ -159,22 +126,27 @@ class CompressedTensors(Format):
         names = (f"{key}_{part}" for part in ("packed", "scale", "shape", "zero_point"))
         return [name for name in names if name in have]
 
-    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape from the tensor that holds it, dtype from the scales."""
         return tuple(int(n) for n in get(f"{key}_shape")), get(f"{key}_scale").dtype
 
 
-def _scheme(slot: Slot, layer: Layer) -> Scheme:
-    assert isinstance(layer.weight, Quantized)
-    return Scheme.of(layer.weight, slot.shape[1])
+def _scheme(layer: Layer) -> Scheme:
+    assert isinstance(layer.weight, Quantized) and layer.weight.scheme is not None
+    return layer.weight.scheme
 
 
-def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    return codes.sub(-(1 << bits - 1)).view(torch.uint8)  # eight bits wrap round, as they should
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    """The entry `weights` of a config group."""
+    strategy = {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
+    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, "dynamic": False}
 
 
-def _signed(codes: Tensor, bits: int) -> Tensor:
-    return codes.view(torch.int8).add(-(1 << bits - 1))
+def _read(weights: dict[str, Any]) -> Scheme:
+    group = weights.get("group_size") if weights.get("strategy") == "group" else None
+    return Scheme(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group)
 
 
 def _find_scheme(config: dict[str, Any], module: str) -> Scheme:
@@ -190,7 +162,7 @@ def _find_scheme(config: dict[str, Any], module: str) -> Scheme:
             elif target == "Linear":
                 ranked.append((2, group))
     if ranked:
-        return Scheme.read(min(ranked, key=lambda pair: pair[0])[1]["weights"])
+        return _read(min(ranked, key=lambda pair: pair[0])[1]["weights"])
     raise InputError(f"quantization_config in config.json says nothing about {module}, whose weight is packed.")
 
 

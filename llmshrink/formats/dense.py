@@ -53,7 +53,9 @@ class DenseFormat(Format):
         """The weight alone."""
         return [key]
 
-    def dense_info(self, key: str, get: Callable[[str], Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
         """What the tensor is."""
         weight = get(key)
         return tuple(weight.shape), weight.dtype

@@ -1,80 +1,213 @@
-"""The one table of what loads where: format x kind of layer x runtime, with the reason.
+"""The one table of what loads where: family x format x runtime, each line with its reason and its source.
 
 Plan refusals, the report's `loads_in`, the README's table and the tests' matrix all come from here. `native` loads and
 runs it as it is; `plugin` needs an add-on; `dense-only` loads, but decompresses into full-size weights; `no` does not.
-Sources: transformers 5.23 (tried; tests/e2e); vLLM: compressed-tensors WNA16 scheme, the bitsandbytes plugin
-(PR 43529) and the GGUF plugin (PR 39612).
+What a format can hold at all (codes on an even grid, whole words) is the format's own `check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
-Support = Literal["native", "plugin", "dense-only", "no"]
-Kind = Literal["linear", "conv1d", "experts"]  # what holds a matrix in memory
+from llmshrink.formats.base import Kind
+from llmshrink.forms import Scheme
 
-RUNTIMES = ("transformers", "vllm", "llama.cpp")
-KINDS: dict[Kind, str] = {
-    "linear": "Llama and others built from nn.Linear",
-    "conv1d": "GPT-2 (Conv1D)",
-    "experts": "Qwen3-MoE (fused experts)",
+Support = Literal["native", "plugin", "dense-only", "no"]
+Runtime = Literal["transformers", "vllm", "llama.cpp"]
+
+FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "dense")
+# What transformers needs to read each, beside itself, by its names on PyPI.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("compressed-tensors",),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "bnb": ("accelerate", "bitsandbytes"),
+    "dense": (),
 }
-_GGUF_ONLY = "it reads GGUF files only"
+RUNTIMES: tuple[Runtime, ...] = ("transformers", "vllm", "llama.cpp")
+ORDER: tuple[Support, ...] = ("no", "plugin", "dense-only", "native")  # from the weakest
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models as loaders see it: what holds its matrices in memory."""
+
+    name: str
+    model_types: tuple[str, ...]  # of config.json
+    kinds: tuple[Kind, ...] = ("linear",)
+
+
+FAMILIES = (
+    Family("Llama", ("llama",)),
+    Family("Mistral", ("mistral",)),
+    Family("Qwen2", ("qwen2",)),
+    Family("Qwen3", ("qwen3",)),
+    Family("Qwen3-MoE", ("qwen3_moe",), ("linear", "experts")),
+    Family("Mixtral", ("mixtral",), ("linear", "experts")),
+    Family("Gemma 2, Gemma 3", ("gemma2", "gemma3", "gemma3_text")),
+    Family("Phi-3", ("phi3",)),
+    Family("OLMo 2", ("olmo2",)),
+    Family("GPT-2", ("gpt2",), ("conv1d",)),
+    Family("OPT", ("opt",)),
+    Family("GPT-NeoX, Pythia", ("gpt_neox",)),
+    Family("Falcon", ("falcon",), ("subclass",)),
+    Family("BLOOM", ("bloom",)),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint as a loader meets it: all that the rules below look at."""
+
+    format: str
+    kinds: frozenset[Kind]  # of the compressed matrices
+    schemes: frozenset[Scheme] = frozenset()  # none: weights of a level table, or dense
+    fused_alike: bool = True  # q/k/v share one scheme, gate/up too
+    head: bool = False  # the output head is compressed: no plan does that yet
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether no scheme has zero points."""
+        return all(scheme.symmetric for scheme in self.schemes)
+
+    @property
+    def bits(self) -> frozenset[int]:
+        """All that occur."""
+        return frozenset(scheme.bits for scheme in self.schemes)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How one runtime takes one format."""
+    """How one runtime takes one format, where `when` holds."""
 
     support: Support
     reason: str
+    source: str  # where the rule stands; a test of ours where it was tried
+    when: Callable[[Stored], bool] = lambda stored: True
 
 
-def entry(format_name: str, kind: Kind, runtime: str, *, bits: int = 4, symmetric: bool = True) -> Entry:
-    """The line of the table for one kind of layer."""
-    if runtime == "llama.cpp":
-        return Entry("no", _GGUF_ONLY)
-    if format_name == "dense":
-        return Entry("native", "plain weights")
-    if format_name == "bnb":
-        if kind == "experts":
-            return Entry("no", "its loaders leave fused experts dense, so the file does not fit the model")
-        if runtime == "vllm":
-            return Entry("plugin", "needs vllm-bnb-plugin since vLLM 0.28")
-        return Entry("native", "needs bitsandbytes")
-    return _compressed_tensors(kind, runtime, bits, symmetric)
+def _with(kind: Kind) -> Callable[[Stored], bool]:
+    return lambda stored: kind in stored.kinds
 
 
-def _compressed_tensors(kind: Kind, runtime: str, bits: int, symmetric: bool) -> Entry:
-    if kind == "conv1d":
-        return Entry("no", "its loaders do not know Conv1D and would start from random weights")
-    if not symmetric and kind == "experts":
-        return Entry("no", "asymmetric codes of fused experts are not supported")
-    if runtime == "transformers":
-        return Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass")
-    if symmetric and bits in (4, 8):
-        return Entry("native", "WNA16 kernels")
-    if symmetric:
-        return Entry("native", "2 and 3 bits need a recent vLLM (humming kernels)")
-    if bits in (4, 8):
-        return Entry("native", "WNA16 kernels with zero points")
-    return Entry("no", "asymmetric codes only with 4 or 8 bits")
+TRIED = "tests/e2e/test_families.py"
+READERS = "gptqmodel 7.7: Llama, tried by hand"
+GPTQ, AWQ = "vLLM auto_gptq.py", "vLLM auto_awq.py"
+WNA16 = "vLLM compressed_tensors_wNa16.py"
+MARLIN_GROUPS = {None, 32, 64, 128}  # None: one scale per output channel
+FUSED = "it fuses q/k/v and gate/up: these must be stored alike"
+
+# Of the entries that hold for a checkpoint, the weakest counts.
+TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
+    ("dense", "transformers"): (Entry("native", "plain weights", TRIED),),
+    ("dense", "vllm"): (Entry("native", "plain weights", "vLLM's list of models"),),
+    ("compressed-tensors", "transformers"): (
+        Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass", TRIED),
+        Entry("no", "it fills Conv1D layers with random weights", TRIED, _with("conv1d")),
+        Entry(
+            "no",
+            "it cannot load asymmetric codes of fused experts",
+            "transformers PR 47430",
+            lambda s: "experts" in s.kinds and not s.symmetric,
+        ),
+        Entry(
+            "no",
+            "it loads asymmetric codes, and linears of a class of their own, only where all layers share one scheme",
+            TRIED,
+            lambda s: len(s.schemes) > 1 and (not s.symmetric or "subclass" in s.kinds),
+        ),
+    ),
+    ("compressed-tensors", "vllm"): (
+        Entry("native", "WNA16 kernels", WNA16),
+        Entry("native", "2 and 3 bits need a recent vLLM (humming kernels)", WNA16, lambda s: bool(s.bits - {4, 8})),
+        Entry(
+            "no",
+            "asymmetric codes only with 4 or 8 bits",
+            WNA16,
+            lambda s: any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in s.schemes),
+        ),
+        Entry(
+            "no",
+            "no asymmetric codes of experts",
+            "llm-compressor issue 2628",
+            lambda s: "experts" in s.kinds and not s.symmetric,
+        ),
+        Entry("no", "it knows no Conv1D", WNA16, _with("conv1d")),
+        Entry("no", FUSED, "vLLM compressed_tensors/utils.py", lambda s: not s.fused_alike),
+        Entry("no", "no compressed head", "llm-compressor issue 1820", lambda s: s.head),
+    ),
+    ("gptq", "transformers"): (
+        Entry("native", "needs optimum and gptqmodel", READERS),
+        Entry("no", "it leaves fused experts dense", "optimum gptq/quantizer.py", _with("experts")),
+        Entry("no", "it knows one scheme for all layers", "transformers GPTQConfig", lambda s: len(s.schemes) > 1),
+    ),
+    ("gptq", "vllm"): (
+        Entry("native", "Marlin kernels", GPTQ),
+        Entry(
+            "no",
+            "only symmetric codes of 4 or 8 bits",
+            "vLLM PR 38288",
+            lambda s: not s.symmetric or bool(s.bits - {4, 8}),
+        ),
+        Entry(
+            "no",
+            "only groups of 32, 64, 128, or one scale per channel",
+            "vLLM marlin_utils.py",
+            lambda s: any(scheme.group_size not in MARLIN_GROUPS for scheme in s.schemes),
+        ),
+        Entry("no", "it knows no Conv1D", GPTQ, _with("conv1d")),
+        Entry("no", FUSED, GPTQ, lambda s: not s.fused_alike),
+        Entry("no", "no compressed head", GPTQ, lambda s: s.head),
+    ),
+    ("awq", "transformers"): (
+        Entry("native", "needs gptqmodel", READERS),
+        Entry("no", "it leaves fused experts dense", "transformers quantizer_awq.py", _with("experts")),
+        Entry("no", "it knows no Conv1D", "transformers quantizer_awq.py", _with("conv1d")),
+    ),
+    ("awq", "vllm"): (
+        Entry("native", "Marlin kernels", AWQ),
+        Entry("no", "it knows no Conv1D", AWQ, _with("conv1d")),
+        Entry("no", FUSED, AWQ, lambda s: not s.fused_alike),
+        Entry("no", "no compressed head", AWQ, lambda s: s.head),
+    ),
+    ("bnb", "transformers"): (
+        Entry("native", "needs bitsandbytes", TRIED),
+        Entry("no", "it leaves fused experts dense, so the file does not fit the model", TRIED, _with("experts")),
+        Entry("no", "it leaves linears of a class of their own dense", TRIED, _with("subclass")),
+    ),
+    ("bnb", "vllm"): (Entry("plugin", "needs vllm-bnb-plugin since vLLM 0.28", "vLLM PR 43529"),),
+    **{(name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),) for name in FORMATS},
+}
 
 
-def worst(format_name: str, kinds: Iterable[Kind], runtime: str, *, bits: Iterable[int], symmetric: bool) -> Entry:
-    """The weakest entry over all layers of a model."""
-    order = ("no", "plugin", "dense-only", "native")
-    entries = [entry(format_name, k, runtime, bits=b, symmetric=symmetric) for k in sorted(kinds) for b in sorted(bits)]
-    return min(entries, key=lambda e: order.index(e.support))
+def missing_packages(name: str) -> list[str]:
+    """What transformers would need to read this format, and is not installed here."""
+    return [package for package in PACKAGES[name] if find_spec(package.replace("-", "_")) is None]
+
+
+def entry(stored: Stored, runtime: Runtime) -> Entry:
+    """How a runtime takes a checkpoint: the weakest entry that holds, of equals the last."""
+    held = [e for e in TABLE[stored.format, runtime] if e.when(stored)]
+    return min(reversed(held), key=lambda e: ORDER.index(e.support))
+
+
+def usual(family: Family, name: str) -> Stored:
+    """What `--bits 4 --format ...` writes for a family."""
+    schemes = frozenset([Scheme(4, True, 128)]) if name in ("compressed-tensors", "gptq", "awq") else frozenset()
+    return replace(Stored(name, frozenset(family.kinds)), schemes=schemes)
 
 
 def markdown() -> str:
-    """The README's table: format x family x runtime."""
+    """The README's table: families x formats x runtimes, families that load alike on one line."""
     lines = ["| format | family | " + " | ".join(RUNTIMES) + " |", "|---" * (2 + len(RUNTIMES)) + "|"]
-    for name in ("compressed-tensors", "bnb", "dense"):
-        for kind, family in KINDS.items():
-            cells = [entry(name, kind, runtime) for runtime in RUNTIMES]
-            lines.append(f"| {name} | {family} | " + " | ".join(f"{c.support}: {c.reason}" for c in cells) + " |")
+    for name in FORMATS:
+        alike: dict[tuple[Entry, ...], list[str]] = {}
+        for family in FAMILIES:
+            alike.setdefault(tuple(entry(usual(family, name), r) for r in RUNTIMES), []).append(family.name)
+        for entries, names in alike.items():
+            cells = [f"{e.support}: {e.reason} ({e.source})" for e in entries]
+            lines.append(f"| {name} | {', '.join(names)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -46,8 +46,10 @@ class Method(ABC, Generic[C]):
     baseline: ClassVar[str | None] = None  # the method that stands in where the statistic is too poor
     Config: ClassVar[type[MethodConfig]]
 
-    def __init__(self, config: C) -> None:
+    def __init__(self, config: C, scales: torch.dtype | None = None) -> None:
+        """`scales` is what the format stores scales in; None: the dtype of the weight."""
         self.config: C = config
+        self.scales = scales
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""
@@ -59,7 +61,7 @@ class Method(ABC, Generic[C]):
 
     @abstractmethod
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """Compress one matrix [out, in] (its dtype is the checkpoint's, and the dtype scales are stored in)."""
+        """Compress one matrix [out, in] in the checkpoint's dtype."""
 
     @abstractmethod
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:

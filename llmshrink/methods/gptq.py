@@ -95,15 +95,15 @@ class Gptq(Method[GptqConfig]):
         return Prepared((*events, failed))
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """Quantize one matrix [out, in]; scales are stored in its dtype.
+        """Quantize one matrix [out, in].
 
         In each row, rounding to nearest on the grid that was found stands where nothing better came out.
         """
-        W = weight.float()
+        W, kind = weight.float(), self.scales or weight.dtype
         if not isinstance(prepared, Factors):
-            grid = choose_grid(W, self.config, weight.dtype)
+            grid = choose_grid(W, self.config, kind)
             return Layer(grid.form(round_to(grid, W, self.config), self.config))
-        first = choose_grid(W, self.config, weight.dtype, prepared.importance)
+        first = choose_grid(W, self.config, kind, prepared.importance)
         grid, steps = first, self._sweep(W, first, prepared)
         for _ in range(self.config.refine):
             grid, steps = self._refine(W, grid, steps, prepared)
@@ -174,7 +174,7 @@ class Gptq(Method[GptqConfig]):
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
-        return self.config.meta(shape, dtype)
+        return self.config.meta(shape, self.scales or dtype)
 
 
 def _in_halves(start: int, stop: int, leaf: Callable[[int, int], None], join: Callable[[int, int, int], None]) -> None:

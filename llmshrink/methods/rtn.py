@@ -31,14 +31,14 @@ class Rtn(Method[RtnConfig]):
         return self.config.why_not(shape)
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """Quantize one matrix [out, in]; scales are stored in its dtype."""
+        """Quantize one matrix [out, in]."""
         matrix = weight.float()
-        grid = choose_grid(matrix, self.config, weight.dtype)
+        grid = choose_grid(matrix, self.config, self.scales or weight.dtype)
         return Layer(grid.form(round_to(grid, matrix, self.config), self.config))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
-        return self.config.meta(shape, dtype)
+        return self.config.meta(shape, self.scales or dtype)
 
 
 METHOD = Rtn

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import InputError, PlanError
+from llmshrink.formats.base import Kind
 from llmshrink.io.safetensors import TensorInfo
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
@@ -44,13 +45,18 @@ class Matrix:
     site: Site
     shape: tuple[int, int]  # [out, in]
     dtype: torch.dtype
-    transposed: bool  # on disk as [in, out] (Conv1D)
+    kind: Kind
     module: str  # module name as loaders match it (of the key for experts, which are no modules in memory)
 
     @property
     def name(self) -> str:
         """The key without `.weight`."""
         return self.key.removesuffix(".weight")
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the disk has it as [in, out]."""
+        return self.kind == "conv1d"
 
     @property
     def numel(self) -> int:
@@ -198,13 +204,19 @@ def _matrices(
             if not (linear and len(keys) == 1) and not (experts and len(info.shape) == 2):
                 left.append((key, f"{type(owner).__name__}.{leaf} is not a linear"))
                 continue
-            transposed = isinstance(owner, Conv1D)
+            kind = "experts" if experts else _kind(owner)
             rows, cols = info.shape
-            shape = (cols, rows) if transposed else (rows, cols)
+            shape = (cols, rows) if kind == "conv1d" else (rows, cols)
             site = Site(owner_name, _expert_index(key), leaf) if experts else Site(owner_name)
             module = key.removesuffix(".weight") if experts else owner_name
-            found.append(Matrix(key, parameter, site, shape, info.dtype, transposed, module))
+            found.append(Matrix(key, parameter, site, shape, info.dtype, kind, module))
     return found, left
+
+
+def _kind(linear: nn.Module) -> Kind:
+    if isinstance(linear, Conv1D):
+        return "conv1d"
+    return "linear" if type(linear) is nn.Linear else "subclass"
 
 
 def _expert_index(key: str) -> int:

@@ -59,6 +59,11 @@ class StreamedModel:
         return size
 
     @property
+    def parameters(self) -> int:
+        """Weights of the model; tensors on disk that belong to none are not counted."""
+        return sum(info.numel for key, info in self.weights.infos.items() if key not in self.anatomy.unused)
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of all tensors when nothing is compressed."""
         return sum(info.bytes for info in self.weights.infos.values())

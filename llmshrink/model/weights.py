@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import format_of
-from llmshrink.formats.base import Slot
+from llmshrink.formats.base import Kind, Slot
 from llmshrink.forms import Form, decode
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 
@@ -33,7 +33,7 @@ class Weights:
         hidden = {name for names in parts.values() for name in names}
         self.infos = {name: info for name, info in checkpoint.infos.items() if name not in hidden}
         for key, names in parts.items():
-            shape, dtype = found.dense_info(key, checkpoint.get)
+            shape, dtype = found.dense_info(key, checkpoint.get, self._config)
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype, shape)
         self.compressed = frozenset(compressed)
         self._transposed: frozenset[str] = frozenset()
@@ -48,8 +48,13 @@ class Weights:
         """The stored form of a compressed matrix, seen as [out, in]."""
         info, flipped = self.infos[key], key in self._transposed
         rows, cols = info.shape[::-1] if flipped else info.shape
-        slot = Slot(key, key.removesuffix(".weight"), (rows, cols), info.dtype, flipped, expert=False)
+        slot = Slot(key, key.removesuffix(".weight"), (rows, cols), info.dtype, "conv1d" if flipped else "linear")
         return self.format.unpack(slot, self._checkpoint.get, self._config)
+
+    def as_read(self, key: str, kind: Kind) -> Tensor:
+        """A compressed matrix as transformers computes with it in float32: some are rounded while they are loaded."""
+        weight = self.get(key)
+        return weight.to(self.infos[key].dtype).float() if self.format.rounds(kind, self._config) else weight
 
     def get(self, key: str) -> Tensor:
         """A tensor as stored, or decoded to float32 where it is compressed."""

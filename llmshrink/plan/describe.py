@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from llmshrink.formats.runtimes import RUNTIMES, Runtime, Stored, entry
 from llmshrink.model.anatomy import Matrix
-from llmshrink.plan.schema import BlockPlan, LayerPlan, Plan, PlanEvent, TensorPlan
+from llmshrink.plan.loading import stored
+from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
 from llmshrink.plan.work import Work, main_method, method_name
 from llmshrink.recipe.schema import Recipe
 
@@ -47,7 +49,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
     others = [
         TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside
     ]
-    parameters = sum(info.numel for info in infos.values())
+    parameters = model.parameters
     hidden = recipe.calibration.samples * work.length * model.hidden * 4
     first = main_method(work.methods)
     return Plan(
@@ -68,8 +70,14 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0) - _already(work.output),
         disk_free=shutil.disk_usage(_existing(work.output)).free,
         output=str(work.output),
+        loads_in=[_load_plan(stored(work), runtime) for runtime in RUNTIMES],
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
     )
+
+
+def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:
+    found = entry(result, runtime)
+    return LoadPlan(runtime=runtime, support=found.support, reason=found.reason, source=found.source)
 
 
 def _left_plan(matrix: Matrix, size: int, reason: str) -> LayerPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch import nn
 from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event, Layer
+from llmshrink.formats.runtimes import Stored, entry
+from llmshrink.forms import Event, Scheme
 from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.loading import layers, stored
 from llmshrink.plan.work import Work, main_method, method_name
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
@@ -48,12 +49,13 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     except ValidationError as error:
         raise PlanError(f"The keys in `layers` do not fit {default.name}: {error.errors()[0]['msg']}") from error
     _check_patterns(stage, matrices)
+    usual = _usual_group(stage, default, matrices, events)
     methods, left, problems = {}, {}, []
     for matrix, spec in specs.items():
         if spec is None:
             left[matrix] = "the recipe leaves it out"
             continue
-        method, reason = _fit(spec, stage, matrix, events)
+        method, reason = _fit(spec, stage, matrix, usual, events)
         if method is None:
             left[matrix] = reason or ""
         elif why := method.check(matrix.shape):
@@ -63,11 +65,13 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     _refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
+    chosen = _choose_format(stage, methods)
+    methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     work = Work(
         model,
-        _choose_format(stage, methods),
+        chosen,
         methods,
-        {m: _slot(m) for m in matrices},
+        {m: Slot(m.key, m.module, m.shape, m.dtype, m.kind) for m in matrices},
         left,
         None,
         0,
@@ -82,7 +86,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         message = f"{len(unused)} tensors on disk belong to no parameter of the model; copied as they are: {shown}"
         work.events.append(Event("unused_tensors", message))
-    work.quantization_config = work.format.config(list(_layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
+    work.quantization_config = work.format.config(list(layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)
     return work
@@ -110,24 +114,35 @@ def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> 
 
 
 def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:
-    """gptq, unless the model's layers are Conv1D, which only bnb files bring back."""
+    """gptq, or nf4 where transformers does not read what gptq is usually written as."""
     typed = stage.method or MethodSpec.model_validate({})
     if typed.name is not None:
         return typed
     settings = typed.settings
-    conv1d = any(m.transposed for m in matrices)
-    if conv1d and stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}:
-        events.append(
-            Event(
-                "default_method", "nf4 in place of gptq: no loader reads compressed-tensors into Conv1D layers (GPT-2)"
-            )
-        )
+    usual = entry(Stored("compressed-tensors", frozenset(m.kind for m in matrices)), "transformers")
+    plain = stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}
+    if plain and usual.support == "no":
+        events.append(Event("default_method", f"nf4 in place of gptq, as compressed-tensors: {usual.reason}"))
         return MethodSpec.model_validate({"name": "nf4"})
     return MethodSpec.model_validate({"name": "gptq", **settings})
 
 
+def _usual_group(stage: QuantizeStage, default: MethodSpec, matrices: list[Matrix], events: list[Event]) -> int:
+    """The group size that nobody typed: 128, or one for all layers where transformers reads only one scheme."""
+    name = stage.format.name if stage.format else "compressed-tensors"
+    two = frozenset(Scheme(4, default.settings.get("symmetric", True), size) for size in GROUP_SIZES[:2])
+    if entry(Stored(name, frozenset(m.kind for m in matrices), two), "transformers").support != "no":
+        return GROUP_SIZES[0]
+    widths = {m.shape[1] for m in matrices}  # one group as wide as a layer is another scheme: one scale per channel
+    size = next((g for g in GROUP_SIZES if all(w % g == 0 for w in widths) and g not in widths), -1)
+    if size != GROUP_SIZES[0] and default.settings.get("group_size") is None and default.name not in ("nf4", "fp4"):
+        what = f"groups of {size}" if size > 0 else "one scale per channel"
+        events.append(Event("group_size", f"{what} for all layers: transformers reads one scheme for this model"))
+    return size
+
+
 def _fit(
-    spec: MethodSpec, stage: QuantizeStage, matrix: Matrix, events: list[Event]
+    spec: MethodSpec, stage: QuantizeStage, matrix: Matrix, usual: int, events: list[Event]
 ) -> tuple[Method[Any] | None, str | None]:
     """The method with a group size that fits the matrix, or None and why it is left out."""
     cls = load_method(spec.name or "gptq")
@@ -135,11 +150,13 @@ def _fit(
     if "group_size" not in cls.Config.model_fields:
         return cls(config), None
     width, asked = matrix.shape[1], getattr(config, "group_size")  # noqa: B009 - not every Config has it
-    size = GROUP_SIZES[0] if asked is None else asked
+    size = usual if asked is None else asked
     if size != -1 and width % size:
         policy = stage.indivisible
         if policy == "skip":
-            return None, f"group size {size} does not divide its width {width}"
+            reason = f"group size {size} does not divide its width {width}"
+            events.append(Event("skipped", f"left as it is: {reason}", matrix.name))
+            return None, reason
         if policy in ("smaller_group", "channel"):
             smaller = [g for g in GROUP_SIZES if g < size and width % g == 0] if policy == "smaller_group" else []
             chosen = smaller[0] if smaller else -1
@@ -185,32 +202,30 @@ def _choose_format(stage: QuantizeStage, methods: dict[Matrix, Method[Any]]) -> 
     return load_format("compressed-tensors" if levels is None else "bnb")
 
 
-def _layers(work: Work) -> Iterator[tuple[Slot, Layer]]:
-    for matrix, method in work.methods.items():
-        yield work.slots[matrix], method.form(matrix.shape, matrix.dtype)
-
-
 def _check_format(work: Work) -> None:
-    problems = [f"{slot.name}: {why}" for slot, layer in _layers(work) if (why := work.format.check(slot, layer))]
-    if why := work.format.check_all(_layers(work)):
+    """Refuse what the format cannot hold, and what transformers would not read back."""
+    name, given = work.format.name, list(layers(work))
+    problems = [f"{slot.name}: {why}" for slot, layer in given if (why := work.format.check(slot, layer))]
+    if why := work.format.check_all(given, _left_modules(work)):
         problems.append(f"the layers together: {why}")
+    if not problems and (found := entry(stored(work), "transformers")).support == "no":
+        problems.append(f"transformers would not load it: {found.reason}")
     _refuse(
-        [f"format {work.format.name}: {p}" for p in problems],
+        [f"format {name}: {p}" for p in problems],
         "choose another --format or --method, or leave the layers out with `ignore`",
     )
-
-
-def _slot(matrix: Matrix) -> Slot:
-    expert = matrix.site.expert is not None
-    return Slot(matrix.key, matrix.module, matrix.shape, matrix.dtype, matrix.transposed, expert)
 
 
 def _left_modules(work: Work) -> set[str]:
     """Modules that loaders would take for compressed, if they were not told."""
     treated = {m.module for m in work.methods}
+    origins = work.model.map.origins
     linears = {name for name, module in work.model.model.named_modules() if isinstance(module, nn.Linear)}
-    routers = {key.removesuffix(".weight") for block in work.model.anatomy.blocks for key, _ in block.left}
-    return ((linears | {m.module for m in work.left}) - treated) | routers
+    left = (linears | {m.module for m in work.left}) - treated
+    # Loaders match names in memory or on disk: the head of GPT-NeoX has another one there, routers too.
+    on_disk = {key for name in left if (found := origins.get(f"{name}.weight")) for key in found.keys}
+    on_disk |= {key for block in work.model.anatomy.blocks for key, _ in block.left}
+    return left | {key.removesuffix(".weight") for key in on_disk}
 
 
 def _lay_out_files(work: Work) -> None:

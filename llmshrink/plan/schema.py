@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from llmshrink.formats.runtimes import Support
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,15 @@ class PlanEvent(_Part):
     layer: str | None = None
 
 
+class LoadPlan(_Part):
+    """Whether a runtime will load the result, why, and where that is known from."""
+
+    runtime: str
+    support: Support
+    reason: str
+    source: str
+
+
 class Plan(_Part):
     """The whole plan; bytes of tensors before and after, exact."""
 
@@ -66,4 +77,5 @@ class Plan(_Part):
     disk_bytes: int  # output, and what a resume needs beside it
     disk_free: int
     output: str
+    loads_in: list[LoadPlan]
     events: list[PlanEvent]

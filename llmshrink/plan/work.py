@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.formats.runtimes import Kind
 from llmshrink.forms import Event
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Block, Group, Matrix
@@ -39,10 +38,6 @@ class Work:
     def needs_data(self) -> bool:
         """Whether any method looks at calibration text."""
         return any(method.needs.bytes(1) > 0 for method in self.methods.values())
-
-    def kinds(self) -> set[Kind]:
-        """The kinds of layers that are compressed."""
-        return {_kind(matrix) for matrix in self.methods}
 
     def needs(self, group: Group) -> type[Statistic]:
         """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
@@ -82,9 +77,3 @@ def main_method(methods: dict[Matrix, Method[Any]]) -> Method[Any]:
 def method_name(method: Method[Any]) -> str:
     """The name of a method in a recipe: that of its file."""
     return type(method).__module__.rpartition(".")[2]
-
-
-def _kind(matrix: Matrix) -> Kind:
-    if matrix.site.expert is not None:
-        return "experts"
-    return "conv1d" if matrix.transposed else "linear"

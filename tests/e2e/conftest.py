@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import build_model, llama
+from tiny import build_model, config
 
 from llmshrink import run
 from llmshrink.report.schema import Check
@@ -16,7 +16,9 @@ from llmshrink.report.schema import Check
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the smallest Llama; tests spoil only copies of it."""
     folder = tmp_path_factory.mktemp("smallest") / "model"
-    build_model(folder, llama(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64))
+    build_model(
+        folder, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
+    )
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import recipe
-from tiny import build_model, llama
+from tiny import build_model, config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -119,7 +119,7 @@ def test_a_method_that_needs_no_data_runs_no_calibration(
 def test_planned_memory_does_not_grow_with_depth(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    build_model(tmp_path / "deep", llama(num_hidden_layers=6))
+    build_model(tmp_path / "deep", config("llama", num_hidden_layers=6))
     planned = {}
     for folder in (models_folder("llama"), tmp_path / "deep"):
         wanted = recipe(folder, tmp_path / "out", text_file, GPTQ)
@@ -152,7 +152,9 @@ def test_a_whole_block_may_be_left_out(models_folder: Callable[..., Path], text_
     report = run.execute(
         recipe(models_folder("llama"), tmp_path / "out", text_file, GPTQ, **ignored), progress=Silent()
     )
-    assert report.stages[0].layers and all(".layers.1." in layer.name for layer in report.stages[0].layers)
+    for layer in report.stages[0].layers:
+        assert (layer.method is not None) == (".layers.1." in layer.name)
+        assert layer.reason == (None if layer.method else "the recipe leaves it out")
 
 
 def test_a_comparison_that_does_not_fit_is_refused_before_compute(

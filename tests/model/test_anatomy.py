@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIGS, llama
+from tiny import FAMILIES, config
 from torch import nn
 
 from llmshrink.errors import PlanError
@@ -26,11 +26,26 @@ EXPERTS = [
     for e in range(4)
     for names in ({f"experts.{e}.gate_proj", f"experts.{e}.up_proj"}, {f"experts.{e}.down_proj"})
 ]
+OPT = [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]
+BLOOM = [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]
+# What differs from Llama; blocks that differ from each other are listed one by one.
 GROUPS = {
-    "llama": [LLAMA, LLAMA],
-    "llama-tied": [LLAMA, LLAMA],
-    "gpt2": [[{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}]] * 2,
+    "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
+    "phi3": [{"qkv_proj"}, {"o_proj"}, {"gate_up_proj"}, {"down_proj"}],
+    "opt": OPT,
+    "opt-projected": OPT,
+    "gpt-neox": BLOOM,
+    "bloom": BLOOM,
+    "falcon": [{"query_key_value", "dense_h_to_4h"}, {"dense"}, {"dense_4h_to_h"}],
+    "falcon-new": BLOOM,
+    "falcon-alibi": BLOOM,
+}
+EACH_BLOCK = {
     "qwen3-moe": [[*ATTENTION, *EXPERTS], LLAMA],
+    "mixtral": [
+        [*ATTENTION, *({f"experts.{e}.{w}" for w in pair} for e in range(4) for pair in (("w1", "w3"), ("w2",)))]
+    ]
+    * 2,
 }
 
 
@@ -38,11 +53,11 @@ def streamed(folder: Path) -> StreamedModel:
     return StreamedModel(open_source(str(folder)), CPU)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_the_linears_fed_by_one_tensor(models_folder: Models, family: str) -> None:
     blocks = streamed(models_folder(family)).anatomy.blocks
     assert [block.index for block in blocks] == [0, 1]
-    for block, expected in zip(blocks, GROUPS[family], strict=True):
+    for block, expected in zip(blocks, EACH_BLOCK.get(family) or [GROUPS.get(family, LLAMA)] * 2, strict=True):
         # In the order of the forward pass; names as far as they tell apart.
         assert len(block.groups) == len(expected)
         for group, names in zip(block.groups, expected, strict=True):
@@ -51,7 +66,7 @@ def test_groups_are_the_linears_fed_by_one_tensor(models_folder: Models, family:
             assert len({m.shape[1] for m in group.matrices}) == 1
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_weight_of_a_block_is_missed(models_folder: Models, family: str) -> None:
     model = streamed(models_folder(family))
     infos = model.weights.infos
@@ -63,11 +78,11 @@ def test_no_weight_of_a_block_is_missed(models_folder: Models, family: str) -> N
         matrices, left = {m.key for m in block.matrices}, {key for key, _ in block.left}
         assert matrices | left == big and not matrices & left
         # Routers are small and decide much: left as they are.
-        assert all(key.endswith("mlp.gate.weight") for key in left)
-    assert any(block.left for block in model.anatomy.blocks) == (family == "qwen3-moe")
+        assert all(key.endswith(".gate.weight") for key in left)
+    assert any(block.left for block in model.anatomy.blocks) == (family in EACH_BLOCK)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_matrix_is_seen_as_out_by_in(models_folder: Models, family: str) -> None:
     model = streamed(models_folder(family))
     for block in model.anatomy.blocks:
@@ -80,7 +95,7 @@ def test_a_matrix_is_seen_as_out_by_in(models_folder: Models, family: str) -> No
 
 
 def test_a_layout_that_is_not_known_is_refused_by_name() -> None:
-    model = build(llama(), torch.float32)
+    model = build(config("llama"), torch.float32)
     model.config.num_hidden_layers = 5
     with pytest.raises(PlanError, match=r"LlamaForCausalLM: .* 5 decoder blocks; lists: layers \(2 x LlamaDecoder"):
         block_list(model)

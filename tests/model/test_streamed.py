@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import logits
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, build_model, gpt2, llama
+from tiny import FAMILIES, build_model, config
 from transformers import AutoModelForCausalLM
 
 from llmshrink.errors import InputError
+from llmshrink.model.anatomy import block_list
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
@@ -32,7 +33,7 @@ def whole(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_whole_model(models_folder: Models, family: str, dtype: torch.dtype) -> None:
     folder = models_folder(family, dtype)
     expected, found = whole(folder), streamed(folder)
@@ -54,7 +55,7 @@ def test_a_block_is_in_memory_only_while_it_is_loaded(models_folder: Models) -> 
     assert all(p.is_meta for p in block.parameters())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_other_weights_take_the_place_of_the_stored_ones(models_folder: Models, tmp_path: Path, family: str) -> None:
     folder = models_folder(family)
     model = StreamedModel(open_source(str(folder)), CPU)
@@ -82,7 +83,7 @@ def test_loaded_weights_are_copies(models_folder: Models) -> None:
 def bare_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2 as the Hub has it: names without `transformer.`, and masks that old code stored."""
     folder = tmp_path_factory.mktemp("bare") / "gpt2"
-    build_model(folder, gpt2())
+    build_model(folder, config("gpt2"))
     path = folder / "model.safetensors"
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     for index in range(2):
@@ -110,7 +111,7 @@ def test_a_sharded_checkpoint_is_read(models_folder: Models, tmp_path: Path) -> 
 
 
 def test_missing_tensors_and_other_shapes_are_named(models_folder: Models, tmp_path: Path) -> None:
-    build_model(tmp_path, llama())
+    build_model(tmp_path, config("llama"))
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     cut = {**tensors, "model.layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.up_proj.weight"][:3].clone()}
@@ -126,7 +127,7 @@ def test_missing_tensors_and_other_shapes_are_named(models_folder: Models, tmp_p
 # --- truncated
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, "bare gpt2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bare gpt2"])
 def test_a_truncated_model_is_the_model_cut_off(
     models_folder: Models, bare_gpt2: Path, tmp_path: Path, family: str
 ) -> None:
@@ -135,6 +136,6 @@ def test_a_truncated_model_is_the_model_cut_off(
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    (full.transformer.h if hasattr(full, "transformer") else full.model.layers).__delitem__(1)
+    del block_list(full)[1][1]
     assert (logits(model.eval()) - logits(full)).abs().max() <= 1e-5
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

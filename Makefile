@@ -16,12 +16,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP) ## install, quantize the embedded model to 4 bits, show what it cost
-	$(BIN)/llmshrink quantize --bits 4 --overwrite
+	$(BIN)/llmshrink quantize --bits 4 --output out/demo --overwrite
 
 test: $(STAMP) ## the default tests: offline, under ten minutes on two cores
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## tests that take minutes (memory of a deep model, random kills, a built wheel)
+test-slow: $(STAMP) ## tests that take minutes: kills at every step, every method of every family, a built wheel
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(STAMP) ## tests that need a CUDA device
@@ -31,7 +31,7 @@ test-oldest: ## the default tests with the oldest releases that pyproject.toml a
 	test -x .venv-oldest/bin/uv || ($(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet uv)
 	grep '^torch==' constraints.txt > .venv-oldest/torch.txt
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
-	  --constraint .venv-oldest/torch.txt --editable . pytest hypothesis
+	  --constraint .venv-oldest/torch.txt --editable . "pytest>=8" "hypothesis>=6.100"
 	.venv-oldest/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider
 
 check: $(STAMP) ## ruff, formatting, types
@@ -48,5 +48,5 @@ bench: $(STAMP) ## the benches of bench/results.md that need nothing but this pr
 	$(BIN)/python -m bench.startup
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-oldest build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist out/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 
 from llmshrink import __version__
-from llmshrink.errors import InterruptedRun, UsageError
+from llmshrink.errors import InterruptedRun, ResourceError, UsageError
 from llmshrink.forms import Event
 from llmshrink.progress import Progress
 
@@ -98,10 +98,33 @@ def threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-class StopSignal:
-    """SIGINT and SIGTERM: the first asks to stop at the next block, a second stops at once with exit code 130."""
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn an allocation that failed, on the host or on a GPU, into an error that says so.
 
-    def __init__(self) -> None:
+    Raises:
+        ResourceError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own error, and what its CPU allocator raises
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        raise ResourceError(
+            f"Memory ran out: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
+            hint="Use fewer or shorter rows, or a smaller --set run.batch_tokens; what is finished is kept.",
+        ) from error
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: the first asks to stop at the next block, a second stops at once with exit code 130.
+
+    A run that cannot be resumed is stopped by the first.
+    """
+
+    def __init__(self, *, resumable: bool) -> None:
+        self._resumable = resumable
         self._caught: str | None = None
         self._previous: dict[int, object] = {}
 
@@ -118,7 +141,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._caught is not None:
+        if self._caught is not None or not self._resumable:
             raise KeyboardInterrupt
         self._caught = signal.Signals(number).name
 
@@ -138,9 +161,9 @@ class _Watched:
     def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
         self._progress, self._check = progress, check
 
-    def start(self, step: str, total: int) -> None:
+    def start(self, step: str, total: int, done: int = 0) -> None:
         self._check()
-        self._progress.start(step, total)
+        self._progress.start(step, total, done)
 
     def advance(self, amount: int, note: str = "") -> None:
         self._progress.advance(amount, note)

@@ -62,8 +62,8 @@ class PeakMonitor:
     """Samples the memory of this process and its children from a thread: `with PeakMonitor() as memory: ...`.
 
     Attributes:
-        entry_bytes: The level when the block was entered.
-        peak_bytes: The highest level seen so far, at least the one at entry.
+        base_bytes: The level that counts as zero: as given, or when the block was entered.
+        peak_bytes: The highest level seen so far, at least that one.
         device_bytes: Peak allocated by torch on the accelerator since entry; None without one. Set on leaving.
     """
 
@@ -71,8 +71,10 @@ class PeakMonitor:
         self,
         device: torch.device | None = None,
         probe: Callable[[list[psutil.Process] | None], int] = anonymous_bytes,
+        base: int | None = None,
     ) -> None:
-        self.entry_bytes = 0
+        self.base_bytes = 0
+        self._base = base
         self.peak_bytes = 0
         self.device_bytes: int | None = None
         self._device = device if device is not None and device.type == "cuda" else None
@@ -81,12 +83,12 @@ class PeakMonitor:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
-    def above_entry_bytes(self) -> int:
-        """What the block needed at its peak, on top of the level at entry."""
-        return self.peak_bytes - self.entry_bytes
+    def above_base_bytes(self) -> int:
+        """What the block needed at its peak, on top of the level that counts as zero."""
+        return self.peak_bytes - self.base_bytes
 
     def __enter__(self) -> Self:
-        self.entry_bytes = self.peak_bytes = self._probe(None)
+        self.base_bytes = self.peak_bytes = self._probe(None) if self._base is None else self._base
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         self._thread.start()

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 class Progress(Protocol):
     """A listener to the steps of a run."""
 
-    def start(self, step: str, total: int) -> None:
-        """A step begins; `total` is its work in parameters (compress) or tokens (evaluate), 0 if unknown."""
+    def start(self, step: str, total: int, done: int = 0) -> None:
+        """A step begins; `total` is its work in parameters (compress) or tokens (evaluate), 0 if unknown.
+
+        `done` of it was done by an earlier run.
+        """
 
     def advance(self, amount: int, note: str = "") -> None:
         """Some of the step's work is done; `note` says what, e.g. the block's name and error."""
@@ -27,7 +30,7 @@ class Progress(Protocol):
 class Silent:
     """A listener that does nothing."""
 
-    def start(self, step: str, total: int) -> None:
+    def start(self, step: str, total: int, done: int = 0) -> None:
         """Ignore."""
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -38,3 +41,11 @@ class Silent:
 
     def event(self, event: Event) -> None:
         """Ignore."""
+
+
+def seconds(value: float) -> str:
+    """A duration in words."""
+    if value < 60:
+        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from llmshrink import __version__
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.compress import Result
-from llmshrink.formats.runtimes import RUNTIMES, worst
 from llmshrink.forms import Event
 from llmshrink.machine import device_name, versions
 from llmshrink.memory import PeakMonitor
@@ -23,9 +21,11 @@ from llmshrink.recipe import text
 from llmshrink.recipe.load import dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import (
+    BY_RULE,
     CalibrationReport,
     Check,
     EventRecord,
+    LayerReport,
     MemoryReport,
     ModelInfo,
     ModelMeasure,
@@ -44,6 +44,8 @@ class RunFacts:
     embedded: bool
     device: torch.device
     threads: int
+    base_bytes: int  # anonymous memory after the imports
+    command: list[str] | None  # as it was typed
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class RunFacts:
         """The report of the whole run; `measures` holds `before` and, after a compression, `after`."""
         return Report(
             llmshrink_version=__version__,
-            command=["llmshrink", *sys.argv[1:]],
+            command=self.command,
             recipe=self.resolved,
             recipe_hash=recipe_hash(self.recipe),
             model=ModelInfo(
@@ -132,44 +134,65 @@ def quantize_stage(
         task="quantize",
         method={"name": plan.method, **first.config.model_dump(mode="json")},
         format=work.format.name,
-        layers=result.layers,
+        layers=[*result.layers, *_left(plan)],
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,
         bits_per_weight=plan.bits_per_weight,
         seconds={"compress_stage": seconds, **result.seconds},
+        resumed_blocks=result.resumed,
         memory=MemoryReport(
             planned_bytes=plan.memory_bytes,
-            measured_bytes=memory.above_entry_bytes,
+            measured_bytes=memory.above_base_bytes,
             device_bytes=memory.device_bytes,
         ),
         checks=checks,
-        loads_in=_loads_in(work, checks),
+        loads_in=_loads_in(plan, checks),
     )
+
+
+def _left(plan: Plan) -> list[LayerReport]:
+    """Matrices that stay as they are."""
+    layers = [layer for block in plan.blocks for layer in block.layers if layer.method is None]
+    return [
+        LayerReport(
+            name=layer.name,
+            shape=layer.shape,
+            method=None,
+            form="Dense",
+            format="dense",
+            parameters=layer.parameters,
+            bytes_before=layer.bytes_before,
+            bytes_after=layer.bytes_after,
+            bits_per_weight=8 * layer.bytes_after / layer.parameters,
+            reason=layer.reason,
+        )
+        for layer in layers
+    ]
 
 
 def eval_stage(model: StreamedModel, seconds: float) -> StageReport:
     """One eval stage: the measures themselves are `before` and `after` of the report."""
     checkpoint = model.source.checkpoint
-    parameters = sum(info.numel for info in model.weights.infos.values())
     return StageReport(
         task="eval",
         format=model.weights.format.name,
         bytes_before=checkpoint.bytes,
         bytes_after=checkpoint.bytes,
-        bits_per_weight=8 * checkpoint.bytes / parameters,
+        bits_per_weight=8 * checkpoint.bytes / model.parameters,
         seconds={"evaluate": seconds},
     )
 
 
-def _loads_in(work: Work, checks: list[Check]) -> list[RuntimeSupport]:
+def _loads_in(plan: Plan, checks: list[Check]) -> list[RuntimeSupport]:
     """What the table says of this output; transformers' line is proved by the check that loaded it."""
-    proof = {"transformers": "check 'reader'"} if any(c.name == "reader" and c.passed for c in checks) else {}
-    bits = {getattr(method.config, "bits", 4) for method in work.methods.values()}
-    symmetric = all(getattr(method.config, "symmetric", True) for method in work.methods.values())
-    found = []
-    for runtime in RUNTIMES:
-        entry = worst(work.format.name, work.kinds(), runtime, bits=bits, symmetric=symmetric)
-        more = {"proof": proof[runtime]} if runtime in proof else {}
-        found.append(RuntimeSupport(runtime=runtime, support=entry.support, reason=entry.reason, **more))
-    return found
+    loaded = any(check.name == "reader" and check.passed for check in checks)
+    return [
+        RuntimeSupport(
+            runtime=line.runtime,
+            support=line.support,
+            reason=line.reason,
+            proof="check 'reader'" if loaded and line.runtime == "transformers" else f"{BY_RULE}: {line.source}",
+        )
+        for line in plan.loads_in
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmshrink.engine.workspace import MANIFEST
+from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.io.files import sha256
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -38,9 +38,13 @@ def decoded_model(folder: Path, original: Path) -> PreTrainedModel:
     """The original's class with the weights that llmshrink decodes from `folder`, float32."""
     streamed = StreamedModel(open_source(str(folder)), torch.device("cpu"))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
-    state = {
-        name: streamed.map.build(name, lambda key: streamed.weights.get(key).float()) for name in streamed.map.origins
-    }
+    kinds = {m.key: m.kind for block in streamed.anatomy.blocks for m in block.matrices}
+
+    def get(key: str) -> torch.Tensor:  # some matrices are rounded to the checkpoint's dtype by the reader
+        weights = streamed.weights
+        return (weights.as_read(key, kinds[key]) if key in weights.compressed else weights.get(key)).float()
+
+    state = {name: streamed.map.build(name, get) for name in streamed.map.origins}
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model
@@ -67,8 +71,8 @@ def content(folder: Path) -> dict[str, str]:
     return {p.name: sha256(p) for p in folder.iterdir() if p.name not in TIMED | {"recipe.yaml"}}
 
 
-def assert_complete(folder: Path) -> None:
-    """The folder holds what its manifest lists, and nothing else."""
+def assert_complete(folder: Path, *, killed: bool = False) -> None:
+    """The folder holds what its manifest lists and nothing else; a run killed at its very end leaves its work there."""
     listed = json.loads((folder / MANIFEST).read_bytes())["files"]
-    assert {p.name for p in folder.iterdir()} == {*listed, MANIFEST}
+    assert {p.name for p in folder.iterdir()} - ({WORK} if killed else set()) == {*listed, MANIFEST}
     assert all(sha256(folder / name) == entry["sha256"] for name, entry in listed.items())

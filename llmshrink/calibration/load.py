@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-
-import torch
+from pathlib import Path
 
 from llmshrink.calibration.rows import Rows, tokenize
 from llmshrink.calibration.sample import fits, sample_rows
 from llmshrink.calibration.text import documents
 from llmshrink.forms import Event
-from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
 
@@ -24,8 +23,8 @@ SELF_EVALUATION_SEED = 1_000_003  # so that no sample for calibration is evaluat
 class TextLoader:
     """Makes the rows of one run."""
 
-    def __init__(self, source: Source, *, embedded: bool, device: torch.device, progress: Progress) -> None:
-        self._source, self._embedded, self._device, self._progress = source, embedded, device, progress
+    def __init__(self, model: StreamedModel, *, embedded: bool, progress: Progress) -> None:
+        self._model, self._embedded, self._progress = model, embedded, progress
         self.events: list[Event] = []
 
     def calibration(self, spec: CalibrationSpec, length: int) -> Rows:
@@ -53,15 +52,14 @@ class TextLoader:
             if name == "self" and "auto" in spec.data:  # nobody asked for hours of sampling
                 count = min(count, max(1, AUTO_SELF_TOKENS // length))
             rows = self._rows(name, spec.split or "test", spec.column, count, length, 0, spec.packed)
-            if calibration is not None and _overlap(calibration, rows):
-                message = f"calibration and evaluation share a text: {name}. The figures on it flatter the result"
-                self.events.append(Event("shared_corpus", message))
+            if calibration is not None and (found := _overlap(calibration, rows)):
+                self.events.append(found)
             texts.append(rows)
         return texts
 
     def _auto_texts(self) -> list[str]:
         text = "generator" if self._embedded or not _hub_answers() else GENERAL_TEXT
-        if fits(self._source, self._device):
+        if fits(self._model):
             return [text, "self"]
         self.events.append(Event("not_measured", "quality on the model's own samples: it does not fit into memory"))
         return [text]
@@ -71,24 +69,28 @@ class TextLoader:
     ) -> Rows:
         if data == "self":
             shift = 0 if split == "train" else SELF_EVALUATION_SEED
-            return sample_rows(
-                self._source, rows=count, length=length, seed=seed + shift, device=self._device, progress=self._progress
-            )
+            return sample_rows(self._model, rows=count, length=length, seed=seed + shift, progress=self._progress)
         found = documents(data, seed=seed, split=split, column=column)
-        rows = tokenize(found, self._source.tokenizer, rows=count, length=length, packed=packed, data=data)
+        rows = tokenize(found, self._model.source.tokenizer, rows=count, length=length, packed=packed, data=data)
         if len(rows.tokens) < count:
             message = f"{data} gives {len(rows.tokens)} rows where {count} were asked for"
             self.events.append(Event("few_rows", message, data={"rows": float(len(rows.tokens))}))
-        origin = {"generator": "the built-in story generator"}.get(data, data)
-        return replace(rows, origin=f"{origin}, {split} split" if data == "generator" else origin)
+        name = Path(data).name if Path(data).exists() else data  # people read it in the card: no path of this machine
+        origin = {"generator": "the built-in story generator"}.get(data, name)
+        return replace(rows, origin=f"{origin}, {split} split" if data == "generator" else origin, split=split)
 
 
-def _overlap(calibration: Rows, rows: Rows) -> bool:
-    """Whether the two come from one place; the generator's splits share no story, nor do the model's samples."""
-    if calibration.data == rows.data:
-        return rows.data not in ("generator", "self")
+def _overlap(calibration: Rows, rows: Rows) -> Event | None:
+    """What the two have in common; the generator's splits share no story, nor do the model's samples."""
     seen = {row.numpy().tobytes() for row in calibration.tokens}
-    return any(row.numpy().tobytes() in seen for row in rows.tokens)
+    same = any(row.numpy().tobytes() in seen for row in rows.tokens)
+    if calibration.data == rows.data and rows.data not in ("generator", "self"):
+        if calibration.split != rows.split and not same and not Path(rows.data).exists():
+            message = f"calibration and evaluation come from two splits of one dataset: {rows.data}"
+            return Event("related_corpus", message)
+        same = True
+    message = f"calibration and evaluation share a text: {rows.data}. The figures on it flatter the result"
+    return Event("shared_corpus", message) if same else None
 
 
 @cache

@@ -30,6 +30,7 @@ class Rows:
     tokens: tuple[Tensor, ...]  # each int64 [length]
     data: str  # as the recipe names it
     origin: str  # in words
+    split: str = ""  # of a dataset
 
     @property
     def length(self) -> int:
@@ -63,7 +64,7 @@ class Rows:
     def save(self, path: Path, key: dict[str, Any], events: list[Event]) -> None:
         """Keep the rows, and what happened while they were made, for a run that goes on; `key` says for which run."""
         tokens = [row.tolist() for row in self.tokens]
-        facts = {"data": self.data, "origin": self.origin, "tokens": tokens}
+        facts = {"data": self.data, "origin": self.origin, "split": self.split, "tokens": tokens}
         write_bytes(path, sealed({"key": key, **facts, "events": [vars(event) for event in events]}))
 
     @classmethod
@@ -72,7 +73,8 @@ class Rows:
         kept = unsealed(path.read_bytes()) if path.is_file() else None
         if kept is None or kept["key"] != key:
             return None
-        rows = cls(tuple(torch.tensor(row) for row in kept["tokens"]), kept["data"], kept["origin"])
+        tokens = tuple(torch.tensor(row) for row in kept["tokens"])
+        rows = cls(tokens, kept["data"], kept["origin"], kept["split"])
         return rows, [Event(**event) for event in kept["events"]]
 
 

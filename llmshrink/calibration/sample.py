@@ -13,28 +13,29 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import ResourceError
 from llmshrink.memory import available_memory
-from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 
 BATCH_TOKENS = 16_384  # rows times length generated together: bounds the cache
 ROOM = 1.3  # what loading and a cache need, as a multiple of the weights
 
 
-def fits(source: Source, device: torch.device) -> bool:
-    """Whether the whole model can be in memory."""
-    return device.type != "cpu" or int(source.checkpoint.bytes * ROOM) <= available_memory()
+def fits(model: StreamedModel) -> bool:
+    """Whether a model can be in memory as a whole, its weights decompressed."""
+    return model.device.type != "cpu" or int(model.dense_bytes * ROOM) <= available_memory()
 
 
 @torch.no_grad()
-def sample_rows(source: Source, *, rows: int, length: int, seed: int, device: torch.device, progress: Progress) -> Rows:
+def sample_rows(streamed: StreamedModel, *, rows: int, length: int, seed: int, progress: Progress) -> Rows:
     """Sample `rows` rows of `length` tokens.
 
     Raises:
         ResourceError: the model does not fit into memory as a whole.
     """
-    if not fits(source, device):
+    source, device = streamed.source, streamed.device
+    if not fits(streamed):
         raise ResourceError(
-            f"Sampling text from {source.id} needs its {source.checkpoint.bytes / 2**30:.1f} GiB in memory at once.",
+            f"Sampling text from {source.id} needs its {streamed.dense_bytes / 2**30:.1f} GiB in memory at once.",
             hint="Give text instead: --calibration FILE --evaluation FILE, or dataset ids.",
         )
     model = AutoModelForCausalLM.from_pretrained(

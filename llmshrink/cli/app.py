@@ -86,7 +86,7 @@ def quantize(
     wanted = opt.build_recipe("quantize", ctx.params)
     _tell_default(wanted.model.id, quiet)
     if plan:
-        _plan(wanted, json=json, quiet=quiet, verbose=verbose)
+        _plan(wanted, json=json)
     elif smoke:
         _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
     else:
@@ -102,6 +102,7 @@ def evaluate(
     revision: opt.Revision = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
     evaluation: opt.Evaluation = None,
+    baseline: opt.Baseline = None,
     rows: opt.Rows = None,
     row_length: opt.RowLength = None,
     device: opt.Device = None,
@@ -110,7 +111,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Measure a model: perplexity, size, speed, memory."""
+    """Measure a model: perplexity, size, speed, memory; with --baseline its divergence from another."""
     wanted = opt.build_recipe("eval", ctx.params)
     _tell_default(wanted.model.id, quiet)
     report = _execute(wanted, quiet=quiet, verbose=verbose)
@@ -145,7 +146,7 @@ def plan(
     """Show what quantize would do to every layer, with bytes and memory, without doing it."""
     wanted = opt.build_recipe("quantize", ctx.params)
     _tell_default(wanted.model.id, quiet)
-    _plan(wanted, json=json, quiet=quiet, verbose=verbose)
+    _plan(wanted, json=json)
 
 
 @app.command(rich_help_panel="Look")
@@ -211,12 +212,11 @@ def _tell_default(model: str | None, quiet: bool) -> None:
         console.say("no model named: using the one inside llmshrink")
 
 
-def _plan(wanted: Recipe, *, json: bool, quiet: bool, verbose: bool) -> None:
+def _plan(wanted: Recipe, *, json: bool) -> None:
     from llmshrink import run
     from llmshrink.report import table
 
-    with listener(quiet=quiet, verbose=verbose) as progress:
-        found = run.make_plan(wanted, progress)
+    found = run.make_plan(wanted)
     if json:
         console.show_json(found.model_dump(mode="json"))
     else:
@@ -235,7 +235,8 @@ def _execute(wanted: Recipe, *, quiet: bool, verbose: bool, overwrite: bool = Fa
     from llmshrink import run
 
     with listener(quiet=quiet, verbose=verbose) as progress:
-        return run.execute(wanted, progress=progress, overwrite=overwrite)
+        command = ["llmshrink", *sys.argv[1:]]
+        return run.execute(wanted, progress=progress, overwrite=overwrite, command=command)
 
 
 def _finish(report: Report, *, json: bool, table: bool = True, path: bool = False) -> None:
@@ -255,7 +256,7 @@ def _finish(report: Report, *, json: bool, table: bool = True, path: bool = Fals
 def _show_checks(checks: Sequence[Check], *, json: bool) -> None:
     from llmshrink.report import table
 
-    failed = [check.name for check in checks if not check.passed]
+    failed = [check.name for check in checks if check.passed is False]
     if json:
         console.show_json({"passed": not failed, "checks": [check.model_dump(mode="json") for check in checks]})
     else:

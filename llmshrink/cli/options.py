@@ -25,6 +25,7 @@ RECIPE_KEYS = {
     "evaluation": "evaluation.data",
     "rows": "evaluation.rows",
     "row_length": "evaluation.length",
+    "baseline": "evaluation.baseline",
     "device": "run.device",
     "threads": "run.threads",
     "sequential": "run.sequential",
@@ -101,6 +102,9 @@ Evaluation = Annotated[
     list[str] | None, typer.Option(help="Text to measure on, as --calibration; repeatable.", rich_help_panel=_TEXT)
 ]
 Rows = Annotated[int | None, typer.Option(help="Rows of each text.", rich_help_panel=_TEXT)]
+Baseline = Annotated[
+    str | None, typer.Option(help="A model to compare with: KL to it.", metavar="MODEL", rich_help_panel=_TEXT)
+]
 RowLength = Annotated[int | None, typer.Option("--length", help="Tokens in a row.", rich_help_panel=_TEXT)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_HOW)]

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from llmshrink.progress import Progress, Silent
-from llmshrink.report.rows import seconds
+from llmshrink.progress import Progress, Silent, seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +28,8 @@ class _Step:
     total: int
     begun: float  # seconds, by the clock
     told: float
-    done: int = 0
+    before: int  # done by an earlier run
+    done: int = 0  # since
 
 
 class _Events:
@@ -61,10 +61,10 @@ class Lines:
         self._steps: list[_Step] = []
         self._events = _Events(self._write)
 
-    def start(self, step: str, total: int) -> None:
+    def start(self, step: str, total: int, done: int = 0) -> None:
         """Begin a step; the first line comes after a few seconds, or at its end."""
         now = self._clock()
-        self._steps.append(_Step(step, total, now, now))
+        self._steps.append(_Step(step, total, now, now, done))
 
     def advance(self, amount: int, note: str = "") -> None:
         """Count the work, and tell it where the last line is old enough."""
@@ -113,9 +113,9 @@ class Bars:
         self._events = _Events(self._write)
         self._bars.start()
 
-    def start(self, step: str, total: int) -> None:
+    def start(self, step: str, total: int, done: int = 0) -> None:
         """A new bar; it pulses where the total is not known."""
-        self._steps.append(self._bars.add_task(step, total=total or None, note=""))
+        self._steps.append(self._bars.add_task(step, total=total or None, completed=done, note=""))
 
     def advance(self, amount: int, note: str = "") -> None:
         """Move the bar; with `verbose` every note stays on the screen."""
@@ -145,8 +145,8 @@ class Bars:
 def _share(step: _Step, elapsed: float) -> str:
     if not step.total or not step.done:
         return f": {seconds(elapsed)}"
-    share = min(step.done / step.total, 1.0)
-    return f": {share:.0%}, about {seconds(elapsed * (1 - share) / share)} left"
+    left = max(step.total - step.before - step.done, 0)
+    return f": {1 - left / step.total:.0%}, about {seconds(elapsed * left / step.done)} left"
 
 
 @contextmanager

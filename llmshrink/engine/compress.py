@@ -43,6 +43,7 @@ class Result:
     events: list[Event] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
+    resumed: int = 0  # blocks that an earlier run had finished
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take over a journal entry."""
@@ -94,8 +95,9 @@ class Compressor:
         for entry in done:
             result.add(entry)
         blocks = self._model.anatomy.blocks
-        self._progress.start("compress", sum(m.numel for b in blocks for m in b.matrices))
-        self._progress.advance(sum(m.numel for b in blocks[: len(done)] for m in b.matrices))
+        result.resumed = min(len(done), len(blocks))
+        sizes = [sum(m.numel for m in block.matrices) for block in blocks]
+        self._progress.start("compress", sum(sizes), sum(sizes[: len(done)]))
         saved = time.perf_counter()
         self._restore(done)
         with ThreadPoolExecutor(1) as disk:
@@ -283,7 +285,9 @@ class Compressor:
         known = method.config.model_dump()
         config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
         message = f"{method.baseline} from the weights alone: it saw {statistic.tokens} calibration tokens"
-        return baseline(config), Event("expert_fallback", message, data={"tokens": float(statistic.tokens)})
+        return baseline(config, method.scales), Event(
+            "expert_fallback", message, data={"tokens": float(statistic.tokens)}
+        )
 
     # --- files
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from llmshrink.errors import OutputError
-from llmshrink.io.files import sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
+from llmshrink.io.files import room_for, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
@@ -60,7 +60,8 @@ class Workspace:
             self._check_free()
             # Only a courtesy to whoever finds the lock held: it need not survive a power cut.
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
-            self._holder.write_text(json.dumps(holder), encoding="utf-8")
+            with room_for(self._holder):
+                self._holder.write_text(json.dumps(holder), encoding="utf-8")
         except BaseException:
             self._release()
             raise
@@ -135,7 +136,7 @@ class Workspace:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry; its `files` {path below the folder: SHA-256} must be on disk already."""
-        with self._journal.open("ab") as file:
+        with room_for(self._journal), self._journal.open("ab") as file:
             step()
             file.write(sealed(entry) + b"\n")
             file.flush()

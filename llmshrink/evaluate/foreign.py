@@ -61,7 +61,7 @@ def read(request: ReadRequest) -> ReadResult:
         load_seconds=seconds,
         bytes_at_load=at_load,
         loaded_bytes=after,
-        peak_bytes=memory.above_entry_bytes,
+        peak_bytes=memory.above_base_bytes,
         device_bytes=memory.device_bytes,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,

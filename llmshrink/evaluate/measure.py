@@ -10,6 +10,7 @@ from llmshrink.calibration.rows import Rows
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
+from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import Event
 from llmshrink.memory import available_memory
 from llmshrink.model.streamed import StreamedModel
@@ -75,6 +76,10 @@ def _scores(
 def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress) -> Found | None:
     """Load the folder as its users do and time it; None, with an event, where it cannot be done here."""
     folder = model.source.folder
+    if missing := missing_packages(model.weights.format.name):
+        message = f"speed: transformers needs {' and '.join(missing)} to load {folder}"
+        events.append(Event("not_measured", message))
+        return None
     needed = int(ROOM * model.dense_bytes)
     if model.device.type == "cpu" and needed > available_memory():
         events.append(Event("not_measured", f"speed: {needed / 2**30:.1f} GiB needed to load {folder} as a whole"))
@@ -90,7 +95,7 @@ def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], p
 
 def _measure(label: str, model: StreamedModel, found: Found | None, scores: list[TextScore]) -> ModelMeasure:
     checkpoint = model.source.checkpoint
-    parameters = sum(info.numel for info in model.weights.infos.values())
+    parameters = model.parameters
     sample: dict[str, Any] = {}
     if found is not None:
         sample = {
@@ -104,7 +109,7 @@ def _measure(label: str, model: StreamedModel, found: Found | None, scores: list
     return ModelMeasure(
         label=label,
         parameters=parameters,
-        zeros=sum(_zeros(model.weights.get(key)) for key in model.weights.infos),
+        zeros=sum(_zeros(model.weights.get(key)) for key in model.weights.infos if key not in model.anatomy.unused),
         tensor_bytes=checkpoint.bytes,
         bits_per_weight=8 * checkpoint.bytes / parameters,
         scores=scores,

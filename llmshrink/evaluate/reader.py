@@ -65,13 +65,18 @@ class Found(BaseModel):
 
 
 class ReadResult(BaseModel):
-    """What the reader found, or why it could not: exactly one of `found` and `error` is given."""
+    """What the reader found, or why it could not: exactly one of `found` and `error` is given.
+
+    Attributes:
+        unable: The reader was killed or took too long: that says nothing about the folder.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     found: Found | None = None
     logits: Tensor | None = None  # float32 [rows, T, V], on the CPU
     error: str | None = None
+    unable: bool = False
 
 
 def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadResult]:
@@ -97,7 +102,8 @@ def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadRe
             results.append(_receive(receiver, request, timeout))
         except EOFError:
             child.join()
-            results.append(ReadResult(error=f"the reader of {request.folder} died: {_cause(child.exitcode)}"))
+            error = f"the reader of {request.folder} died: {_cause(child.exitcode)}"
+            results.append(ReadResult(error=error, unable=child.exitcode == -signal.SIGKILL))
         finally:
             receiver.close()
             child.join(GRACE if results and results[-1].error is None else 0)
@@ -108,7 +114,7 @@ def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadRe
 
 def _receive(receiver: Connection, request: ReadRequest, timeout: float) -> ReadResult:
     if not receiver.poll(timeout):
-        return ReadResult(error=f"the reader of {request.folder} gave no answer within {timeout:g} s")
+        return ReadResult(error=f"the reader of {request.folder} gave no answer within {timeout:g} s", unable=True)
     result = ReadResult.model_validate_json(receiver.recv_bytes())
     if result.found is None or request.tokens is None:
         return result
@@ -124,7 +130,8 @@ def _cause(code: int | None) -> str:
 
 
 def _answer(sender: Connection, request: str, threads: int) -> None:
-    """In the child: silence the libraries, read, send."""
+    """In the child: silence the libraries, read, send. Ctrl-C goes to both; only the parent answers to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

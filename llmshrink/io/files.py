@@ -55,6 +55,23 @@ class HashingWriter:
 
 
 @contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says so.
+
+    Raises:
+        ResourceError: the disk is full, or a quota or the largest size of a file is reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror}.", hint="Make room and give the same command again."
+        ) from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[HashingWriter]:
     """Open `path` for writing so that it appears complete or not at all.
 
@@ -62,27 +79,24 @@ def atomic_file(path: Path) -> Iterator[HashingWriter]:
     redirect the write.
 
     Raises:
-        ResourceError: the disk is full, or a quota or the largest size of a file is reached.
+        ResourceError: no room is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as raw:
+        with room_for(path):
+            with os.fdopen(os.open(temporary, flags, 0o666), "wb") as raw:
+                step()
+                yield HashingWriter(raw)
+                raw.flush()
+                step()
+                os.fsync(raw.fileno())
             step()
-            yield HashingWriter(raw)
-            raw.flush()
+            temporary.replace(path)
             step()
-            os.fsync(raw.fileno())
-        step()
-        temporary.replace(path)
-        step()
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise ResourceError(
-                f"{path} cannot be written: {error.strerror}.", hint="Make room and give the same command again."
-            ) from error
         raise
     sync_folder(path.parent)
 

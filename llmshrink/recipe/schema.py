@@ -190,6 +190,9 @@ class EvaluationSpec(Section):
     data: list[str] = Field(
         default=["auto"], description="texts, each named as calibration.data; an empty list measures no quality"
     )
+    baseline: str | None = Field(
+        None, min_length=1, description="for eval: Hub id or folder of a model to compare with, by KL to it"
+    )
     split: str | None = Field(None, min_length=1, description="split of a Hub dataset; null: test")
     column: str | None = Field(None, min_length=1, description="the column or key that holds the text; null: found")
     rows: int = Field(64, ge=1, description="rows of tokens from each text")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from llmshrink.formats.runtimes import PACKAGES
 from llmshrink.report.rows import (
     clean,
     comparison,
@@ -21,7 +22,6 @@ from llmshrink.report.rows import (
 )
 from llmshrink.report.schema import Check, Report, RuntimeSupport
 
-PACKAGES = {"compressed-tensors": "compressed-tensors", "bnb": "accelerate bitsandbytes"}  # beside transformers
 TRANSFORMERS = """\
 ```python
 # pip install {packages}
@@ -115,7 +115,7 @@ def _table(report: Report) -> str:
 
 def _check(check: Check) -> str:
     value = "" if check.value is None else f" ({check.value:.3g})"
-    verdict = "passed" if check.passed else "**FAILED**"
+    verdict = {True: "passed", False: "**FAILED**", None: "not run"}[check.passed]
     return f"- {escape(check.name)}: {verdict}{value}" + (f". {escape(check.detail)}" if check.detail else "")
 
 
@@ -130,7 +130,7 @@ def _usage(report: Report) -> list[str]:
         if line.support == "no":
             continue
         if line.runtime == "transformers":
-            packages = " ".join(["torch transformers", *filter(None, [PACKAGES.get(stage.format)])])
+            packages = " ".join(["torch transformers", *PACKAGES[stage.format]])
             parts += [TRANSFORMERS.format(packages=packages), ""]
         elif line.runtime == "vllm":
             parts += [VLLM, ""]

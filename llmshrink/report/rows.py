@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from llmshrink.progress import seconds
 from llmshrink.report.schema import EventRecord, ModelInfo, ModelMeasure, Report, StageReport, TextScore
 
 NOT_MEASURED = "not measured"
@@ -34,6 +35,11 @@ def source_name(model: ModelInfo) -> str:
     return clean(Path(model.id).name if model.source == "folder" else model.id)
 
 
+def text_name(dataset: str) -> str:
+    """A text as readers should see it: the name of a file without its folders."""
+    return clean(Path(dataset).name if Path(dataset).suffix in (".txt", ".json", ".jsonl", ".parquet") else dataset)
+
+
 def comparison(report: Report) -> list[Row]:
     """Every measure before and after; what was not measured is said so."""
     before, after = report.before, report.after
@@ -51,7 +57,8 @@ def comparison(report: Report) -> list[Row]:
 
 
 def _sizes(report: Report) -> list[Row]:
-    before, after, stages = report.before, report.after, report.stages
+    before, after = report.before, report.after
+    stages = [stage for stage in report.stages if stage.layers]  # an eval stage changes nothing
     old = before.tensor_bytes if before and before.tensor_bytes is not None else None
     new = after.tensor_bytes if after and after.tensor_bytes is not None else None
     if stages:  # what was written is known, evaluated or not
@@ -76,7 +83,7 @@ def _texts(before: ModelMeasure | None, after: ModelMeasure | None) -> list[tupl
 
 
 def _quality(old: TextScore | None, new: TextScore | None) -> list[Row]:
-    name = clean((new or old).dataset)  # type: ignore[union-attr]  # one of them is given
+    name = text_name((new or old).dataset)  # type: ignore[union-attr]  # one of them is given
     before, after = (score.perplexity if score else None for score in (old, new))
     rows = [Row(f"perplexity, {name}", _or(before, _perplexity), _or(after, _perplexity), _change(before, after))]
     if new is not None:
@@ -130,21 +137,13 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def seconds(value: float) -> str:
-    """A duration in words."""
-    if value < 60:
-        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def protocols(report: Report) -> list[str]:
     """How each text was scored, one line for texts that share a protocol."""
     texts: dict[str, list[str]] = {}
     for old, new in _texts(report.before, report.after):
         score = new or old
         if score is not None:
-            where = f"{clean(score.dataset)} ({score.rows} rows, {score.tokens:,} tokens)"
+            where = f"{text_name(score.dataset)} ({score.rows} rows, {score.tokens:,} tokens)"
             texts.setdefault(clean(score.protocol), []).append(where)
     return [f"{', '.join(names)}: {protocol}" for protocol, names in texts.items()]
 
@@ -196,8 +195,8 @@ __all__ = [
     "count",
     "grouped_events",
     "protocols",
-    "seconds",
     "share",
     "source_name",
+    "text_name",
     "stage_lines",
 ]

@@ -26,7 +26,7 @@ class Check(Record):
     """One thing that was verified, with the number that decided it where there is one."""
 
     name: str
-    passed: bool
+    passed: bool | None = Field(description="None: it could not be run here; the detail says why")
     detail: str = ""
     value: float | None = None
 
@@ -61,6 +61,7 @@ class LayerReport(Record):
     )
     seconds: float | None = None
     fallback: bool = Field(default=False, description="done by the method's fallback; an event says why")
+    reason: str | None = Field(default=None, description="why it was left as it is")
 
 
 class TextScore(Record):
@@ -127,7 +128,10 @@ class StageReport(Record):
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
     bits_per_weight: float = Field(description="of all tensors over all parameters, scales and embeddings counted")
-    seconds: dict[str, float] = Field(default_factory=dict, description="step -> seconds")
+    seconds: dict[str, float] = Field(
+        default_factory=dict, description="step -> seconds; those of an interrupted run count, but for compress_stage"
+    )
+    resumed_blocks: int = Field(default=0, description="taken over from an interrupted run")
     memory: MemoryReport = MemoryReport()
     checks: list[Check] = Field(default_factory=list)
     loads_in: list[RuntimeSupport] = Field(default_factory=list)

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from llmshrink.progress import seconds
 from llmshrink.report.rows import (
     NOT_MEASURED,
     clean,
@@ -19,12 +20,11 @@ from llmshrink.report.rows import (
     count,
     grouped_events,
     protocols,
-    seconds,
     share,
     source_name,
     stage_lines,
 )
-from llmshrink.report.schema import Check, EventRecord, Report, RuntimeSupport
+from llmshrink.report.schema import Check, EventRecord, Report, Support
 
 if TYPE_CHECKING:
     from llmshrink.plan.schema import LayerPlan, Plan
@@ -45,7 +45,8 @@ def render(report: Report) -> Group:
     parts += _events(report.events)
     runtimes = [line for stage in report.stages for line in stage.loads_in]
     if runtimes:
-        parts += [_heading("Loads in"), _runtimes(runtimes)]
+        rows = [(line.runtime, line.support, line.reason, line.proof) for line in runtimes]
+        parts += [_heading("Loads in"), _runtimes(rows)]
     if report.output is not None:
         parts += [_heading("Result"), _line(clean(report.output), "bold")]
     return Group(*parts, _line(f"{seconds(report.seconds)} in all", "dim"))
@@ -77,6 +78,8 @@ def render_plan(plan: Plan) -> Group:
         _plan_table(plan),
         *(_line(text) for text in lines),
         *([_heading("Left as they are"), *(_line(clean(reason)) for reason in reasons)] if reasons else []),
+        _heading("Will load in"),
+        _runtimes([(line.runtime, line.support, line.reason, line.source) for line in plan.loads_in]),
         *_events([EventRecord.model_validate(event) for event in plan.events]),
     )
 
@@ -123,6 +126,11 @@ def _how(layer: LayerPlan) -> str:
 
 
 def _comparison(report: Report) -> Table:
+    if report.after is None and not any(stage.layers for stage in report.stages):  # one model, measured as it is
+        table = _table("", "measured", right=("measured",))
+        for row in comparison(report):
+            table.add_row(Text(row.label), Text(row.before, style="dim" if row.before == NOT_MEASURED else ""))
+        return table
     table = _table("", "before", "after", "change", right=("before", "after", "change"))
     for row in comparison(report):
         cells = [Text(cell, style="dim" if cell == NOT_MEASURED else "") for cell in (row.before, row.after)]
@@ -138,11 +146,14 @@ def _samples(report: Report) -> list[RenderableType]:
 
 
 def _checks_in_short(checks: Sequence[Check]) -> RenderableType:
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in checks if check.passed is False]
     if failed:
         return Group(_line(f"{len(failed)} of {count(len(checks), 'check')} FAILED", "red"), render_checks(failed))
-    names = ", ".join(clean(check.name) for check in checks)
-    return _line(f"{count(len(checks), 'check')} passed: {names}", "green")
+    passed = [clean(check.name) for check in checks if check.passed]
+    skipped = [check for check in checks if check.passed is None]
+    lines = [_line(f"{count(len(passed), 'check')} passed: {', '.join(passed)}", "green")]
+    lines += [_line(f"{clean(check.name)} was not run: {clean(check.detail)}", "yellow") for check in skipped]
+    return Group(*lines)
 
 
 def _events(events: Sequence[EventRecord]) -> list[RenderableType]:
@@ -151,11 +162,10 @@ def _events(events: Sequence[EventRecord]) -> list[RenderableType]:
     return [_heading("Worth knowing"), *(_line(text, "yellow") for text in grouped_events(events))]
 
 
-def _runtimes(runtimes: Sequence[RuntimeSupport]) -> Table:
-    table = _table("runtime", "support", "why", "known")
-    for line in runtimes:
-        support = Text(line.support, style=COLOURS[line.support])
-        table.add_row(Text(clean(line.runtime)), support, Text(clean(line.reason)), Text(clean(line.proof)))
+def _runtimes(rows: Sequence[tuple[str, Support, str, str]]) -> Table:
+    table = _table("runtime", "support", "why", "known from")
+    for runtime, support, reason, known in rows:
+        table.add_row(Text(clean(runtime)), Text(support, style=COLOURS[support]), Text(clean(reason)), clean(known))
     return table
 
 
@@ -166,7 +176,9 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _verdict(passed: bool) -> Text:
+def _verdict(passed: bool | None) -> Text:
+    if passed is None:
+        return Text("not run", style="yellow")
     return Text("ok", style="green") if passed else Text("FAILED", style="red")
 
 

@@ -13,6 +13,7 @@ from llmshrink.calibration import load, sample
 from llmshrink.calibration.load import TextLoader
 from llmshrink.errors import ResourceError
 from llmshrink.model.source import open_source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
 
@@ -25,7 +26,9 @@ def loader(models_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(load, "_hub_answers", lambda: False)
 
     def make(family: str = "llama", *, embedded: bool = False) -> TextLoader:
-        return TextLoader(open_source(str(models_folder(family))), embedded=embedded, device=CPU, progress=Silent())
+        return TextLoader(
+            StreamedModel(open_source(str(models_folder(family))), CPU), embedded=embedded, progress=Silent()
+        )
 
     return make
 
@@ -41,7 +44,7 @@ def evaluation(*data: str, **more: object) -> EvaluationSpec:
 def test_a_file_by_name_wins(loader: Loader, text_file: Path) -> None:
     made = loader()
     found = made.calibration(calibration(str(text_file)), 12)
-    assert (found.data, found.origin, len(found.tokens), made.events) == (str(text_file), str(text_file), 5, [])
+    assert (found.data, found.origin, len(found.tokens), made.events) == (str(text_file), text_file.name, 5, [])
 
 
 def test_seeds_draw_other_rows(loader: Loader, text_file: Path) -> None:
@@ -82,7 +85,7 @@ def test_samples_of_the_model_depend_on_the_seed_alone(loader: Loader, family: s
 
 def test_a_model_without_bos_starts_anywhere(loader: Loader) -> None:
     made = loader()
-    made._source.tokenizer.bos_token = None
+    made._model.source.tokenizer.bos_token = None
     found = made.calibration(calibration("self", samples=8), 12)
     assert len({int(row[0]) for row in found.tokens}) > 1
 
@@ -121,6 +124,22 @@ def test_other_rows_of_the_same_text_are_shared_too(loader: Loader, text_file: P
     (found,) = made.evaluation(evaluation(str(text_file)), 60, rows)
     assert not any(torch.equal(a, b) for a in rows.tokens for b in found.tokens)
     assert [event.kind for event in made.events] == ["shared_corpus"]
+
+
+def test_generated_text_of_one_split_is_shared(loader: Loader) -> None:
+    made = loader(embedded=True)
+    rows = made.calibration(calibration("generator"), 12)
+    made.evaluation(EvaluationSpec(data=["generator"], rows=5, length=12, split="train"), 12, rows)
+    assert [event.kind for event in made.events] == ["shared_corpus"]
+
+
+def test_another_split_of_one_dataset_is_a_notice(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"train": ["a fox went to the river"] * 40, "test": ["a heron sat by the market"] * 40}
+    monkeypatch.setattr(load, "documents", lambda data, *, seed, split, column: iter(texts[split]))
+    made = loader()
+    rows = made.calibration(calibration("owner/data"), 12)
+    made.evaluation(evaluation("owner/data"), 12, rows)
+    assert [event.kind for event in made.events] == ["related_corpus"]
 
 
 def test_auto_evaluates_on_two_texts(loader: Loader) -> None:

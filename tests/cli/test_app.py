@@ -33,11 +33,12 @@ def library(monkeypatch):
     run.calls = []
 
     def answers(name, value):
-        def function(subject, progress, **others):
-            run.calls.append((name, subject, others))
-            progress.start("compress", 10)
-            progress.advance(10, "block 0")
-            progress.finish()
+        def function(subject, progress=None, **others):
+            run.calls.append((name, subject, {k: v for k, v in others.items() if k != "command"}))
+            if progress is not None:
+                progress.start("compress", 10)
+                progress.advance(10, "block 0")
+                progress.finish()
             return value
 
         setattr(run, name, function)
@@ -203,7 +204,7 @@ KNOWN = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(
 
 @pytest.mark.parametrize("error", KNOWN)
 def test_known_errors(library, capsys, error):
-    def fail(recipe, progress, overwrite):
+    def fail(recipe, progress, overwrite, command):
         progress.start("compress", 10)
         raise error("what went wrong", hint="what to do")
 
@@ -221,7 +222,7 @@ def test_known_errors(library, capsys, error):
 
 
 def test_unexpected_errors(library, capsys):
-    def fail(recipe, progress, overwrite):
+    def fail(recipe, progress, overwrite, command):
         raise ZeroDivisionError("oh")
 
     library.execute = fail
@@ -235,7 +236,7 @@ def test_unexpected_errors(library, capsys):
 
 
 def test_ctrl_c_that_no_one_catches(library):
-    def stop(recipe, progress, overwrite):
+    def stop(recipe, progress, overwrite, command):
         raise KeyboardInterrupt
 
     library.execute = stop

@@ -158,3 +158,11 @@ def test_the_terminal_is_given_back_after_an_error(monkeypatch):
         shown.start("compress", 2)
         raise ZeroDivisionError
     assert "\x1b[?25h" in stream.getvalue()
+
+
+def test_a_resumed_step_counts_what_is_done_but_not_its_time():
+    clock, stream, shown = lines()
+    shown.start("compress", 100, 50)
+    clock.now += 10
+    shown.advance(25)
+    assert stream.getvalue() == "compress: 75%, about 10.0 s left\n"

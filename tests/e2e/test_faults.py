@@ -48,7 +48,7 @@ class Case:
         assert ended.code in (KILLED, -signal.SIGKILL, 0), ended
         complete = out.exists()
         if complete:
-            assert_complete(out)
+            assert_complete(out, killed=True)
         again = self.run(name)
         assert again.code == (7 if complete else 0), (how, again)
         assert_complete(out)

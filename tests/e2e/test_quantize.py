@@ -1,4 +1,4 @@
-"""From recipe to folder, read back by transformers: every family, every method, every format its loader reads."""
+"""From recipe to folder: overrides, refusals, evaluation, events."""
 
 from __future__ import annotations
 
@@ -12,108 +12,23 @@ import pytest
 import torch
 from helpers import decoded_model, logits, recipe
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from test_families import load
 
-from llmshrink import run
-from llmshrink.errors import GateError, InputError, PlanError
+from llmshrink import run, verify
+from llmshrink.engine.hidden import Hidden
+from llmshrink.errors import GateError, InputError, PlanError, ResourceError
 from llmshrink.evaluate import measure
-from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.evaluate.reader import ReadResult
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import EvalStage
-
-ROUNDING = 1e-5  # of logits, as a share of their spread: sums in another order
-CASES: list[tuple[str, dict[str, Any], str, torch.dtype]] = [
-    ("llama", {"name": "gptq", "bits": 4, "group_size": 32}, "compressed-tensors", torch.bfloat16),
-    ("llama", {"name": "gptq", "bits": 3, "group_size": 64}, "compressed-tensors", torch.float32),
-    ("llama", {"name": "rtn", "bits": 4, "group_size": 32, "symmetric": False}, "compressed-tensors", torch.float32),
-    ("llama", {"name": "gptq", "bits": 2, "group_size": 32}, "dense", torch.bfloat16),
-    ("llama", {"name": "nf4"}, "bnb", torch.float32),
-    ("llama", {"name": "nf4", "double_quant": True}, "bnb", torch.bfloat16),
-    ("llama-tied", {"name": "rtn", "bits": 8, "group_size": -1}, "compressed-tensors", torch.float32),
-    ("llama-tied", {"name": "fp4"}, "bnb", torch.float32),
-    ("gpt2", {"name": "nf4"}, "bnb", torch.float32),
-    ("gpt2", {"name": "gptq", "bits": 4, "group_size": 32}, "dense", torch.float32),
-    ("qwen3-moe", {"name": "gptq", "bits": 4, "group_size": 32}, "compressed-tensors", torch.float32),
-    ("qwen3-moe", {"name": "rtn", "bits": 3, "group_size": 32}, "dense", torch.float32),
-]
-IDS = [f"{family}-{m['name']}{m.get('bits', '')}-{fmt}-{str(dtype)[6:]}" for family, m, fmt, dtype in CASES]
-
-
-def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    compute_in_float32(model)
-    return model.eval(), info
-
-
-@pytest.mark.parametrize(("family", "method", "fmt", "dtype"), CASES, ids=IDS)
-def test_transformers_reads_what_was_meant(
-    models_folder: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-    family: str,
-    method: dict[str, Any],
-    fmt: str,
-    dtype: torch.dtype,
-) -> None:
-    source, out = models_folder(family, dtype), tmp_path / "out"
-    report = run.execute(recipe(source, out, text_file, method, stage={"format": {"name": fmt}}), progress=Silent())
-    stage = report.stages[0]
-    assert {c.name for c in stage.checks} == {"sizes", "hashes", "decode", "copied", "blocks", "reader"}
-    assert stage.planned_bytes_after == stage.bytes_after == sum(map(_tensor_bytes, out.glob("*.safetensors")))
-    if fmt != "dense":
-        assert stage.bytes_after < stage.bytes_before
-    model, info = load(out)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    ours, theirs = logits(decoded_model(out, source)), logits(model)
-    assert ours.std() > 0.5, "without a spread any comparison passes"
-    assert (ours - theirs).abs().max() <= ROUNDING * ours.std()
-    # The negative control: one changed code must show.
-    _flip_a_code(out, fmt)
-    assert (ours - logits(load(out)[0])).abs().max() > 10 * ROUNDING * ours.std()
-
-
-def _tensor_bytes(path: Path) -> int:
-    return sum(t.numel() * t.itemsize for t in load_file(path).values())
-
-
-def _flip_a_code(folder: Path, fmt: str) -> None:
-    path = folder / "model-00001-of-00003.safetensors"
-    tensors = load_file(path)
-    name = next(
-        n
-        for n in sorted(tensors)
-        if n.endswith("weight_packed")
-        or (fmt == "bnb" and tensors[n].dtype == torch.uint8 and n.endswith("weight"))
-        or (fmt == "dense" and tensors[n].ndim == 2)
-    )
-    flat = tensors[name].view(-1)
-    if fmt == "dense":
-        flat[5] += 1.0
-    else:
-        flat[0] ^= 0b110
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
-def test_the_default_recipe_suits_the_family(
-    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str
-) -> None:
-    plan = run.make_plan(recipe(models_folder(family), tmp_path / "out", text_file), Silent())
-    expected = ("nf4", "bnb") if family == "gpt2" else ("gptq", "compressed-tensors")
-    assert (plan.method, plan.format) == expected
-    assert any(e.kind == "default_method" for e in plan.events) == (family == "gpt2")
-    assert plan.parameters_compressed > 0.5 * plan.parameters
+from llmshrink.recipe.schema import EvalStage, ModelSpec
 
 
 @pytest.mark.parametrize(
     ("family", "stage", "words"),
     [
-        ("gpt2", {"method": {"name": "gptq", "bits": 4}}, "Conv1D"),
-        ("qwen3-moe", {"method": {"name": "nf4", "block_size": 32}}, "experts"),
-        ("qwen3-moe", {"method": {"name": "rtn", "symmetric": False}}, "asymmetric"),
+        ("gpt2", {"method": {"name": "gptq", "bits": 4, "group_size": 32}}, "Conv1D"),
+        ("falcon", {"layers": {".*dense": {"bits": 8}}}, "one scheme"),
         ("llama", {"method": {"name": "nf4"}, "format": {"name": "compressed-tensors"}}, "level tables"),
         ("llama", {"method": {"name": "gptq", "group_size": 48}}, "does not divide"),
         ("llama", {"layers": {"nothing.*": {"bits": 8}}}, "matches no layer"),
@@ -137,7 +52,8 @@ def test_layers_may_differ_and_be_left_out(models_folder: Callable[..., Path], t
     source, out = models_folder("llama"), tmp_path / "out"
     method = {"name": "rtn", "bits": 4, "group_size": 32}
     report = run.execute(recipe(source, out, text_file, method, stage=stage), progress=Silent())
-    bits = {layer.name.removeprefix("model.layers."): layer.bits for layer in report.stages[0].layers}
+    done = [layer for layer in report.stages[0].layers if layer.method]
+    bits = {layer.name.removeprefix("model.layers."): layer.bits for layer in done}
     assert bits["0.mlp.down_proj"] == 8 and bits["0.mlp.up_proj"] == 4
     assert "0.self_attn.k_proj" not in bits and "1.self_attn.o_proj" not in bits and "0.self_attn.o_proj" in bits
     config = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -249,9 +165,82 @@ def test_tensors_without_a_parameter_are_told(
     path = folder / "model.safetensors"
     more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
-    plan = run.make_plan(recipe(folder, tmp_path / "out", text_file, {"name": "rtn"}), progress=Silent())
+    plan = run.make_plan(recipe(folder, tmp_path / "out", text_file, {"name": "rtn"}))
     (told,) = [event.message for event in plan.events if event.kind == "unused_tensors"]
     assert told.startswith("2 tensors") and all(name in told for name in more)
+
+
+def test_eval_compares_with_a_baseline(
+    models_folder: Callable[..., Path], text_file: Path, other_text: Path, tmp_path: Path
+) -> None:
+    source, out = models_folder("llama"), tmp_path / "out"
+    evaluation = {"data": [str(other_text)], "rows": 3, "length": 24, "speed": False}
+    made = run.execute(
+        recipe(source, out, text_file, {"name": "rtn", "bits": 3}, evaluation=evaluation), progress=Silent()
+    )
+    beside = recipe(out, tmp_path / "no", text_file, evaluation={**evaluation, "baseline": str(source)})
+    alone = beside.model_copy(update={"stages": [EvalStage(task="eval")]})
+    report = run.execute(alone, progress=Silent())
+    assert report.after is not None and made.after is not None
+    assert report.after.scores[0].kl == pytest.approx(made.after.scores[0].kl, rel=1e-4)
+    assert report.before is not None and report.before.tensor_bytes > report.after.tensor_bytes  # type: ignore[operator]
+    with pytest.raises(PlanError, match=r"evaluation\.baseline is for `llmshrink eval`"):
+        run.execute(beside.model_copy(update={"model": ModelSpec(id=str(source))}), progress=Silent())
+
+
+def test_layers_that_are_left_stand_in_the_report(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    stage = {"on_indivisible": "skip", "ignore": [".*k_proj"]}
+    method = {"name": "rtn", "group_size": 128}  # widths 64 and 128: only down_proj has whole groups
+    report = run.execute(
+        recipe(models_folder("llama"), tmp_path / "out", text_file, method, stage=stage), progress=Silent()
+    )
+    done = {layer.name.rpartition(".")[2]: layer for layer in report.stages[0].layers}
+    assert [name for name, layer in done.items() if layer.method] == ["down_proj"]
+    assert "does not divide" in (done["up_proj"].reason or "") and "recipe" in (done["k_proj"].reason or "")
+    assert done["up_proj"].bits_per_weight == 32 and done["up_proj"].bytes_after == done["up_proj"].bytes_before
+    assert [e.kind for e in report.events if e.kind == "skipped"]
+
+
+def test_the_card_names_no_path_of_this_machine(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = models_folder("llama")
+    run.execute(recipe(source, tmp_path / "out", text_file, {"name": "gptq", "group_size": 32}), progress=Silent())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(source.parent) not in card and str(text_file.parent) not in card and str(tmp_path) not in card
+    assert source.name in card and text_file.name in card
+    assert str(source) in (tmp_path / "out" / "recipe.yaml").read_text()  # which is for running it again
+
+
+def test_memory_that_runs_out_is_told_as_such(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Hidden, "advance", fail)
+    wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, {"name": "rtn"})
+    with pytest.raises(ResourceError, match=r"Memory ran out: CUDA out of memory.*\n.*batch_tokens") as caught:
+        run.execute(wanted, progress=Silent())
+    assert caught.value.exit_code == 6
+
+
+def test_a_reader_that_was_killed_is_no_verdict(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = ReadResult(error="the reader died: SIGKILL", unable=True)
+    monkeypatch.setattr(verify, "measure", lambda *_: [killed])
+    report = run.execute(
+        recipe(models_folder("llama"), tmp_path / "out", text_file, {"name": "rtn"}), progress=Silent()
+    )
+    (check,) = [check for check in report.stages[0].checks if check.name == "reader"]
+    assert check.passed is None and "SIGKILL" in check.detail
+    assert [event.kind for event in report.events if event.kind != "group_size"] == ["not_verified"]
+    monkeypatch.setattr(verify, "available_memory", lambda: 1000)
+    checks = {check.name: check for check in run.verify(tmp_path / "out", progress=Silent())}
+    assert checks["reader"].passed is None and "does not fit" in checks["reader"].detail
 
 
 def test_strict_fails_on_events_and_keeps_the_result(

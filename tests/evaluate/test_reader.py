@@ -152,4 +152,4 @@ def test_shared_memory_and_bitsandbytes_tables_count_once() -> None:
 
 def test_an_answer_is_data(folder: Path) -> None:
     result = ReadResult(error="x")
-    assert json.loads(result.model_dump_json(exclude={"logits"})) == {"found": None, "error": "x"}
+    assert json.loads(result.model_dump_json(exclude={"logits"})) == {"found": None, "error": "x", "unable": False}

@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console, RenderableType
 
+from llmshrink.progress import seconds
 from llmshrink.report.card import escape, fenced, front_matter, model_card
-from llmshrink.report.rows import NOT_MEASURED, clean, comparison, grouped_events, seconds
+from llmshrink.report.rows import NOT_MEASURED, clean, comparison, grouped_events
 from llmshrink.report.schema import (
     CalibrationReport,
     Check,
@@ -288,6 +289,7 @@ def plan(blocks: int = 3) -> Any:
                   for i in range(blocks) for n in ("norm_a", "norm_b", "norm_c"))],
         parameters=10_000_000, parameters_compressed=9_000_000, bytes_before=20_000_000, bytes_after=6_000_000,
         bits_per_weight=4.8, memory_bytes=50_000_000, evaluation_bytes=0, disk_bytes=7_000_000, disk_free=10**9,
+        loads_in=[SimpleNamespace(runtime="vllm", support="no", reason="fused [red]", source="its rules")],
         events=[SimpleNamespace(kind="group_size", message="groups of 64", layer=None, data=None)],
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tempfile
@@ -154,6 +155,7 @@ class _Run:
         if self.recipe.evaluation.baseline is not None:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
         measures, seconds = self._measure(models, texts)
+        self._tell(self.loader.events)
         return self.facts.report(
             stages=[eval_stage(self.model, seconds)],
             calibration=None,
@@ -162,6 +164,12 @@ class _Run:
             output=None,
             seconds=time.perf_counter() - self.start,
         )
+
+    def _tell(self, *events: list[Event]) -> int:
+        """Tell of events as they happen; returns the length of the last list."""
+        for event in itertools.chain(*events):
+            self.progress.event(event)
+        return len(events[-1])
 
     def _baseline(self, name: str) -> StreamedModel:
         """The model to compare with, which must read the same tokens."""
@@ -186,6 +194,7 @@ class _Run:
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
+            known = self._tell(work.events, self.loader.events)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 clock = time.perf_counter()
@@ -206,8 +215,7 @@ class _Run:
                 output=str(work.output),
                 seconds=time.perf_counter() - self.start,
             )
-            for event in report.events:
-                self.progress.event(event)  # type: ignore[arg-type]
+            self._tell(self.loader.events[known:])
             _write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report

@@ -93,7 +93,7 @@ class Compressor:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
         result = Result()
         for entry in done:
-            result.add(entry)
+            self._add(result, entry)
         blocks = self._model.anatomy.blocks
         result.resumed = min(len(done), len(blocks))
         sizes = [sum(m.numel for m in block.matrices) for block in blocks]
@@ -114,15 +114,22 @@ class Compressor:
                 self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
             self._written_out(result)
         if len(done) <= len(blocks):
-            result.add(self._others())
+            self._add(result, self._others())
         self._progress.finish()
         return result
 
     def _written_out(self, result: Result) -> None:
         """Wait until the block before this one is on disk, or fail as its writing did."""
         if self._pending is not None:
-            result.add(self._pending.result())
+            self._add(result, self._pending.result())
         self._pending = None
+
+    def _add(self, result: Result, entry: dict[str, Any]) -> None:
+        """Take over an entry, and tell what happened in it."""
+        known = len(result.events)
+        result.add(entry)
+        for event in result.events[known:]:
+            self._progress.event(event)
 
     def _restore(self, done: list[dict[str, Any]]) -> None:
         """Bring back the states behind the last finished block.

@@ -47,7 +47,6 @@ def read(request: ReadRequest) -> ReadResult:
         if request.dtype == "float32":
             compute_in_float32(model)
         seconds = time.perf_counter() - start
-        at_load = loaded_bytes(model)
         model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
         after = loaded_bytes(model)
         logits = _logits(model, request.tokens)
@@ -59,7 +58,6 @@ def read(request: ReadRequest) -> ReadResult:
         unexpected=_names(info["unexpected_keys"]),
         mismatched=_names(info["mismatched_keys"]),
         load_seconds=seconds,
-        bytes_at_load=at_load,
         loaded_bytes=after,
         peak_bytes=memory.above_base_bytes,
         device_bytes=memory.device_bytes,

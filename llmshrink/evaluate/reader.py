@@ -46,18 +46,12 @@ class Found(BaseModel):
     unexpected: list[str]  # in the folder, not in the model: transformers drops them
     mismatched: list[str]
     load_seconds: float
-    bytes_at_load: int  # of parameters, buffers and quantization tables, each once, before the first forward pass
-    loaded_bytes: int  # the same after it: some readers decompress there
+    loaded_bytes: int  # parameters, buffers and tables, each once, after a forward pass: some readers decompress there
     peak_bytes: int  # resident memory above the level after the imports; mapped weights counted
     device_bytes: int | None = None  # peak allocated on the accelerator
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     sample: str | None = None  # the continuation, without the prompt
-
-    @property
-    def complete(self) -> bool:
-        """Every tensor of the folder found its place and every place its tensor."""
-        return not self.misplaced()
 
     def misplaced(self, known: Collection[str] = ()) -> list[str]:
         """Tensors without a place and places without a tensor; `known` may be unexpected."""

@@ -82,6 +82,7 @@ def execute(recipe: Recipe, *, progress: Progress, overwrite: bool = False) -> R
         count = stack.enter_context(threads(recipe.run.threads))
         stop = stack.enter_context(StopSignal())
         source, embedded = _open(recipe)
+        _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count)
         run = _Run(facts, stop.over(progress))
         return run.evaluate() if _quantize_stage(recipe) is None else run.quantize(overwrite)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.errors import InputError, LlmshrinkError, ModelNotFoundError, UnsafeError
+from llmshrink.model.hub import check_token
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 TEXT_COLUMNS = ("text", "content", "document", "story", "prompt")
@@ -127,6 +128,7 @@ def _column(names: list[str], wanted: str | None, where: str) -> str:
 def _from_hub(name: str, split: str, column: str | None) -> Iterator[str]:
     from datasets import load_dataset_builder
 
+    check_token()
     repository, _, config = name.partition(":")
     key = None
     try:

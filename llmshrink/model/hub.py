@@ -30,6 +30,7 @@ def download(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    check_token()
     waits = iter(WAITS)
     while True:
         try:
@@ -47,6 +48,22 @@ def download(model_id: str, revision: str | None) -> Path:
             if wait is None:
                 raise _explain(model_id, revision or "main", cause) from error
         time.sleep(wait)
+
+
+def check_token() -> None:
+    """Refuse a token that cannot be sent: the HTTP client would quote it in its error, and so in a traceback.
+
+    Raises:
+        ModelNotFoundError: the token holds blanks or characters that are not printable ASCII.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ModelNotFoundError(
+            "The token for the Hub holds characters that no token has.",
+            hint="Correct HF_TOKEN, or run `hf auth login`.",
+        )
 
 
 def _status(error: BaseException) -> int | None:
@@ -82,7 +99,7 @@ def _explain(model_id: str, revision: str, error: BaseException) -> LlmshrinkErr
     elif constants.is_offline_mode() or isinstance(error, errors.LocalEntryNotFoundError):
         message = f"There is no folder {model_id!r} here, and the Hub's cache has not all of its revision {revision!r}."
         hint = "Check the spelling, or unset HF_HUB_OFFLINE to download it."
-    else:  # nothing of the error's text: it may quote a header, and one header holds the token
+    else:
         message = (
             f"There is no folder {model_id!r} here, and the Hub ({constants.ENDPOINT}) could not be reached or broke "
             f"off ({type(error).__name__})."

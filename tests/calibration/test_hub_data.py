@@ -147,7 +147,7 @@ def test_a_broken_download_goes_on(
 ) -> None:
     hub.add(NAME, FILES[kind])
     monkeypatch.setattr(text, "KEPT_BYTES", size)
-    for part in ("/tree/", "/resolve/", "train-00000" if kind == "parquet" else "train.jsonl"):
+    for part in ("/resolve/", "train-00000" if kind == "parquet" else "train.jsonl"):
         hub.fail(f"{part}", status=503)
     hub.fail("GET /datasets" if kind == "jsonl" else "GET /cdn/", cut=20)
     assert read() == ["One fox.", "Two foxes."]

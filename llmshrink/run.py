@@ -100,6 +100,7 @@ def execute(
         stop = stack.enter_context(StopSignal(resumable=resumable and compresses))
         stack.enter_context(enough_memory())
         source, embedded = _open(recipe)
+        _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
         run = _Run(facts, stop.over(progress))
         return run.quantize(overwrite) if compresses else run.evaluate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is loaded; spinning threads starve others
 
 import torch
+from hub import Hub, point_here
+from huggingface_hub import close_session
 from tiny import TEXT, build_model, config
 from transformers.utils import logging
 
@@ -44,6 +47,23 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return path
 
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on loopback that the libraries of this process talk to, with an empty cache in `tmp_path / "home"`."""
+    with Hub() as server:
+        point_here(monkeypatch, server.url, tmp_path / "home")
+        yield server
+        close_session()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that anything wanted to sleep; nothing does."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from llmshrink.errors import InputError, ModelNotFoundError
+from llmshrink.errors import InputError, LlmshrinkError, ModelNotFoundError, UnsafeError
+from llmshrink.model.hub import check_token
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 TEXT_COLUMNS = ("text", "content", "document", "story", "prompt")
+KEPT_BYTES = 2**30  # a dataset up to this size goes into the cache
 SHUFFLE_WINDOW = 10_000  # documents of a stream that are shuffled together
 
 
@@ -30,7 +32,8 @@ def documents(data: str, *, seed: int, split: str, column: str | None = None) ->
 
     Raises:
         InputError: the file cannot be read as its ending says, or has no such column.
-        ModelNotFoundError: no such file or dataset, or no network.
+        ModelNotFoundError: no such file or dataset, no permission, or no network.
+        UnsafeError: the dataset is loaded by code of its own.
     """
     if data == "generator":
         from llmshrink.demo.generator import CALIBRATION_SEED, EVALUATION_SEED, SETS, stories
@@ -123,24 +126,47 @@ def _column(names: list[str], wanted: str | None, where: str) -> str:
 
 
 def _from_hub(name: str, split: str, column: str | None) -> Iterator[str]:
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
+    check_token()
     repository, _, config = name.partition(":")
+    key = None
     try:
-        stream = load_dataset(repository, config or None, split=split, streaming=True)
-        first = next(iter(stream))
-    except StopIteration:
-        return
+        builder = load_dataset_builder(repository, config or None)
+        if _is_small(builder):
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
+        else:
+            rows = builder.as_streaming_dataset(split=split)
+        for row in rows:
+            key = key or _column(list(row), column, f"dataset {name!r}")
+            if row[key]:
+                yield str(row[key])
+    except LlmshrinkError:
+        raise
     except Exception as error:  # noqa: BLE001 - datasets raises its own, the Hub's, fsspec's and plain OS errors
+        if "scripts are no longer supported" in str(error):
+            raise UnsafeError(
+                f"The dataset {name!r} needs a script of its own: llmshrink does not run code from a dataset.",
+                hint="Use a dataset of parquet or JSON files, or export this one to a .jsonl or .parquet file.",
+            ) from error
         raise ModelNotFoundError(
             f"There is no text {name!r}: no such file here, and no dataset of that name could be read from the Hub "
             f"(split {split!r}): {type(error).__name__}: {error}",
-            hint="Check the name and the network, or give a .txt, .json, .jsonl or .parquet file.",
+            hint="Check the name, the network and HF_HUB_OFFLINE; for a private or gated one run `hf auth login` or "
+            "set HF_TOKEN. Or give a .txt, .json, .jsonl or .parquet file.",
         ) from error
-    key = _column(list(first), column, f"dataset {name!r}")
-    for row in stream:
-        if row[key]:
-            yield str(row[key])
+
+
+def _is_small(builder: Any) -> bool:
+    """Whether a dataset is kept whole in the cache, to be read again without a network; a larger one is streamed."""
+    from huggingface_hub import HfFileSystem
+
+    files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    if not all(file.startswith("hf://") for file in files):
+        return False
+    hub = HfFileSystem()
+    return all(total <= KEPT_BYTES for total in accumulate(hub.info(file)["size"] for file in files))
 
 
 def _shuffled(found: Iterable[str], seed: int) -> Iterator[str]:

@@ -101,6 +101,15 @@ def _broken(path: Path, why: str) -> str:
     return f"{path} is truncated or damaged: {why}. Download it again, or restore it from its source."
 
 
+def refuse_pickles(where: str, names: Iterable[str]) -> None:
+    """Raise UnsafeError where a model without safetensors has pickled weights."""
+    if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))):
+        raise UnsafeError(
+            f"{where} holds only pickled weights ({pickles[0]}): pickle is not read, because it can run any code.",
+            hint="Convert them to safetensors first, or use a revision of the model that has safetensors.",
+        )
+
+
 class Checkpoint:
     """The tensors of a model folder, by their names on disk; mapped, so they cost no anonymous memory until used."""
 
@@ -124,12 +133,7 @@ class Checkpoint:
             return found
         if (folder / SINGLE).exists():
             return cls(folder, read_header(_inside(folder, SINGLE)))
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
-        if pickles:
-            raise UnsafeError(
-                f"{folder} holds only pickled weights ({pickles[0]}): opening them can run any code.",
-                hint="Convert them to safetensors first, or use a revision of the model that has safetensors.",
-            )
+        refuse_pickles(str(folder), [p.name for p in folder.iterdir()])
         raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.")
 
     def get(self, name: str) -> Tensor:
@@ -196,10 +200,15 @@ def refuse_outside(path: Path) -> None:
 
 
 def _in_cache(path: Path) -> bool:
-    """Whether a link is one of the Hub cache's own: snapshots/<commit>/file -> blobs/<hash> of the same repository."""
+    """Whether a link is one of the Hub cache's own: <repository>/snapshots/<commit>/file -> <repository>/blobs/<hash>.
+
+    That blob may be a link in turn, to the blobs/ that all repositories of the cache share.
+    """
     target, folder = path.resolve(), path.parent.resolve()
     return target.is_relative_to(folder) or any(
-        parent.name == "snapshots" and target.is_relative_to(parent.parent / "blobs") for parent in folder.parents
+        parent.name == "snapshots"
+        and any(target.is_relative_to(root / "blobs") for root in (parent.parent, parent.parent.parent))
+        for parent in folder.parents
     )
 
 

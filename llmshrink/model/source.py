@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError, UsageError
 from llmshrink.io.files import sha256
 from llmshrink.io.safetensors import Checkpoint, refuse_outside
+from llmshrink.model.hub import download
 
 COMPANIONS = re.compile(
     r"tokenizer.*\.(json|model)|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|added_tokens\.json"
     r"|special_tokens_map\.json|generation_config\.json|chat_template.*|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
 )
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,25 @@ class Source:
 
 
 def _content_hash(path: Path) -> str:
-    """SHA-256 of a file; the Hub's cache names large files by it already."""
-    name = path.resolve().name
-    return name if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name) else sha256(path)
+    """SHA-256 of a file, which in the Hub's cache must be the content that its blob is named for.
+
+    The Hub's client checks the length of what it got, not the content: large files are named by their SHA-256, small
+    ones by git's SHA-1 of a header and the bytes.
+    """
+    found = sha256(path)
+    blob = path.readlink().name if path.is_symlink() else ""
+    same = True
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        same = blob == found
+    elif re.fullmatch(r"[0-9a-f]{40}", blob):
+        content = path.read_bytes()
+        same = blob == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    if not same:
+        raise InputError(
+            f"{path} is damaged: its content is not what the Hub lists for it ({blob}).",
+            hint=f"Delete {path.resolve()} and {path}, and run again: it is downloaded anew.",
+        )
+    return found
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -118,8 +135,9 @@ def open_source(model_id: str, revision: str | None = None) -> Source:
 
     Raises:
         ModelNotFoundError: neither exists, access is refused, or there is no network.
-        UnsafeError: the model can only be loaded by running its own code.
-        InputError: the folder is not a model.
+        UnsafeError: the model can only be loaded by running its own code, or by unpickling.
+        InputError: the folder is not a model, or a file came damaged.
+        ResourceError: no room to download it.
     """
     path = Path(model_id).expanduser()
     if path.is_dir():
@@ -129,34 +147,12 @@ def open_source(model_id: str, revision: str | None = None) -> Source:
     elif path.exists():
         raise InputError(f"{model_id} is a file; give the folder of the model.")
     elif re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", model_id) and ".." not in model_id and "--" not in model_id:
-        source = _download(model_id, revision)
+        folder = download(model_id, revision)
+        source = Source(model_id, folder, folder.name)
     else:
         raise ModelNotFoundError(f"There is no folder {model_id!r}, and it is not a Hub id (owner/name) either.")
     _refuse_remote_code(source)
     return source
-
-
-def _download(model_id: str, revision: str | None) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{model_id} is gated.", hint="Ask for access on its page, then run `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HfHubHTTPError) as error:
-        raise ModelNotFoundError(
-            f"{model_id!r} (revision {revision or 'main'}) was not found on the Hub, or you may not read it.",
-            hint="Check the name; for a private model run `hf auth login`.",
-        ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFoundError(
-            f"There is no folder {model_id!r} here, it is not in the Hub's cache, and the Hub could not be reached.",
-            hint="Check the spelling, the network, or HF_HUB_OFFLINE.",
-        ) from error
-    return Source(model_id, folder, folder.name)
 
 
 def _refuse_remote_code(source: Source) -> None:

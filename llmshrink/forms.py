@@ -95,6 +95,11 @@ class Layer:
     objective: Objective | None = None
     events: tuple[Event, ...] = ()
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """What a loader must be told to decode it; None where it is no codes on an even grid."""
+        return self.weight.scheme if isinstance(self.weight, Quantized) else None
+
 
 def decode(form: Form) -> Tensor:
     """The float32 matrix that the stored numbers mean, exactly as a reader computing in float32 finds it."""

@@ -109,9 +109,8 @@ class Compressor:
                 # Files are written and synced while the next block computes; the journal line comes last.
                 self._pending = disk.submit(self._write, block, tensors, states, entry)
                 del tensors  # they go as soon as they are written
-                size = sum(m.numel for m in block.matrices)
                 worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
-                self._progress.advance(size, f"block {block.index}: relative error up to {worst:.3f}")
+                self._progress.advance(sizes[block.index], f"block {block.index}: relative error up to {worst:.3f}")
             self._written_out(result)
         if len(done) <= len(blocks):
             self._add(result, self._others())

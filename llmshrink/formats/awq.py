@@ -50,8 +50,7 @@ class Awq(Format):
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """One group size for all layers."""
-        sizes = {form.scheme for _, layer in layers if isinstance(form := layer.weight, Quantized)}
-        return "it has one scheme for all layers" if len(sizes) > 1 else None
+        return "it has one scheme for all layers" if len({layer.scheme for _, layer in layers}) > 1 else None
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """Codes, zero points, scales."""
@@ -78,12 +77,12 @@ class Awq(Format):
     ) -> dict[str, Any] | None:
         """One group size for all; modules that are left are named."""
         _, layer = next(iter(layers))
-        assert isinstance(layer.weight, Quantized) and layer.weight.scheme is not None
+        assert layer.scheme is not None
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": BITS,
-            "group_size": layer.weight.scheme.group_size or -1,
+            "group_size": layer.scheme.group_size or -1,
             "zero_point": True,
             "modules_to_not_convert": sorted(left),
         }

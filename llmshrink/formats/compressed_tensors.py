@@ -75,7 +75,8 @@ class CompressedTensors(Format):
         by_scheme: dict[Scheme, list[str]] = {}
         dequantize = False
         for slot, layer in layers:
-            scheme = _scheme(layer)
+            scheme = layer.scheme
+            assert scheme is not None
             dequantize |= not scheme.symmetric or slot.kind == "subclass"
             by_scheme.setdefault(scheme, []).append(slot.module)
         groups = {
@@ -131,11 +132,6 @@ class CompressedTensors(Format):
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape from the tensor that holds it, dtype from the scales."""
         return tuple(int(n) for n in get(f"{key}_shape")), get(f"{key}_scale").dtype
-
-
-def _scheme(layer: Layer) -> Scheme:
-    assert isinstance(layer.weight, Quantized) and layer.weight.scheme is not None
-    return layer.weight.scheme
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmshrink import __version__
 from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Form, Layer, Quantized, Scheme
+from llmshrink.forms import Dense, Form, Layer, Quantized
 
 WORD = 32  # bits
 IN_BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<name>.+)")
@@ -49,7 +49,7 @@ class Gptq(Format):
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """Loaders learn which linears of a block are compressed once, for all blocks."""
-        if len({_scheme(layer) for _, layer in layers}) > 1:
+        if len({layer.scheme for _, layer in layers}) > 1:
             return "it has one scheme for all layers"
         blocks: dict[str, set[str]] = {}
         for slot, _ in layers:
@@ -67,8 +67,8 @@ class Gptq(Format):
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """Codes, zero points, scales and the group of each input."""
         form = layer.weight
-        assert isinstance(form, Quantized) and isinstance(form.scale, Dense)
-        group = _scheme(layer).group_size or slot.shape[1]
+        assert isinstance(form, Quantized) and isinstance(form.scale, Dense) and form.scheme is not None
+        group = form.scheme.group_size or slot.shape[1]
         codes, zeros, scales = _version_1(form, group)
         groups = torch.arange(slot.shape[1], dtype=torch.int32, device=codes.device) // group
         tensors = {
@@ -100,7 +100,8 @@ class Gptq(Format):
     ) -> dict[str, Any] | None:
         """One scheme for all; the linears of a block are named where some of them are left."""
         given = list(layers)
-        scheme = _scheme(given[0][1])
+        scheme = given[0][1].scheme
+        assert scheme is not None
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": scheme.bits,
@@ -150,11 +151,6 @@ class Gptq(Format):
         name = key.removesuffix(".weight")
         words, out = get(f"{name}.qweight").shape
         return (out, words * WORD // int(config["bits"])), get(f"{name}.scales").dtype
-
-
-def _scheme(layer: Layer) -> Scheme:
-    assert isinstance(layer.weight, Quantized) and layer.weight.scheme is not None
-    return layer.weight.scheme
 
 
 def _version_1(form: Quantized, group: int) -> tuple[Tensor, Tensor, Tensor]:

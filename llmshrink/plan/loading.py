@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llmshrink.formats.base import Slot
 from llmshrink.formats.runtimes import Stored
-from llmshrink.forms import Layer, Quantized, Scheme
+from llmshrink.forms import Layer, Scheme
 from llmshrink.plan.work import Work
 
 # Linears that vLLM holds as one: their parts must be stored alike.
@@ -21,17 +21,13 @@ def layers(work: Work) -> Iterator[tuple[Slot, Layer]]:
 
 def stored(work: Work) -> Stored:
     """What the table of runtimes looks at."""
-    schemes = {slot.key: _scheme(layer) for slot, layer in layers(work)}
+    schemes = {slot.key: layer.scheme for slot, layer in layers(work)}
     return Stored(
         format=work.format.name,
         kinds=frozenset(matrix.kind for matrix in work.methods),
         schemes=frozenset(scheme for scheme in schemes.values() if scheme is not None),
         fused_alike=_fused_alike(work, schemes),
     )
-
-
-def _scheme(layer: Layer) -> Scheme | None:
-    return layer.weight.scheme if isinstance(layer.weight, Quantized) else None
 
 
 def _fused_alike(work: Work, schemes: dict[str, Scheme | None]) -> bool:

@@ -5,12 +5,14 @@ A matrix `X.weight` [out, in] becomes
     X.weight_scale       [out, groups], in the checkpoint's dtype
     X.weight_zero_point  int32 [ceil(out * bits / 32), groups], asymmetric only, packed along the rows
     X.weight_shape       int64 [2]
+    X.weight_g_idx       int32 [in], the group of each input: read only, older releases wrote it (`actorder: "group"`)
 and W = scale * (code - zero). Tried against compressed-tensors 0.20 with transformers 5.23: asymmetric codes, and
 linears of a class of their own, load only with `"dequantize": true`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -57,16 +59,27 @@ class CompressedTensors(Format):
         return tensors
 
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
-        """Codes and scales, by the scheme that `config` gives this module."""
-        scheme = _find_scheme(config or {}, slot.module)
+        """Codes and scales by the scheme of this module; the decoded matrix where groups are not of adjacent inputs."""
+        weights = _find_weights(config or {}, slot.module)
+        scheme = _read(weights)
         out, width = slot.shape
         group = scheme.group_size or width
-        codes = bitpack.signed(bitpack.unpack(get(f"{slot.name}.weight_packed"), scheme.bits, width), scheme.bits)
+        packed = get(f"{slot.name}.weight_packed")
+        if packed.shape[1] != math.ceil(width * scheme.bits / 32):
+            raise InputError(
+                f"{slot.key}: {width} codes of {scheme.bits} bits lie in {packed.shape[1]} words of a row; the layout "
+                f"of compressed-tensors before {LAYOUT_VERSION} is not read. Write it again with a newer release."
+            )
+        codes = bitpack.signed(bitpack.unpack(packed, scheme.bits, width), scheme.bits)
         zero = None
         if not scheme.symmetric:
             packed = get(f"{slot.name}.weight_zero_point").T.contiguous()
             zero = bitpack.signed(bitpack.unpack(packed, scheme.bits, out).T.contiguous(), scheme.bits)
-        return Quantized(codes, Dense(get(f"{slot.name}.weight_scale")), zero, None, (1, group), scheme.bits)
+        scale = get(f"{slot.name}.weight_scale")
+        if weights.get("actorder") == "group":
+            groups = get(f"{slot.name}.weight_g_idx").long()
+            return Dense(scale.float()[:, groups] * (codes.float() - (0 if zero is None else zero.float()[:, groups])))
+        return Quantized(codes, Dense(scale), zero, None, (1, group), scheme.bits)
 
     def config(
         self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
@@ -111,8 +124,8 @@ class CompressedTensors(Format):
             weights = group.get("weights") or {}
             if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
                 return "only integer weights with scales per group or channel are read"
-            if group.get("input_activations") or weights.get("actorder") == "group":
-                return "neither rounded inputs nor reordered groups are read"
+            if group.get("input_activations"):
+                return "rounded inputs are not read"
         packed = (config or {}).get("format") in ("pack-quantized", "mixed-precision")
         return None if packed else "only its format pack-quantized is read"
 
@@ -122,9 +135,9 @@ class CompressedTensors(Format):
         return {name.removesuffix(suffix) + ".weight": name for name in stored if name.endswith(suffix)}
 
     def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """Packed codes, scales, shape, zeros."""
+        """Packed codes, scales, shape, zeros, groups."""
         have = set(stored)
-        names = (f"{key}_{part}" for part in ("packed", "scale", "shape", "zero_point"))
+        names = (f"{key}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
         return [name for name in names if name in have]
 
     def dense_info(
@@ -145,8 +158,8 @@ def _read(weights: dict[str, Any]) -> Scheme:
     return Scheme(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group)
 
 
-def _find_scheme(config: dict[str, Any], module: str) -> Scheme:
-    """The scheme of a module: its own name first, a pattern next, then the class `Linear`."""
+def _find_weights(config: dict[str, Any], module: str) -> dict[str, Any]:
+    """The entry `weights` for a module: of its own name first, of a pattern next, then of the class `Linear`."""
     groups = list(config.get("config_groups", {}).values())
     ranked = []
     for group in groups:
@@ -158,7 +171,8 @@ def _find_scheme(config: dict[str, Any], module: str) -> Scheme:
             elif target == "Linear":
                 ranked.append((2, group))
     if ranked:
-        return _read(min(ranked, key=lambda pair: pair[0])[1]["weights"])
+        found: dict[str, Any] = min(ranked, key=lambda pair: pair[0])[1]["weights"]
+        return found
     raise InputError(f"quantization_config in config.json says nothing about {module}, whose weight is packed.")
 
 

@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-oldest check fmt bench clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-readers check fmt bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,14 @@ test-oldest: ## the default tests with the oldest releases that pyproject.toml a
 	  --constraint .venv-oldest/torch.txt --editable . "pytest>=8" "hypothesis>=6.100"
 	.venv-oldest/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider
 
+.venv-readers/.installed: tests/readers/constraints.txt
+	test -x .venv-readers/bin/python || $(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check -c $< optimum gptqmodel
+	@touch $@
+
+test-readers: $(STAMP) .venv-readers/.installed ## gptq and awq in optimum and gptqmodel: an environment of 6 GB, minutes
+	LLMSHRINK_READERS_PYTHON=$(CURDIR)/.venv-readers/bin/python $(BIN)/python -m pytest -m readers
+
 check: $(STAMP) ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,5 +56,5 @@ bench: $(STAMP) ## the benches of bench/results.md that need nothing but this pr
 	$(BIN)/python -m bench.startup
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-oldest build dist out/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-readers build dist out/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ What a format can hold at all (codes on an even grid, whole words) is the format
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
@@ -67,6 +67,7 @@ class Stored:
     schemes: frozenset[Scheme] = frozenset()  # none: weights of a level table, or dense
     fused_alike: bool = True  # q/k/v share one scheme, gate/up too
     head: bool = False  # the output head is compressed: no plan does that yet
+    model_type: str = ""  # of config.json, where a loader treats a family in a way of its own
 
     @property
     def symmetric(self) -> bool:
@@ -93,11 +94,18 @@ def _with(kind: Kind) -> Callable[[Stored], bool]:
     return lambda stored: kind in stored.kinds
 
 
+def _four_bits_per_channel(stored: Stored) -> bool:
+    return any(scheme.bits == 4 and scheme.group_size is None for scheme in stored.schemes)
+
+
 TRIED = "tests/e2e/test_families.py"
-READERS = "gptqmodel 7.7: Llama, tried by hand"
+READERS = "tests/readers/test_gptqmodel.py"
 GPTQ, AWQ = "vLLM auto_gptq.py", "vLLM auto_awq.py"
 WNA16 = "vLLM compressed_tensors_wNa16.py"
 MARLIN_GROUPS = {None, 32, 64, 128}  # None: one scale per output channel
+CPU_KERNEL = "its CPU kernel runs 4 bits only in groups of 32 to 256"
+# Where AWQ also scales what an activation gives: transformers wants these scales from the file.
+SCALED_ACTIVATIONS = {"falcon", "bloom", "gpt_neox"}
 FUSED = "it fuses q/k/v and gate/up: these must be stored alike"
 
 # Of the entries that hold for a checkpoint, the weakest counts.
@@ -141,7 +149,10 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("gptq", "transformers"): (
         Entry("native", "needs optimum and gptqmodel", READERS),
-        Entry("no", "it leaves fused experts dense", "optimum gptq/quantizer.py", _with("experts")),
+        Entry("native", f"needs optimum and gptqmodel; {CPU_KERNEL}", READERS, _four_bits_per_channel),
+        Entry("no", "it leaves fused experts dense", READERS, _with("experts")),
+        Entry("no", "it leaves linears of a class of their own dense", READERS, _with("subclass")),
+        Entry("no", "GPT-2 sets up weights that its modules do not have", READERS, _with("conv1d")),
         Entry("no", "it knows one scheme for all layers", "transformers GPTQConfig", lambda s: len(s.schemes) > 1),
     ),
     ("gptq", "vllm"): (
@@ -164,8 +175,15 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("awq", "transformers"): (
         Entry("native", "needs gptqmodel", READERS),
-        Entry("no", "it leaves fused experts dense", "transformers quantizer_awq.py", _with("experts")),
-        Entry("no", "it knows no Conv1D", "transformers quantizer_awq.py", _with("conv1d")),
+        Entry("native", f"needs gptqmodel; {CPU_KERNEL}", READERS, _four_bits_per_channel),
+        Entry("no", "it leaves fused experts dense", READERS, _with("experts")),
+        Entry("no", "it knows no Conv1D", READERS, _with("conv1d")),
+        Entry(
+            "no",
+            "it wants scales of activations, which only AWQ itself has",
+            READERS,
+            lambda s: s.model_type in SCALED_ACTIVATIONS,
+        ),
     ),
     ("awq", "vllm"): (
         Entry("native", "Marlin kernels", AWQ),
@@ -197,7 +215,7 @@ def entry(stored: Stored, runtime: Runtime) -> Entry:
 def usual(family: Family, name: str) -> Stored:
     """What `--bits 4 --format ...` writes for a family."""
     schemes = frozenset([Scheme(4, True, 128)]) if name in ("compressed-tensors", "gptq", "awq") else frozenset()
-    return replace(Stored(name, frozenset(family.kinds)), schemes=schemes)
+    return Stored(name, frozenset(family.kinds), schemes, model_type=family.model_types[0])
 
 
 def markdown() -> str:

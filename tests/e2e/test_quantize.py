@@ -28,6 +28,7 @@ from llmshrink.recipe.schema import EvalStage, ModelSpec
     ("family", "stage", "words"),
     [
         ("gpt2", {"method": {"name": "gptq", "bits": 4, "group_size": 32}}, "Conv1D"),
+        ("gpt-neox", {"method": {"name": "rtn", "group_size": 32}, "format": {"name": "awq"}}, "scales of activations"),
         ("falcon", {"layers": {".*dense": {"bits": 8}}}, "one scheme"),
         ("llama", {"method": {"name": "nf4"}, "format": {"name": "compressed-tensors"}}, "level tables"),
         ("llama", {"method": {"name": "gptq", "group_size": 48}}, "does not divide"),

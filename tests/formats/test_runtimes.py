@@ -16,6 +16,7 @@ README = Path(__file__).parent.parent.parent / "README.md"
 W4, W3, W4_ASYM, W3_ASYM = Scheme(4, True, 128), Scheme(3, True, 128), Scheme(4, False, 128), Scheme(3, False, 128)
 PACKED = Stored("compressed-tensors", frozenset(["linear"]), frozenset([W4]))
 GPTQ = replace(PACKED, format="gptq")
+AWQ = replace(PACKED, format="awq")
 
 
 def test_the_readme_shows_the_table_of_the_code() -> None:
@@ -65,6 +66,11 @@ def test_families_are_known_to_transformers() -> None:
         (replace(GPTQ, schemes=frozenset([Scheme(4, True, 16)])), "vllm", "no"),
         (replace(GPTQ, schemes=frozenset([Scheme(4, True, None)])), "vllm", "native"),
         (replace(GPTQ, kinds=frozenset(["experts"])), "transformers", "no"),
+        (replace(GPTQ, kinds=frozenset(["subclass"])), "transformers", "no"),
+        (replace(GPTQ, kinds=frozenset(["conv1d"])), "transformers", "no"),
+        (replace(AWQ, model_type="llama"), "transformers", "native"),
+        (replace(AWQ, model_type="gpt_neox"), "transformers", "no"),
+        (replace(AWQ, model_type="gpt_neox"), "vllm", "native"),
         (Stored("bnb", frozenset(["experts", "linear"])), "transformers", "no"),
         (Stored("bnb", frozenset(["conv1d"])), "transformers", "native"),
         (Stored("bnb", frozenset(["linear"])), "vllm", "plugin"),
@@ -73,3 +79,9 @@ def test_families_are_known_to_transformers() -> None:
 )
 def test_rules(stored: Stored, runtime: str, support: str) -> None:
     assert entry(stored, runtime).support == support  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stored", [GPTQ, AWQ])
+def test_what_a_cpu_does_not_run_is_told(stored: Stored) -> None:
+    per_channel = replace(stored, schemes=frozenset([Scheme(4, True, None)]))
+    assert "CPU" in entry(per_channel, "transformers").reason and "CPU" not in entry(stored, "transformers").reason

@@ -178,6 +178,9 @@ class _Run:
         if baseline.vocabulary != self.model.vocabulary:
             sizes = f"{baseline.vocabulary} and {self.model.vocabulary}"
             raise InputError(f"{name} and {self.model.source.id} have other vocabularies ({sizes} tokens).")
+        if (baseline.task, baseline.width) != (self.model.task, self.model.width):
+            kinds = " and ".join(f"{model.width} {model.task.gives}" for model in (baseline, self.model))
+            raise InputError(f"{name} and {self.model.source.id} do not give out the same ({kinds}).")
         return baseline
 
     def quantize(self, overwrite: bool) -> Report:
@@ -246,14 +249,14 @@ class _Run:
     def _compress(
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
     ) -> tuple[Result, Tensor]:
-        """All blocks; also the logits that the engine's own states end in for the probe rows."""
+        """All blocks; also the output that the engine's own states end in for the probe rows."""
         batches = rows.batches(self.model.batch_tokens(self.recipe.run.batch_tokens)) if rows is not None else []
         hidden = Hidden(self.model, [*batches, probe])
         subset = self.recipe.run.sequential == "subset"
         compressor = Compressor(work, workspace, hidden, len(batches), subset=subset, progress=self.progress)
         result = compressor.run(done)
         with torch.no_grad():
-            return result, self.model.logits(probe, hidden.states[-1])
+            return result, self.model.output(probe, hidden.states[-1])
 
     def _verify(
         self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, logits: Tensor

@@ -63,10 +63,10 @@ def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scor
     for start in range(0, tokens.shape[1] - 1, stretch):
         part = slice(start, min(start + stretch, tokens.shape[1] - 1))
         targets = tokens[:, part.start + 1 : part.stop + 1]
-        reference = models[0].logits(tokens[:, part], ends[0][:, part])
+        reference = models[0].output(tokens[:, part], ends[0][:, part])
         scores[0].add(reference, targets)
         for model, end, score in zip(models[1:], ends[1:], scores[1:], strict=True):
-            score.add(model.logits(tokens[:, part], end[:, part]), targets, reference)
+            score.add(model.output(tokens[:, part], end[:, part]), targets, reference)
 
 
 def _text_score(scores: Scores, text: Rows, packed: bool) -> TextScore:

@@ -1,6 +1,6 @@
 """The blocks of a model, the matrices in each, and which of them are fed by the same tensor.
 
-Everything is found by structure, on `meta`: the one ModuleList of decoder layers, the linears, Conv1Ds and fused
+Everything is found by structure, on `meta`: the one ModuleList of blocks, the linears, Conv1Ds and fused
 experts in each, and, by running one block's forward pass on tensors without data, the linears that receive the very
 same input. No table of families is needed for that.
 """
@@ -79,7 +79,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer."""
+    """One layer of a decoder or encoder."""
 
     index: int
     prefix: str  # in memory, e.g. model.layers.0
@@ -104,7 +104,7 @@ class Anatomy:
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of decoder blocks.
+    """The name and the list of blocks.
 
     Raises:
         PlanError: no list, or more than one, could be it; the candidates are named.
@@ -117,9 +117,7 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = [(name, m) for name, m in lists if len(m) == count and (type(m[0]).__name__ in kinds or not kinds)]
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists) or "none"
-        raise PlanError(
-            f"{type(model).__name__}: cannot tell which list holds the {count} decoder blocks; lists: {seen}."
-        )
+        raise PlanError(f"{type(model).__name__}: cannot tell which list holds the {count} blocks; lists: {seen}.")
     name, blocks = found[0]
     return f"{prefix}.{name}" if prefix else name, blocks
 

@@ -2,7 +2,7 @@
 
 One forward pass of the model in which every block hands its input on unchanged. The model itself computes embeddings,
 masks and position tables, so no family needs code here. Recorded arguments are then used to run the real blocks one by
-one; replacing the last block's result and letting the model go on gives the exact logits.
+one; replacing the last block's result and letting the model go on gives its exact output.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Recorder:
         return Record(calls[0][0], tuple((a, k) for _, a, k in calls))
 
     @torch.no_grad()
-    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] for the last block's output, through the model's own norm and head."""
+    def finish(self, tokens: Tensor, hidden: Tensor) -> Any:
+        """What the model returns for the last block's output, through its own norm and head."""
 
         def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (h,) if self._as_tuple else h
@@ -110,10 +110,9 @@ class Recorder:
 
         self._patch([pass_on] * (len(self._blocks) - 1) + [last])
         try:
-            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            return self._model(input_ids=tokens, use_cache=False)
         finally:
             self._restore()
-        return logits
 
     def _patch(self, forwards: list[Any]) -> None:
         for block, forward in zip(self._blocks, forwards, strict=True):

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmshrink.errors import PlanError
+from llmshrink.model.task import task_of
 
 EXPERTS = "llmshrink"  # our implementation of fused experts, which lets an observer see each expert's inputs
 
@@ -37,16 +38,17 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = False) -> PreTrainedModel:
-    """A causal language model in eval mode whose parameters lie on `meta`; with `all_meta`, the buffers too.
+    """A model in eval mode whose parameters lie on `meta`; with `all_meta`, the buffers too.
 
     Raises:
-        PlanError: transformers has no causal language model for this configuration.
+        PlanError: what the model is for is not supported, or transformers has no class for it.
     """
+    task = task_of(config)
     try:
         with torch.device("meta") if all_meta else _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: PreTrainedModel = task.loader.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        raise PlanError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
+        raise PlanError(f"transformers has no {task.name} model for {config.model_type!r}: {error}") from error
     fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
     if any(module.is_transposed or module.has_bias for module in fused):
         raise PlanError(f"{type(model).__name__}: its fused experts are transposed or have biases: not supported yet.")

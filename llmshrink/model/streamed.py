@@ -14,6 +14,7 @@ from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
 from llmshrink.model.skeleton import build, drop_parameters, set_parameter
 from llmshrink.model.source import Source
+from llmshrink.model.task import Task, positions, task_of
 from llmshrink.model.weights import Weights
 
 BATCH_TOKENS = 1024  # of one forward pass at most, and ...
@@ -29,6 +30,7 @@ class StreamedModel:
         self.source = source
         self.device = device
         config = source.config
+        self.task: Task = task_of(config)
         stored = config.dtype or torch.float32
         # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
         self.dtype = torch.float32 if device.type == "cpu" else stored
@@ -49,14 +51,34 @@ class StreamedModel:
     @property
     def hidden(self) -> int:
         """Width of the hidden states."""
-        width: int = self.model.get_input_embeddings().weight.shape[1]
+        width: int = self.source.config.get_text_config(decoder=True).hidden_size
         return width
 
     @property
     def vocabulary(self) -> int:
-        """Width of the logits."""
+        """Tokens that it knows."""
         size: int = self.source.config.get_text_config(decoder=True).vocab_size
         return size
+
+    @property
+    def width(self) -> int:
+        """Values in its output for a token, or for a row."""
+        if self.task.gives == "logits":
+            return self.vocabulary
+        classes: int = self.source.config.num_labels
+        return classes if self.task.gives == "class logits" else self.hidden
+
+    @property
+    def distribution(self) -> bool:
+        """Whether the softmax of its output is a distribution: over tokens, or over classes of which one holds."""
+        labels = self.task.gives == "class logits"
+        several = getattr(self.source.config, "problem_type", None) == "multi_label_classification"
+        return self.task.gives == "logits" or (labels and self.width > 1 and not several)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a row can have at most, or None where nothing bounds them."""
+        return positions(self.model)
 
     @property
     def parameters(self) -> int:
@@ -119,10 +141,15 @@ class StreamedModel:
         """The output of the loaded block for a batch of the recorded shape."""
         return record.run(self._blocks[index], index, hidden)
 
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] from the last block's output."""
+    def output(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows."""
         self._load_outside()
-        return self._recorder.finish(tokens.to(self.device), hidden)
+        tokens = tokens.to(self.device)
+        if not self.task.by_row:
+            return self.task.output(self._recorder.finish(tokens, hidden))
+        # One by one: a decoder without a token for padding cannot tell where several rows end.
+        rows = zip(torch.split(tokens, 1), torch.split(hidden, 1), strict=True)
+        return torch.cat([self.task.output(self._recorder.finish(*row)) for row in rows])
 
     def _load_outside(self) -> None:
         if self._moved:
@@ -141,6 +168,8 @@ class StreamedModel:
                 set_parameter(self.model, name, self.weights.get(self.map.origins[name].keys[0]))
             else:
                 self._set(name, {})
+        for name in self.map.absent:
+            set_parameter(self.model, name, torch.zeros_like(self.model.get_parameter(name), device=self.device))
         self.model.tie_weights()
         for module in mapped.values():
             module.forward = _lookup(module) if isinstance(module, nn.Embedding) else _project(module)

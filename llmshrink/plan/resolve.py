@@ -103,9 +103,7 @@ def _output(recipe: Recipe, model_id: str, method: Method[Any]) -> Path:
 
 def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> int:
     """Tokens in a row: as asked, but never more than the model has positions for."""
-    positions = (
-        getattr(model.source.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
-    )
+    positions = model.positions or DEFAULT_LENGTH
     if asked is not None and asked > positions:
         message = f"rows of {asked} tokens cut to the model's {positions} positions"
         if not any(event.kind == "length_cut" and event.message == message for event in events):
@@ -222,6 +220,10 @@ def _left_modules(work: Work) -> set[str]:
     origins = work.model.map.origins
     linears = {name for name, module in work.model.model.named_modules() if isinstance(module, nn.Linear)}
     left = (linears | {m.module for m in work.left}) - treated
+    # Another class may be loaded from the same files, one that uses what this one does not: a pooler, a second head.
+    unused = {key for key in work.model.anatomy.unused if len(work.model.weights.infos[key].shape) == 2}
+    names = {key.removesuffix(".weight") for key in unused if key.endswith(".weight")}
+    left |= names | {name.removeprefix(f"{work.model.model.base_model_prefix}.") for name in names}
     # Loaders match names in memory or on disk: the head of GPT-NeoX has another one there, routers too.
     on_disk = {key for name in left if (found := origins.get(f"{name}.weight")) for key in found.keys}
     on_disk |= {key for block in work.model.anatomy.blocks for key, _ in block.left}

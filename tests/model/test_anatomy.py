@@ -97,7 +97,7 @@ def test_a_matrix_is_seen_as_out_by_in(models_folder: Models, family: str) -> No
 def test_a_layout_that_is_not_known_is_refused_by_name() -> None:
     model = build(config("llama"), torch.float32)
     model.config.num_hidden_layers = 5
-    with pytest.raises(PlanError, match=r"LlamaForCausalLM: .* 5 decoder blocks; lists: layers \(2 x LlamaDecoder"):
+    with pytest.raises(PlanError, match=r"LlamaForCausalLM: .* 5 blocks; lists: layers \(2 x LlamaDecoder"):
         block_list(model)
     model.config.num_hidden_layers = 2
     model.model.more = nn.ModuleList(model.model.layers)

@@ -17,7 +17,7 @@ from llmshrink.model.anatomy import block_list
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
-from llmshrink.verify import streamed_logits
+from llmshrink.verify import streamed_output
 
 CPU = torch.device("cpu")
 Models = Callable[..., Path]
@@ -25,7 +25,7 @@ IDS = torch.randint(0, 160, (3, 32), generator=torch.Generator().manual_seed(11)
 
 
 def streamed(folder: Path) -> torch.Tensor:
-    return streamed_logits(StreamedModel(open_source(str(folder)), CPU), IDS)
+    return streamed_output(StreamedModel(open_source(str(folder)), CPU), IDS)
 
 
 def whole(folder: Path) -> torch.Tensor:

@@ -15,6 +15,7 @@ from llmshrink.machine import device_name, versions
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.task import task_of
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
@@ -78,6 +79,7 @@ class RunFacts:
         seconds: float,
     ) -> Report:
         """The report of the whole run; `measures` holds `before` and, after a compression, `after`."""
+        task = task_of(self.source.config)
         return Report(
             llmshrink_version=__version__,
             command=self.command,
@@ -89,6 +91,8 @@ class RunFacts:
                 commit=self.source.commit,
                 files=self.source.hashes,
                 architecture=next(iter(self.source.config.architectures or []), None),
+                task=task.name,
+                auto_class=task.auto,
                 licence=self.source.licence,
             ),
             versions=versions(),

@@ -43,7 +43,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             f"{model.source.id} is quantized already ({model.weights.format.name}); give the original model."
         )
     events: list[Event] = []
-    default = _default_method(stage, matrices, events)
+    default = _default_method(stage, model, matrices, events)
     try:
         specs = {m: stage.method_for(m.name, default) for m in matrices}
     except ValidationError as error:
@@ -111,13 +111,16 @@ def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> 
     return min(asked or DEFAULT_LENGTH, positions)
 
 
-def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:
+def _default_method(
+    stage: QuantizeStage, model: StreamedModel, matrices: list[Matrix], events: list[Event]
+) -> MethodSpec:
     """gptq, or nf4 where transformers does not read what gptq is usually written as."""
     typed = stage.method or MethodSpec.model_validate({})
     if typed.name is not None:
         return typed
     settings = typed.settings
-    usual = entry(Stored("compressed-tensors", frozenset(m.kind for m in matrices)), "transformers")
+    kinds = frozenset(m.kind for m in matrices)
+    usual = entry(Stored("compressed-tensors", kinds, model_type=model.source.config.model_type), "transformers")
     plain = stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}
     if plain and usual.support == "no":
         events.append(Event("default_method", f"nf4 in place of gptq, as compressed-tensors: {usual.reason}"))

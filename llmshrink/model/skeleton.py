@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = Fals
     Raises:
         PlanError: transformers has no causal language model for this configuration.
     """
+    config = deepcopy(config)  # it is changed by what is built from it
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is that of the dense model
     try:
         with torch.device("meta") if all_meta else _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -128,10 +128,10 @@ def _check_format(work: Work) -> None:
         problems.append(f"the layers together: {why}")
     if not problems and (found := entry(stored(work), "transformers")).support == "no":
         problems.append(f"transformers would not load it: {found.reason}")
-    refuse(
-        [f"format {name}: {p}" for p in problems],
-        "choose another format or method, or leave the layers out with `ignore`",
-    )
+    hint = "choose another format or method, or leave the layers out with `ignore`"
+    if main_method(work.methods).task == "export":
+        hint = "--to dense holds every stored form; `llmshrink quantize` then makes codes that the format holds"
+    refuse([f"format {name}: {p}" for p in problems], hint)
 
 
 def _some(names: list[str]) -> str:

@@ -57,7 +57,15 @@ __all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "veri
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
 # Events that --strict lets pass: nothing was degraded.
-NOTICES = {"left_dense", "default_method", "length_cut", "unused_tensors", "related_corpus", "requantized"}
+NOTICES = {
+    "left_dense",
+    "default_method",
+    "length_cut",
+    "unused_tensors",
+    "related_corpus",
+    "requantized",
+    "loaded_dense",
+}
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 from llmshrink.errors import PlanError
 
+RETURNS = (None, 1, 2, 3)
+MORE = object()  # stands for what blocks return beside the hidden state: attentions, a state
+
 
 class _Stop(Exception):  # noqa: N818 - control flow, never seen outside
     pass
@@ -43,7 +46,7 @@ class Recorder:
     def __init__(self, model: PreTrainedModel, blocks: list[nn.Module]) -> None:
         self._model = model
         self._blocks = blocks
-        self._as_tuple = False  # whether this family's blocks return a tuple
+        self._returns: int | None = None  # how long a tuple this family's blocks return; None: a tensor
 
     def __enter__(self) -> Self:
         return self
@@ -61,15 +64,16 @@ class Recorder:
         Raises:
             PlanError: blocks are not called one after another on a hidden state.
         """
-        try:
-            return self._record(inputs)
-        except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as first:
-            self._as_tuple = not self._as_tuple
+        failures = []
+        for returns in dict.fromkeys((self._returns, *RETURNS)):
+            self._returns = returns
             try:
                 return self._record(inputs)
-            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError):
-                name = type(self._model).__name__
-                raise PlanError(f"{name}: its blocks cannot be run one by one: {first}") from first
+            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as error:
+                failures.append(error)
+        # What blocks do hand on says more than which length of a tuple does not suit the model.
+        first = next((error for error in failures if isinstance(error, _Mismatch)), failures[0])
+        raise PlanError(f"{type(self._model).__name__}: its blocks cannot be run one by one: {first}") from first
 
     def _record(self, inputs: dict[str, Tensor]) -> Record:
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -77,10 +81,12 @@ class Recorder:
         def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if calls and hidden is not calls[-1][0]:
                 raise _Mismatch("a block does not get the very tensor that the one before it returned")
+            if any(value is MORE for value in (*args, *kwargs.values())):
+                raise _Mismatch("a block hands the next one more than a hidden state")
             calls.append((hidden, args, kwargs))
             if len(calls) == len(self._blocks):
                 raise _Stop
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([stub] * len(self._blocks))
         try:
@@ -103,10 +109,10 @@ class Recorder:
         """Logits [rows, length, vocabulary] for the last block's output, through the model's own norm and head."""
 
         def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (h,) if self._as_tuple else h
+            return self._result(h)
 
         def last(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([pass_on] * (len(self._blocks) - 1) + [last])
         try:
@@ -114,6 +120,9 @@ class Recorder:
         finally:
             self._restore()
         return logits
+
+    def _result(self, hidden: Tensor) -> Any:
+        return hidden if self._returns is None else (hidden, *[MORE] * (self._returns - 1))
 
     def _patch(self, forwards: list[Any]) -> None:
         for block, forward in zip(self._blocks, forwards, strict=True):

@@ -49,11 +49,13 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = Fals
     try:
         with torch.device("meta") if all_meta else _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise PlanError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
+    except (ValueError, ImportError) as error:
+        reason = str(error).partition("\n")[0]  # a list of all classes follows
+        raise PlanError(f"transformers builds no causal language model of {config.model_type!r}: {reason}") from error
     fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    if any(module.is_transposed or module.has_bias for module in fused):
-        raise PlanError(f"{type(model).__name__}: its fused experts are transposed or have biases: not supported yet.")
+    if any(module.is_transposed or module.has_bias or module.has_post_expert_norm for module in fused):
+        what = "transposed, or have biases or norms"
+        raise PlanError(f"{type(model).__name__}: its fused experts are {what}: not supported yet.")
     if fused:
         model.set_experts_implementation(EXPERTS)
     return model.eval()
@@ -65,6 +67,7 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
     hidden [tokens, H]; top_k_index and top_k_weights [tokens, k]. Registered with transformers under `EXPERTS`.
     """
     observer = getattr(self, "observer", None)
+    first, activate = ("gate_up_proj", self._apply_gate) if self.has_gate else ("up_proj", self.act_fn)
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):  # type: ignore[arg-type]
         if hidden.device.type == "meta":  # which tokens an expert gets depends on data: its shapes do not matter here
@@ -73,8 +76,8 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
             token, slot = torch.where(top_k_index == expert)
         x = hidden[token]
         if observer:
-            observer(expert, "gate_up_proj", x)
-        x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))  # type: ignore[operator,index]
+            observer(expert, first, x)
+        x = activate(nn.functional.linear(x, getattr(self, first)[expert]))  # type: ignore[operator]
         if observer:
             observer(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]

@@ -17,6 +17,7 @@ from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.loading import layers, stored
+from llmshrink.plan.rehearse import rehearse
 from llmshrink.plan.work import Work, main_method, method_name
 from llmshrink.recipe.schema import Recipe
 
@@ -54,12 +55,10 @@ def lay_out(
         None,
         0,
         _output(recipe, model.source.id, main_method(methods), fmt),
-        events=_merged(events),
     )
     _check_format(work)
-    for block in model.anatomy.blocks:
-        for key, why in block.left:
-            work.events.append(Event("left_dense", f"left as it is: {why}", key))
+    events += [Event("left_dense", f"left as it is: {why}", key) for b in model.anatomy.blocks for key, why in b.left]
+    work.events = _merged(events)
     if unused := model.anatomy.unused:
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         message = f"{len(unused)} tensors on disk belong to no parameter of the model; copied as they are: {shown}"
@@ -68,6 +67,7 @@ def lay_out(
         message = f"{len(opened)} compressed matrices that are not compressed again are written dense: {opened[0]}"
         work.events.append(Event("decompressed", message + (", ..." if len(opened) > 1 else "")))
     work.quantization_config = fmt.config(list(layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
+    rehearse(work)
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)
     return work

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
@@ -21,6 +22,10 @@ from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
+# Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
+ENOUGH, NEARLY_ALL = 0.5, 0.9
+UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a whole encoder is more
+TOWERS = 0.05  # of all weights
 
 
 def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
@@ -34,7 +39,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError(
             f"{type(model.model).__name__}: no linear layers were found in its blocks; nothing to compress."
         )
-    events: list[Event] = []
+    events = _coverage(model)
     if model.weights.compressed:
         message = f"the model is stored as {model.weights.format.name}: what its codes mean is compressed again"
         events.append(Event("requantized", message))
@@ -63,6 +68,52 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     chosen = _choose_format(stage, methods)
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     return lay_out(recipe, model, chosen, methods, left, events)
+
+
+def _coverage(model: StreamedModel) -> list[Event]:
+    """What no method will see of a model whose structure nobody named.
+
+    Raises:
+        PlanError: it is the larger part.
+    """
+    infos, anatomy, name = model.weights.infos, model.anatomy, type(model.model).__name__
+    left = {key: why for block in anatomy.blocks for key, why in block.left}
+    seen = sum(m.numel for block in anatomy.blocks for m in block.matrices)
+    unseen = sum(infos[key].numel for key in left)
+    reasons = "; ".join(dict.fromkeys(left.values()))
+    if seen < ENOUGH * (seen + unseen):
+        message = f"only {seen / (seen + unseen):.0%} of the weights in its blocks can be compressed"
+        raise PlanError(f"{name}: {message}: {reasons}.")
+    events = []
+    if seen < NEARLY_ALL * (seen + unseen):
+        message = f"{unseen / (seen + unseen):.0%} of the weights in the blocks cannot be compressed: {reasons}"
+        events.append(Event("uncovered", message))
+    unused = sum(infos[key].numel for key in anatomy.unused if len(infos[key].shape) > 1)
+    if unused > UNUSED * (unused + model.parameters):
+        raise PlanError(
+            f"{name}: {unused / (unused + model.parameters):.0%} of what is on disk belongs to no part of it "
+            f"({anatomy.unused[0]}, ...).",
+            hint="config.json names another kind of model than the weights are, or a part that is not supported.",
+        )
+    towers = _towers(model)
+    if towers and (size := sum(infos[key].numel for key in towers)) > TOWERS * model.parameters:
+        message = f"{size / model.parameters:.0%} of the weights lie outside the blocks and are left as they are"
+        events.append(Event("left_dense", f"{message}: {towers[0]}, ..."))
+    return events
+
+
+def _towers(model: StreamedModel) -> list[str]:
+    """Weights outside the blocks that are neither embeddings nor the head, the largest first: vision, audio."""
+    usual = {id(m) for m in model.model.modules() if isinstance(m, nn.Embedding)}
+    usual.add(id(model.model.get_output_embeddings()))
+    outside = set(model.anatomy.others)
+    found = [
+        key
+        for name, origin in model.map.origins.items()
+        for key in origin.keys
+        if key in outside and id(model.model.get_submodule(name.rpartition(".")[0])) not in usual
+    ]
+    return sorted(found, key=lambda key: -model.weights.infos[key].numel)
 
 
 def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:

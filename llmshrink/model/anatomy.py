@@ -103,6 +103,7 @@ class Anatomy:
     blocks: tuple[Block, ...]
     others: tuple[str, ...]  # keys on disk outside the blocks: embeddings, final norm, head
     unused: tuple[str, ...]  # keys on disk that no parameter takes; copied as they are
+    returns: int | None  # how long a tuple the blocks return; None: a tensor
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -150,7 +151,7 @@ def dissect(
     _check_complete(model, weights, infos)
     prefix, blocks = block_list(model)
     meta_blocks = block_list(meta)[1]
-    record = _record_on_meta(model, list(blocks))
+    record, returns = _record_on_meta(model, list(blocks))
     orders: dict[Any, list[list[Site]]] = {}
     found: list[Block] = []
     inside: set[str] = set()
@@ -171,7 +172,7 @@ def dissect(
         found.append(Block(index, name, parameters, keys, groups, tuple(left)))
         inside.update(keys)
     others = tuple(k for k in infos if k not in inside and k not in weights.unused)
-    return Anatomy(tuple(found), others, tuple(weights.unused))
+    return Anatomy(tuple(found), others, tuple(weights.unused), returns)
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:
@@ -265,8 +266,8 @@ def _group(matrices: list[Matrix], order: list[list[Site]], name: str, prefix: s
     return tuple(groups)
 
 
-def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> Record:
-    """What the blocks are called with for four positions, as tensors on `meta`.
+def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[Record, int | None]:
+    """What the blocks are called with for four positions, as tensors on `meta`, and how they return theirs.
 
     Masks and position tables are computed from real values, so the pass runs on the skeleton; what stands before the
     blocks (embeddings, learned positions, a norm) is one zero for the moment, seen in the shape of each parameter.
@@ -279,13 +280,14 @@ def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> Record:
             set_parameter(model, name, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
         with Recorder(model, blocks) as recorder:
             record = recorder.record(input_ids=torch.full((1, 4), ANY_TOKEN))
+            returns = recorder.returns
     except RuntimeError as error:
         raise _without_data(model, error) from error
     finally:
         drop_parameters(model, stem)
         model.tie_weights()
     on_meta: Record = tree_map_only(Tensor, lambda t: t.to("meta"), (record.hidden, record.arguments))
-    return Record(*on_meta)  # type: ignore[misc]
+    return Record(*on_meta), returns  # type: ignore[misc]
 
 
 def _without_data(model: nn.Module, error: RuntimeError) -> PlanError:

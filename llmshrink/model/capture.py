@@ -43,10 +43,11 @@ class Record:
 class Recorder:
     """Replaces the forward of each block for as long as it is open; the block objects stay what they are."""
 
-    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], returns: int | None = None) -> None:
+        """`returns` is how long a tuple the blocks return (None: a tensor): `record` finds it out, `finish` cannot."""
         self._model = model
         self._blocks = blocks
-        self._returns: int | None = None  # how long a tuple this family's blocks return; None: a tensor
+        self.returns = returns
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +66,8 @@ class Recorder:
             PlanError: blocks are not called one after another on a hidden state.
         """
         failures = []
-        for returns in dict.fromkeys((self._returns, *RETURNS)):
-            self._returns = returns
+        for returns in dict.fromkeys((self.returns, *RETURNS)):
+            self.returns = returns
             try:
                 return self._record(inputs)
             except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -122,7 +123,7 @@ class Recorder:
         return logits
 
     def _result(self, hidden: Tensor) -> Any:
-        return hidden if self._returns is None else (hidden, *[MORE] * (self._returns - 1))
+        return hidden if self.returns is None else (hidden, *[MORE] * (self.returns - 1))
 
     def _patch(self, forwards: list[Any]) -> None:
         for block, forward in zip(self._blocks, forwards, strict=True):

@@ -50,8 +50,10 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = Fals
         with torch.device("meta") if all_meta else _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, ImportError) as error:
-        reason = str(error).partition("\n")[0]  # a list of all classes follows
-        raise PlanError(f"transformers builds no causal language model of {config.model_type!r}: {reason}") from error
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("Unrecognized configuration class"):
+            reason = "it has no such class"  # in place of a list of all it has
+        raise PlanError(f"transformers builds no causal language model of {config.model_type!r}: {reason}.") from error
     fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
     if any(module.is_transposed or module.has_bias or module.has_post_expert_norm for module in fused):
         what = "transposed, or have biases or norms"

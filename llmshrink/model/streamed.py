@@ -43,7 +43,7 @@ class StreamedModel:
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
-        self._recorder = Recorder(self.model, self._blocks)
+        self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
 
     @property
     def hidden(self) -> int:

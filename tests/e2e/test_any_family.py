@@ -73,6 +73,31 @@ HANDLED: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"Conv1d"},
     ),
     "falcon-h1": ("FalconH1Config", {**HEADS, "head_dim": 16}, {"Conv1d"}),  # attention and a state space side by side
+    "bamba": ("BambaConfig", {**HEADS, "attn_layer_indices": [1]}, {"Conv1d"}),  # its blocks return a pair
+    "nemotron-h": (  # experts without a gate
+        "NemotronHConfig",
+        {
+            **EXPERTS,
+            "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 64,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "head_dim": 16,
+            "chunk_size": 16,
+        },
+        {"NemotronHTopkRouter", "Conv1d"},
+    ),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"it is a router"}),
+    "hunyuan-moe": (  # its routers are linears
+        "HunYuanMoEV1Config",
+        {"num_experts": 4, "moe_topk": 2, "head_dim": 16, "moe_intermediate_size": 64, "use_qk_norm": True},
+        {"it is a router"},
+    ),
 }
 
 # Configuration class, where it differs, and the gist of the refusal.
@@ -80,23 +105,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt-oss": (
         "GptOssConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
-        "GptOssForCausalLM: its fused experts are transposed or have biases",
+        "GptOssForCausalLM: its fused experts are transposed, or have biases",
     ),
     "rwkv": (
         "RwkvConfig",
         {"context_length": 128, "attention_hidden_size": 64},
         "RwkvForCausalLM: its blocks cannot be run one by one",
     ),
-    "bamba": (
-        "BambaConfig",
-        {**HEADS, "attn_layer_indices": [1]},
-        "BambaForCausalLM: its blocks cannot be run one by one",
-    ),
-    "xlstm": (
-        "xLSTMConfig",
-        {"num_heads": 4, "num_blocks": 2, "chunkwise_kernel": "chunkwise--native_autograd"}
-        | {"sequence_kernel": "native_sequence__native", "step_kernel": "native"},
-        "xLSTMForCausalLM: its blocks cannot be run one by one",
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        r"GraniteMoeForCausalLM: only \d+% of the weights in its blocks can be compressed: GraniteMoeExperts",
     ),
 }
 
@@ -173,5 +192,5 @@ def test_a_model_without_a_causal_head_is_refused(tmp_path: Path, text_file: Pat
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 160}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
     model.save_pretrained(tmp_path / "t5")
-    with pytest.raises(PlanError, match="no causal language model for 't5'"):
+    with pytest.raises(PlanError, match="no causal language model of 't5': it has no such class"):
         run.make_plan(recipe(tmp_path / "t5", tmp_path / "out", text_file, RTN))

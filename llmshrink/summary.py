@@ -123,7 +123,7 @@ def _calibration(rows: Rows | None) -> CalibrationReport | None:
     )
 
 
-def quantize_stage(
+def writing_stage(
     work: Work,
     plan: Plan,
     result: Result,
@@ -132,10 +132,10 @@ def quantize_stage(
     written: StreamedModel,
     seconds: float,
 ) -> StageReport:
-    """What one quantize stage did, from the plan, the engine's result and the files."""
+    """What a stage that writes a model did, from the plan, the engine's result and the files."""
     first = main_method(work.methods)
     return StageReport(
-        task="quantize",
+        task=first.task,
         method={"name": plan.method, **first.config.model_dump(mode="json")},
         format=work.format.name,
         layers=[*result.layers, *_left(plan)],
@@ -153,6 +153,16 @@ def quantize_stage(
         checks=checks,
         loads_in=_loads_in(plan, checks),
     )
+
+
+def rounding(work: Work, result: Result) -> list[Event]:
+    """What an export changed: nothing, or weights and scales rounded to a dtype of the new format."""
+    changed = [layer for layer in result.layers if layer.relative_error]
+    if main_method(work.methods).task != "export" or not changed:
+        return []
+    worst = max(layer.relative_error or 0.0 for layer in changed)
+    message = f"{len(changed)} layers are rounded to what {work.format.name} stores, by up to {worst:.1e} of their norm"
+    return [Event("rounded", message, data={"relative_error": worst})]
 
 
 def _left(plan: Plan) -> list[LayerReport]:

@@ -75,7 +75,6 @@ class Stored:
     fused_alike: bool = True  # q/k/v share one scheme, gate/up too
     head: bool = False  # the output head is compressed: no plan does that yet
     causal: bool = True  # the model predicts the next token
-    model_type: str = ""  # of config.json
 
     @property
     def symmetric(self) -> bool:
@@ -124,12 +123,6 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ("compressed-tensors", "transformers"): (
         Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass", TRIED),
         Entry("no", "it fills Conv1D layers with random weights", TRIED, _with("conv1d")),
-        Entry(
-            "no",
-            "its ModernBERT looks for plain weights while it is loaded",
-            TRIED,
-            lambda s: s.model_type == "modernbert" and s.symmetric,
-        ),
         Entry(
             "no",
             "it cannot load asymmetric codes of fused experts",
@@ -228,9 +221,7 @@ def entry(stored: Stored, runtime: Runtime) -> Entry:
 def usual(family: Family, name: str) -> Stored:
     """What `--bits 4 --format ...` writes for a family."""
     schemes = frozenset([Scheme(4, True, 128)]) if name in ("compressed-tensors", "gptq", "awq") else frozenset()
-    return replace(
-        Stored(name, frozenset(family.kinds)), schemes=schemes, causal=family.causal, model_type=family.model_types[0]
-    )
+    return replace(Stored(name, frozenset(family.kinds)), schemes=schemes, causal=family.causal)
 
 
 def markdown() -> str:

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 from llmshrink.errors import PlanError
 
+RETURNS = (None, 1, 2, 3)
+MORE = object()  # stands for what blocks return beside the hidden state: attentions, a state
+
 
 class _Stop(Exception):  # noqa: N818 - control flow, never seen outside
     pass
@@ -40,10 +43,11 @@ class Record:
 class Recorder:
     """Replaces the forward of each block for as long as it is open; the block objects stay what they are."""
 
-    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], returns: int | None = None) -> None:
+        """`returns` is how long a tuple the blocks return (None: a tensor): `record` finds it out, `finish` cannot."""
         self._model = model
         self._blocks = blocks
-        self._as_tuple = False  # whether this family's blocks return a tuple
+        self.returns = returns
 
     def __enter__(self) -> Self:
         return self
@@ -61,15 +65,16 @@ class Recorder:
         Raises:
             PlanError: blocks are not called one after another on a hidden state.
         """
-        try:
-            return self._record(inputs)
-        except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as first:
-            self._as_tuple = not self._as_tuple
+        failures = []
+        for returns in dict.fromkeys((self.returns, *RETURNS)):
+            self.returns = returns
             try:
                 return self._record(inputs)
-            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError):
-                name = type(self._model).__name__
-                raise PlanError(f"{name}: its blocks cannot be run one by one: {first}") from first
+            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as error:
+                failures.append(error)
+        # What blocks do hand on says more than which length of a tuple does not suit the model.
+        first = next((error for error in failures if isinstance(error, _Mismatch)), failures[0])
+        raise PlanError(f"{type(self._model).__name__}: its blocks cannot be run one by one: {first}") from first
 
     def _record(self, inputs: dict[str, Tensor]) -> Record:
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -77,10 +82,12 @@ class Recorder:
         def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if calls and hidden is not calls[-1][0]:
                 raise _Mismatch("a block does not get the very tensor that the one before it returned")
+            if any(value is MORE for value in (*args, *kwargs.values())):
+                raise _Mismatch("a block hands the next one more than a hidden state")
             calls.append((hidden, args, kwargs))
             if len(calls) == len(self._blocks):
                 raise _Stop
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([stub] * len(self._blocks))
         try:
@@ -103,16 +110,19 @@ class Recorder:
         """What the model returns for the last block's output, through its own norm and head."""
 
         def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (h,) if self._as_tuple else h
+            return self._result(h)
 
         def last(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([pass_on] * (len(self._blocks) - 1) + [last])
         try:
             return self._model(input_ids=tokens, use_cache=False)
         finally:
             self._restore()
+
+    def _result(self, hidden: Tensor) -> Any:
+        return hidden if self.returns is None else (hidden, *[MORE] * (self.returns - 1))
 
     def _patch(self, forwards: list[Any]) -> None:
         for block, forward in zip(self._blocks, forwards, strict=True):

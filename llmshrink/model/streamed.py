@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import InputError
@@ -31,13 +32,11 @@ class StreamedModel:
         self.device = device
         config = source.config
         self.task: Task = task_of(config)
-        stored = config.dtype or torch.float32
+        self._stored: torch.dtype | None = config.dtype
         # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
-        self.dtype = torch.float32 if device.type == "cpu" else stored
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the skeleton is that of the dense model
+        self.dtype = torch.float32 if device.type == "cpu" or self._stored is None else self._stored
         self.model = build(config, self.dtype)
-        self.weights = Weights(source.checkpoint, source.config_dict)
+        self.weights = Weights(source.checkpoint, source.quantization, self._stored)
         self.map = WeightMap(self.model, self.weights.infos)
         self.weights.transpose(
             key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys
@@ -46,7 +45,7 @@ class StreamedModel:
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
-        self._recorder = Recorder(self.model, self._blocks)
+        self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
 
     @property
     def hidden(self) -> int:
@@ -94,6 +93,20 @@ class StreamedModel:
         """Tokens of one forward pass: as asked, or so many that activations stay small."""
         widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)
         return asked or max(1, min(BATCH_TOKENS, ACTIVATIONS // widest))
+
+    def whole(self) -> PreTrainedModel:
+        """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed."""
+        dtype = self._stored or self.dtype
+        model = build(self.source.config, dtype)
+
+        def get(key: str) -> Tensor:
+            tensor = self.weights.get(key)
+            return tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+        for name in self.map.origins:
+            set_parameter(model, name, self.map.build(name, get).contiguous())
+        model.tie_weights()
+        return model.to(self.device)
 
     # --- blocks
 

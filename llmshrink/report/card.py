@@ -63,7 +63,9 @@ def model_card(report: Report, recipe_yaml: str) -> str:
         recipe_yaml: The resolved recipe, shown as it is.
     """
     name = escape(source_name(report.model))
-    parts = [front_matter(report), f"# {name}, made smaller\n", _introduction(report, name)]
+    exported = next((stage.format for stage in report.stages if stage.task == "export"), None)
+    title = f"{name}, stored as {escape(exported)}" if exported else f"{name}, made smaller"
+    parts = [front_matter(report), f"# {title}\n", _introduction(report, name)]
     parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
     for stage in report.stages:
         parts += ["## What was done\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
@@ -80,7 +82,9 @@ def front_matter(report: Report) -> str:
     """The YAML block at the top; a base model only where it is on the Hub, a licence only where it is known."""
     data: dict[str, Any] = {}
     if report.model.source == "hub":
-        data |= {"base_model": clean(report.model.id), "base_model_relation": "quantized"}
+        data["base_model"] = clean(report.model.id)
+        if any(stage.format != "dense" for stage in report.stages):
+            data["base_model_relation"] = "quantized"
     if report.model.licence:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]

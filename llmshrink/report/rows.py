@@ -177,6 +177,8 @@ def stage_lines(stage: StageReport) -> list[str]:
     weights = sum(layer.parameters for layer in done)
     settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in ("bits", "group_size") and v is not None)
     what = f" with {stage.method['name']} ({settings or 'default settings'})" if stage.method else ""
+    if stage.task == "export":
+        what = f" of what was stored ({settings or 'of several kinds'})"
     lines = [f"{stage.task}{what}, {stage.format}"]
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights

@@ -48,7 +48,7 @@ def stored(name: str, method: dict[str, Any], fmt: str) -> Stored:
     bits, size = method.get("bits", 4), method.get("group_size", 32)
     scheme = Scheme(bits, method.get("symmetric", True), None if size == -1 else size)
     family, schemes = family_of(name), frozenset() if method["name"] in LEVELS else frozenset([scheme])
-    return Stored(fmt, frozenset(family.kinds), schemes, causal=family.causal, model_type=config(name).model_type)
+    return Stored(fmt, frozenset(family.kinds), schemes, causal=family.causal)
 
 
 def cases() -> list[Any]:
@@ -141,7 +141,7 @@ def test_the_default_recipe_suits_the_family(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str
 ) -> None:
     plan = run.make_plan(recipe(models_folder(family), tmp_path / "out", text_file))
-    packed = family not in ("gpt2", "modernbert")
+    packed = family != "gpt2"
     expected = ("gptq", "compressed-tensors") if packed else ("nf4", "bnb")
     assert (plan.method, plan.format) == expected
     assert any(e.kind == "default_method" for e in plan.events) != packed

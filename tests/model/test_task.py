@@ -53,7 +53,7 @@ def test_an_encoder_set_up_as_a_decoder_is_one() -> None:
         (transformers.BartConfig(), "bart: models of an encoder and a decoder are not supported"),
         (transformers.BertConfig(architectures=["BertForQuestionAnswering"]), "BertForQuestionAnswering: .*this head"),
         (transformers.BertConfig(architectures=["BertLMHeadModel"]), "BertLMHeadModel: encoders with this head"),
-        (transformers.ViTConfig(), "no text-generation model for 'vit'"),
+        (transformers.ViTConfig(), "no text-generation model of 'vit'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(made: transformers.PretrainedConfig, words: str) -> None:

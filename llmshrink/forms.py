@@ -119,6 +119,14 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values.add_(form.offset.float())
 
 
+def without_data(form: Form) -> Form:
+    """The same form on the `meta` device; tables of levels keep their values, by which formats tell kinds apart."""
+    if isinstance(form, Dense):
+        return Dense(form.weight.to("meta"))
+    zero = None if form.zero is None else form.zero.to("meta")
+    return replace(form, codes=form.codes.to("meta"), scale=without_data(form.scale), zero=zero)
+
+
 def split_rows(layer: Layer, rows: list[int]) -> list[Layer]:
     """The results of matrices that were compressed stacked on top of each other, `rows` [out] of each."""
     form, objective = layer.weight, layer.objective
@@ -185,4 +193,5 @@ __all__ = [
     "join_rows",
     "relative_error",
     "split_rows",
+    "without_data",
 ]

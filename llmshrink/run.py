@@ -32,15 +32,17 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.plan.describe import describe
-from llmshrink.plan.resolve import resolve, row_length
+from llmshrink.plan.export import resolve_export
+from llmshrink.plan.layout import row_length
+from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
-from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.recipe.schema import ExportStage, QuantizeStage, Recipe
 from llmshrink.report.card import model_card
 from llmshrink.report.schema import Check, ModelMeasure, Report
-from llmshrink.summary import RunFacts, eval_stage, quantize_stage
+from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.verify import (
     check_blocks,
     check_hashes,
@@ -55,7 +57,15 @@ __all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "veri
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
 # Events that --strict lets pass: nothing was degraded.
-NOTICES = {"left_dense", "default_method", "length_cut", "unused_tensors", "related_corpus"}
+NOTICES = {
+    "left_dense",
+    "default_method",
+    "length_cut",
+    "unused_tensors",
+    "related_corpus",
+    "requantized",
+    "loaded_dense",
+}
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -92,18 +102,18 @@ def execute(
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
     fix_malloc()
-    compresses = _quantize_stage(recipe) is not None
+    writes = _writing_stage(recipe) is not None
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         base = anonymous_bytes()  # all libraries are imported now
         count = stack.enter_context(threads(recipe.run.threads))
-        stop = stack.enter_context(StopSignal(resumable=resumable and compresses))
+        stop = stack.enter_context(StopSignal(resumable=resumable and writes))
         stack.enter_context(enough_memory())
         source, embedded = _open(recipe)
         _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
         run = _Run(facts, stop.over(progress))
-        return run.quantize(overwrite) if compresses else run.evaluate()
+        return run.write(overwrite) if writes else run.evaluate()
 
 
 def check_strict(report: Report) -> None:
@@ -178,12 +188,15 @@ class _Run:
         if baseline.vocabulary != self.model.vocabulary:
             sizes = f"{baseline.vocabulary} and {self.model.vocabulary}"
             raise InputError(f"{name} and {self.model.source.id} have other vocabularies ({sizes} tokens).")
+        if (baseline.task, baseline.width) != (self.model.task, self.model.width):
+            kinds = " and ".join(f"{model.width} {model.task.gives}" for model in (baseline, self.model))
+            raise InputError(f"{name} and {self.model.source.id} do not give out the same ({kinds}).")
         return baseline
 
-    def quantize(self, overwrite: bool) -> Report:
+    def write(self, overwrite: bool) -> Report:
         """Compress, verify, measure, commit."""
         if self.recipe.evaluation.baseline is not None:
-            raise PlanError("evaluation.baseline is for `llmshrink eval`: quantize compares with the original.")
+            raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
         _check_room(plan, work.output, self.facts.source)
         with Workspace(work.output, overwrite=overwrite) as workspace:
@@ -200,12 +213,13 @@ class _Run:
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 clock = time.perf_counter()
                 companions = _save_companions(work, workspace.folder)
-                result, logits = self._compress(work, workspace, rows, probe, done)
+                result, ends = self._compress(work, workspace, rows, probe, done)
+                result.events += rounding(work, result)
                 result.files |= {**companions, INDEX: _write_index(work, workspace.folder)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
-            checks = self._verify(work, workspace.folder, written, result, probe, logits)
-            stages = [quantize_stage(work, plan, result, checks, memory, written, seconds)]
+            checks = self._verify(work, workspace.folder, written, result, probe, ends)
+            stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
             measures, seconds = self._measure({"before": self.model, "after": written}, texts)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
@@ -246,17 +260,15 @@ class _Run:
     def _compress(
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
     ) -> tuple[Result, Tensor]:
-        """All blocks; also the logits that the engine's own states end in for the probe rows."""
+        """All blocks; also the states that the probe rows end in behind them."""
         batches = rows.batches(self.model.batch_tokens(self.recipe.run.batch_tokens)) if rows is not None else []
         hidden = Hidden(self.model, [*batches, probe])
         subset = self.recipe.run.sequential == "subset"
         compressor = Compressor(work, workspace, hidden, len(batches), subset=subset, progress=self.progress)
-        result = compressor.run(done)
-        with torch.no_grad():
-            return result, self.model.logits(probe, hidden.states[-1])
+        return compressor.run(done), hidden.states[-1]
 
     def _verify(
-        self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, logits: Tensor
+        self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, ends: Tensor
     ) -> list[Check]:
         """Read back everything that was written.
 
@@ -272,7 +284,7 @@ class _Run:
             ),
             check_hashes(folder, result.files),
             *check_layers(self.model, written, result.layers),
-            check_blocks(written, probe, logits),
+            check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
         ]
         if checks[-1].passed is None:
@@ -296,18 +308,21 @@ def _open(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-def _quantize_stage(recipe: Recipe) -> QuantizeStage | None:
-    stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage)]
+def _writing_stage(recipe: Recipe) -> QuantizeStage | ExportStage | None:
+    stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage | ExportStage)]
     if len(stages) > 1:
-        raise PlanError("A recipe can hold one quantize stage: a quantized model cannot be quantized again.")
+        raise PlanError(
+            "A recipe can hold one stage that writes a model.",
+            hint="Make two recipes, the second with the first one's output as its model.",
+        )
     return stages[0] if stages else None
 
 
 def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
-    stage = _quantize_stage(recipe)
+    stage = _writing_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
-    work = resolve(recipe, stage, model)
+    work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
     subset = recipe.run.sequential == "subset"
     batch = model.batch_tokens(recipe.run.batch_tokens)
     memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=batch, subset=subset)
@@ -370,7 +385,7 @@ def _save_companions(work: Work, folder: Path) -> dict[str, str]:
         The SHA-256 of each; of those that are copied, of the source.
     """
     source = work.model.source
-    config = dict(source.config_dict)
+    config = {name: value for name, value in source.config_dict.items() if name != "quantization_config"}
     if work.quantization_config is not None:
         config["quantization_config"] = work.quantization_config
     files = {"config.json": config, **work.format.files(work.quantization_config)}

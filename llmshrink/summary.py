@@ -15,6 +15,7 @@ from llmshrink.machine import device_name, versions
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.task import task_of
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
@@ -78,6 +79,7 @@ class RunFacts:
         seconds: float,
     ) -> Report:
         """The report of the whole run; `measures` holds `before` and, after a compression, `after`."""
+        task = task_of(self.source.config)
         return Report(
             llmshrink_version=__version__,
             command=self.command,
@@ -89,6 +91,8 @@ class RunFacts:
                 commit=self.source.commit,
                 files=self.source.hashes,
                 architecture=next(iter(self.source.config.architectures or []), None),
+                task=task.name,
+                auto_class=task.auto,
                 licence=self.source.licence,
             ),
             versions=versions(),
@@ -119,7 +123,7 @@ def _calibration(rows: Rows | None) -> CalibrationReport | None:
     )
 
 
-def quantize_stage(
+def writing_stage(
     work: Work,
     plan: Plan,
     result: Result,
@@ -128,10 +132,10 @@ def quantize_stage(
     written: StreamedModel,
     seconds: float,
 ) -> StageReport:
-    """What one quantize stage did, from the plan, the engine's result and the files."""
+    """What a stage that writes a model did, from the plan, the engine's result and the files."""
     first = main_method(work.methods)
     return StageReport(
-        task="quantize",
+        task=first.task,
         method={"name": plan.method, **first.config.model_dump(mode="json")},
         format=work.format.name,
         layers=[*result.layers, *_left(plan)],
@@ -149,6 +153,16 @@ def quantize_stage(
         checks=checks,
         loads_in=_loads_in(plan, checks),
     )
+
+
+def rounding(work: Work, result: Result) -> list[Event]:
+    """What an export changed: nothing, or weights and scales rounded to a dtype of the new format."""
+    changed = [layer for layer in result.layers if layer.relative_error]
+    if main_method(work.methods).task != "export" or not changed:
+        return []
+    worst = max(layer.relative_error or 0.0 for layer in changed)
+    message = f"{len(changed)} layers are rounded to what {work.format.name} stores, by up to {worst:.1e} of their norm"
+    return [Event("rounded", message, data={"relative_error": worst})]
 
 
 def _left(plan: Plan) -> list[LayerReport]:

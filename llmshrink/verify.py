@@ -26,27 +26,26 @@ from llmshrink.report.schema import Check, LayerReport
 
 ROOM = 1.2  # what a reader needs to load a model in float32, as a multiple of its weights
 PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 2, 48, 20_240
-LOGIT_TOLERANCE = 1e-4  # of a reader that computes in float32, for logits with a spread of one
+OUTPUT_TOLERANCE = 1e-4  # of a reader that computes in float32, for an output with a spread of one
 ERROR_TOLERANCE = 1e-7  # between a layer's error as it was compressed and as it was read back
 
 
 def probe_tokens(model: StreamedModel) -> Tensor:
     """Rows of seeded random token ids that go through every run beside the calibration rows: int64 [2, length]."""
-    config = model.source.config.get_text_config(decoder=True)
-    length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
+    length = min(PROBE_LENGTH, model.positions or PROBE_LENGTH)
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    return torch.randint(0, config.vocab_size, (PROBE_ROWS, length), generator=generator)
+    return torch.randint(0, model.vocabulary, (PROBE_ROWS, length), generator=generator)
 
 
-def streamed_logits(model: StreamedModel, tokens: Tensor, *, as_read: bool = False) -> Tensor:
-    """Logits [rows, length, vocabulary] of a folder, block by block; `as_read`: with the weights transformers holds."""
+def streamed_output(model: StreamedModel, tokens: Tensor, *, as_read: bool = False) -> Tensor:
+    """What a folder gives out [rows, length, width], block by block; `as_read`: with the weights transformers holds."""
     hidden = Hidden(model, [tokens])
     for block in model.anatomy.blocks:
         model.load_block(block.index, _as_read(model, block) if as_read else None)
         hidden.advance(block.index)
         model.drop_block(block.index)
     with torch.no_grad():
-        return model.logits(tokens, hidden.states[0])
+        return model.output(tokens, hidden.states[0])
 
 
 def _as_read(model: StreamedModel, block: Block) -> dict[str, Callable[[], Tensor]]:
@@ -88,7 +87,9 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
     )
     left = [key for key in source.weights.infos if key.removesuffix(".weight") not in by_name]
     changed = [
-        k for k in left if k not in written.weights.infos or not _equal(source.weights.get(k), written.weights.get(k))
+        k
+        for k in left
+        if k not in written.weights.infos or not _equal(source.weights.dense(k), written.weights.dense(k))
     ]
     detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
     return [decode, Check(name="copied", passed=not changed, detail=detail)]
@@ -98,16 +99,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-def check_blocks(written: StreamedModel, tokens: Tensor, engine: Tensor) -> Check:
-    """Run the written blocks on the probe rows and compare with the logits that the engine ended with."""
-    difference = float((streamed_logits(written, tokens) - engine).abs().max())
-    limit = LOGIT_TOLERANCE * max(1.0, float(engine.std()))
-    detail = f"max |difference| of logits {difference:.2e}, allowed {limit:.0e}"
+def check_blocks(written: StreamedModel, tokens: Tensor, ends: Tensor) -> Check:
+    """Run the written blocks on the probe rows and compare the output with that of the engine's own last states."""
+    with torch.no_grad():
+        engine = written.output(tokens, ends)
+    difference = float((streamed_output(written, tokens) - engine).abs().max())
+    limit = OUTPUT_TOLERANCE * max(1.0, float(engine.std()))
+    detail = f"max |difference| of {written.task.gives} {difference:.2e}, allowed {limit:.0e}"
     return Check(name="blocks", passed=difference <= limit, detail=detail, value=difference)
 
 
 def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]) -> Check:
-    """Load a folder with plain transformers in another process, computing in float32, and compare logits.
+    """Load a folder with plain transformers in another process, computing in float32, and compare its output.
 
     `unused` names tensors that no parameter takes in the source either (GPT-2's masks): they are copied all the same.
     """
@@ -116,19 +119,20 @@ def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]
         return Check(name="reader", passed=None, detail=detail)
     if ROOM * written.parameters * 4 + written.source.checkpoint.bytes > available_memory():
         return Check(name="reader", passed=None, detail="the dense model does not fit into memory here")
-    expected, folder = streamed_logits(written, tokens, as_read=True), written.source.folder
+    expected, folder = streamed_output(written, tokens, as_read=True), written.source.folder
     result = measure([ReadRequest(folder=str(folder), tokens=tokens.tolist(), dtype="float32")])[0]
-    if result.found is None or result.logits is None:
+    if result.found is None or result.output is None:
         return Check(
-            name="reader", passed=None if result.unable else False, detail=result.error or "no logits came back"
+            name="reader", passed=None if result.unable else False, detail=result.error or "no output came back"
         )
-    if keys := result.found.misplaced(unused):
+    if keys := result.found.misplaced((*unused, *written.map.absent)):
         detail = f"missing, unexpected or mismatched tensors: {', '.join(keys[:3])}"
         return Check(name="reader", passed=False, detail=detail, value=float(len(keys)))
-    difference = float((result.logits - expected).abs().max())
-    limit = LOGIT_TOLERANCE * max(1.0, float(expected.std()))
+    difference = float((result.output - expected).abs().max())
+    limit = OUTPUT_TOLERANCE * max(1.0, float(expected.std()))
     detail = (
-        f"transformers ({result.found.class_name}): max |difference| of logits {difference:.2e}, allowed {limit:.0e}"
+        f"transformers ({result.found.class_name}): max |difference| of {written.task.gives} {difference:.2e}, "
+        f"allowed {limit:.0e}"
     )
     return Check(name="reader", passed=difference <= limit, detail=detail, value=difference)
 

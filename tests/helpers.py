@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.io.files import sha256
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.task import task_of
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
@@ -37,7 +38,7 @@ def recipe(model: Path, output: Path, text: Path, method: dict[str, Any] | None 
 def decoded_model(folder: Path, original: Path) -> PreTrainedModel:
     """The original's class with the weights that llmshrink decodes from `folder`, float32."""
     streamed = StreamedModel(open_source(str(folder)), torch.device("cpu"))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
+    model = load(original)[0]
     kinds = {m.key: m.kind for block in streamed.anatomy.blocks for m in block.matrices}
 
     def get(key: str) -> torch.Tensor:  # some matrices are rounded to the checkpoint's dtype by the reader
@@ -50,11 +51,18 @@ def decoded_model(folder: Path, original: Path) -> PreTrainedModel:
     return model
 
 
+def load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A folder as transformers loads it, to compute in float32, and what it says about its tensors."""
+    loader = task_of(AutoConfig.from_pretrained(folder)).loader
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return model.eval(), info
+
+
 def logits(model: PreTrainedModel, vocabulary: int = 160) -> torch.Tensor:
-    """Logits for three fixed rows."""
+    """Logits, or whatever else the model gives out, for three fixed rows."""
     ids = torch.randint(0, vocabulary, (3, 32), generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
-        return model(ids).logits.float()
+        return task_of(model.config).output(model(ids)).float()
 
 
 TIMED = {"report.json", "README.md", MANIFEST}  # these say how long things took

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto import AutoModelForCausalLM
+
+from llmshrink.model.task import task_of
 
 VOCABULARY = 160
 # Wide weights: with the default initialisation a zeroed layer hardly moves the logits, and any comparison passes.
@@ -79,6 +80,18 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": True},
     ),
     "bloom": ("BloomConfig", {"tie_word_embeddings": True}),
+    "bert": ("BertConfig", {}),
+    "bert-masked": ("BertConfig", {"architectures": ["BertForMaskedLM"], "tie_word_embeddings": True}),
+    "bert-classes": ("BertConfig", {"architectures": ["BertForSequenceClassification"], "num_labels": 5}),
+    "roberta": ("RobertaConfig", {"pad_token_id": 1}),
+    "xlm-roberta-tokens": (
+        "XLMRobertaConfig",
+        {"pad_token_id": 1, "architectures": ["XLMRobertaForTokenClassification"], "num_labels": 3},
+    ),
+    "distilbert": ("DistilBertConfig", {"hidden_dim": 128}),
+    "electra": ("ElectraConfig", {"embedding_size": 32}),
+    "mpnet": ("MPNetConfig", {"pad_token_id": 1}),
+    "modernbert": ("ModernBertConfig", {"pad_token_id": 1, "initializer_cutoff_factor": 3.0}),
 }
 
 
@@ -89,15 +102,16 @@ def config(family: str, **more: object) -> PretrainedConfig:
 
 
 def build_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A seeded random model and a byte-level tokenizer, saved to `folder`; norms and biases are not trivial."""
+    """A seeded random model and a tokenizer, saved to `folder`; norms and biases are not trivial."""
     torch.manual_seed(7)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    task = task_of(config)
+    model: PreTrainedModel = task.loader.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    (save_tokenizer if task.causal else save_word_pieces)(folder)
     return model
 
 
@@ -110,6 +124,22 @@ def save_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+
+
+def save_word_pieces(folder: Path) -> None:
+    """A WordPiece tokenizer of the test vocabulary that puts [CLS] and [SEP] around a text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(
+        TEXT, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 TEXT = [

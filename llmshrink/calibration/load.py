@@ -9,6 +9,7 @@ from pathlib import Path
 from llmshrink.calibration.rows import Rows, tokenize
 from llmshrink.calibration.sample import fits, sample_rows
 from llmshrink.calibration.text import documents
+from llmshrink.errors import PlanError
 from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
@@ -37,6 +38,10 @@ class TextLoader:
             return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
         if _hub_answers():
             return self._rows(GENERAL_TEXT, "train", None, spec.samples, length, spec.seed, spec.packed)
+        if not self._model.task.causal:
+            message = "calibrated on the built-in stories: no text was given and the Hub cannot be reached"
+            self.events.append(Event("generator_calibration", message))
+            return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
         message = "calibrated on the model's own samples: no text was given and the Hub cannot be reached"
         self.events.append(Event("self_calibration", message))
         return self._rows("self", "train", None, spec.samples, length, spec.seed, spec.packed)
@@ -59,6 +64,8 @@ class TextLoader:
 
     def _auto_texts(self) -> list[str]:
         text = "generator" if self._embedded or not _hub_answers() else GENERAL_TEXT
+        if not self._model.task.causal:
+            return [text]
         if fits(self._model):
             return [text, "self"]
         self.events.append(Event("not_measured", "quality on the model's own samples: it does not fit into memory"))
@@ -68,10 +75,16 @@ class TextLoader:
         self, data: str, split: str, column: str | None, count: int, length: int, seed: int, packed: bool
     ) -> Rows:
         if data == "self":
+            if not self._model.task.causal:
+                raise PlanError(
+                    f"{self._model.source.id} cannot be sampled from: it predicts no next token.",
+                    hint="Give text in place of `self`: a file, a dataset id, or `generator`, the built-in stories.",
+                )
             shift = 0 if split == "train" else SELF_EVALUATION_SEED
             return sample_rows(self._model, rows=count, length=length, seed=seed + shift, progress=self._progress)
         found = documents(data, seed=seed, split=split, column=column)
-        rows = tokenize(found, self._model.source.tokenizer, rows=count, length=length, packed=packed, data=data)
+        tokenizer, encoder = self._model.source.tokenizer, not self._model.task.causal
+        rows = tokenize(found, tokenizer, rows=count, length=length, packed=packed, data=data, encoder=encoder)
         if len(rows.tokens) < count:
             message = f"{data} gives {len(rows.tokens)} rows where {count} were asked for"
             self.events.append(Event("few_rows", message, data={"rows": float(len(rows.tokens))}))

@@ -1,7 +1,9 @@
 """Rows of token ids for calibration and evaluation.
 
 Packed rows all have one length and no padding: documents are joined with the model's BOS (else EOS) token between
-them and cut. With one document to a row, rows keep their own lengths and are never padded either.
+them and cut. With one document to a row, rows keep their own lengths and are never padded either. Every row of an
+encoder lies within the tokens that its tokenizer puts around a text, [CLS] and [SEP] for BERT; packed, its documents
+have the closing ones between them (the full sentences of RoBERTa, Liu et al. 2019, arXiv 1907.11692, section 4.2).
 """
 
 from __future__ import annotations
@@ -78,15 +80,55 @@ class Rows:
         return rows, [Event(**event) for event in kept["events"]]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Tokens that belong around a row, and around each document in a packed one."""
+
+    start: list[int]
+    before: list[int]
+    after: list[int]
+    end: list[int]
+
+    def row(self, ids: list[int]) -> Tensor:
+        """A whole row."""
+        return torch.tensor([*self.start, *ids, *self.end], dtype=torch.long)
+
+
+def _frame_of_encoder(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the tokenizer itself puts around a text."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = found["input_ids"], found["special_tokens_mask"]
+    inside = [i for i, mark in enumerate(special) if not mark]
+    start, end = ids[: inside[0]], ids[inside[-1] + 1 :]
+    return Frame(start, [], end, end)
+
+
+def _frame_of_decoder(tokenizer: PreTrainedTokenizerBase, packed: bool) -> Frame:
+    """BOS in front of every document; where they are packed and there is none, EOS."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first = bos if bos is not None or not packed else eos
+    marks = [] if first is None else [first]
+    return Frame([], marks, [], []) if packed else Frame(marks, [], [], [])
+
+
 def tokenize(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, *, rows: int, length: int, packed: bool, data: str
+    documents: Iterator[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    packed: bool,
+    data: str,
+    encoder: bool = False,
 ) -> Rows:
     """Turn documents into at most `rows` rows of at most `length` tokens.
 
     Raises:
         InputError: the text gives not even one row.
     """
-    found = _pack(documents, tokenizer, rows, length) if packed else _separate(documents, tokenizer, rows, length)
+    frame = _frame_of_encoder(tokenizer) if encoder else _frame_of_decoder(tokenizer, packed)
+    texts = (_ids(text, tokenizer) for text in documents if text)
+    found = _pack(texts, frame, rows, length) if packed else _separate(texts, frame, rows, length)
     if not found:
         raise InputError(
             f"The text {data!r} is too short: it does not fill one row of {length if packed else MIN_ROW} tokens.",
@@ -100,25 +142,23 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def _pack(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[Tensor]:
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+def _pack(texts: Iterator[list[int]], frame: Frame, rows: int, length: int) -> list[Tensor]:
+    width = length - len(frame.start) - len(frame.end)
     ids: list[int] = []
-    for text in documents:
-        if text:
-            ids += ([] if separator is None else [separator]) + _ids(text, tokenizer)
-        if len(ids) >= rows * length:
+    for text in texts:
+        ids += [*frame.before, *text, *frame.after]
+        if len(ids) >= rows * width:
             break
-    usable = min(rows, len(ids) // length)
-    return list(torch.tensor(ids[: usable * length], dtype=torch.long).view(usable, length))
+    return [frame.row(ids[i * width : (i + 1) * width]) for i in range(min(rows, len(ids) // max(width, 1)))]
 
 
-def _separate(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, rows: int, length: int) -> list[Tensor]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+def _separate(texts: Iterator[list[int]], frame: Frame, rows: int, length: int) -> list[Tensor]:
+    width = length - len(frame.start) - len(frame.end)
     found: list[Tensor] = []
-    for text in documents:
-        ids = (start + _ids(text, tokenizer))[:length]
-        if len(ids) >= MIN_ROW:
-            found.append(torch.tensor(ids, dtype=torch.long))
+    for text in texts:
+        ids = text[: max(width, 0)]
+        if ids and len(row := frame.row(ids)) >= MIN_ROW:
+            found.append(row)
         if len(found) == rows:
             break
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import ResourceError
@@ -38,10 +38,7 @@ def sample_rows(streamed: StreamedModel, *, rows: int, length: int, seed: int, p
             f"Sampling text from {source.id} needs its {streamed.dense_bytes / 2**30:.1f} GiB in memory at once.",
             hint="Give text instead: --calibration FILE --evaluation FILE, or dataset ids.",
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype="auto", trust_remote_code=False, local_files_only=True
-    )
-    model = model.to(device).eval()
+    model = streamed.whole()
     model.generation_config = GenerationConfig()  # its own may penalise or cut: that is not its distribution
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     bos = source.tokenizer.bos_token_id

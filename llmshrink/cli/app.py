@@ -94,6 +94,37 @@ def quantize(
         _finish(report, json=json, table=not quiet, path=True)
 
 
+@app.command(rich_help_panel="Work")
+def export(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    to: opt.To = None,
+    recipe: opt.RecipeName = None,
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    evaluation: opt.Evaluation = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    strict: opt.Strict = None,
+    resume: opt.Resume = None,
+    overwrite: opt.Overwrite = False,
+    plan: opt.Plan = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Write a quantized model, whoever made it, in another format: the same codes, or dense weights."""
+    wanted = opt.build_recipe("export", ctx.params)
+    if wanted.model.id is None:
+        raise UsageError("name the model to export: a folder or a Hub id")
+    if plan:
+        _plan(wanted, json=json)
+    else:
+        report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
+        _finish(report, json=json, table=not quiet, path=True)
+
+
 @app.command("eval", rich_help_panel="Work")
 def evaluate(
     ctx: typer.Context,

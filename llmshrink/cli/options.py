@@ -18,6 +18,7 @@ RECIPE_KEYS = {
     "group_size": "method.group_size",
     "symmetric": "method.symmetric",
     "format": "format.name",
+    "to": "format.name",
     "calibration": "calibration.data",
     "samples": "calibration.samples",
     "length": "calibration.length",
@@ -82,6 +83,10 @@ Symmetric = Annotated[
 ]
 Format = Annotated[
     str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)
+]
+To = Annotated[
+    str | None,
+    typer.Option(help="The format to write.", autocompletion=complete_format, rich_help_panel=_WHAT),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=_WHAT)]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the result.", rich_help_panel=_WHAT)]
@@ -148,13 +153,15 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
 
     name = values.get("recipe")
     data: dict[str, Any] = load.read(name) if name else {"version": 1, "stages": [{"task": task}]}
+    if task == "export" and not name:  # the same codes: nothing to measure unless it is asked for
+        data["evaluation"] = {"data": [], "speed": False}
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):
             data = load.override(data, key, list(value) if isinstance(value, tuple) else value)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = "quantize" if "quantize" in tasks else "eval"
+    command = next((name for name in ("quantize", "export") if name in tasks), "eval")
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

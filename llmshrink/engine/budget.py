@@ -45,9 +45,9 @@ def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_to
     """
     states = 2 * rows * length * model.hidden * FLOAT
     batch = min(max(batch_tokens, length), rows * length)
-    head = min(HEAD_ROWS, model.vocabulary) * model.hidden * FLOAT
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * min(LOGITS, batch * model.vocabulary * FLOAT) + head)
+    return FIXED + states + max(block, 4 * min(LOGITS, batch * model.width * FLOAT) + head)
 
 
 def _block(work: Work, block: Block, batch: int, subset: bool) -> int:

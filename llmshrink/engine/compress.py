@@ -151,7 +151,7 @@ class Compressor:
         """The compressed matrices of a finished block, from its file."""
         header = safetensors.read_header(self._workspace.folder / self._work.shards[block.index])
         checkpoint = safetensors.Checkpoint(self._workspace.folder, header)
-        decoded: dict[str, Callable[[], Tensor]] = {}
+        decoded = self._opened(block)
         for matrix in block.matrices:
             if method := self._work.methods.get(matrix):
                 slot = self._work.slots[matrix]
@@ -164,7 +164,8 @@ class Compressor:
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
         compressed = {m.key for m in block.matrices if m in self._work.methods}
-        made = _Made(tensors={key: model.weights.get(key) for key in block.keys if key not in compressed})
+        made = _Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
+        made.decoded = self._opened(block)
         for groups in self._steps(block):
             statistics = self._gather(block, groups, made.decoded)
             clock.lap("calibrate")
@@ -185,6 +186,16 @@ class Compressor:
             "seconds": clock.seconds,
         }
         return entry, made.tensors
+
+    def _opened(self, block: Block) -> dict[str, Callable[[], Tensor]]:
+        """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""
+
+        def read(matrix: Matrix) -> Tensor:
+            weight = self._model.weights.dense(matrix.key).float()
+            return weight.T if matrix.transposed else weight
+
+        left = [m for m in block.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
+        return {matrix.key: partial(read, matrix) for matrix in left}
 
     def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> None:
         """Take all states through a compressed block."""
@@ -254,7 +265,8 @@ class Compressor:
                 made.tensors |= packed
                 error = relative_error(weight, made.decoded[matrix.key]())
                 seconds = (time.perf_counter() - start) / len(matrices)
-                report = _report(matrix, used, part, packed, error, fallback, self._work.format.name, seconds)
+                before = self._model.weights.stored_bytes(matrix.key)
+                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format.name, seconds)
                 made.layers.append(report)
         return made
 
@@ -318,7 +330,7 @@ class Compressor:
         """Write all that is outside the blocks."""
         start = time.perf_counter()
         anatomy, name = self._model.anatomy, self._work.shards[-1]
-        tensors = {key: self._model.weights.get(key) for key in (*anatomy.others, *anatomy.unused)}
+        tensors = {key: self._model.weights.dense(key) for key in (*anatomy.others, *anatomy.unused)}
         digest = safetensors.write(self._workspace.folder / name, tensors)
         entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest}}
         entry["seconds"] = {"write": time.perf_counter() - start}
@@ -365,6 +377,7 @@ def _report(
     method: Method[Any],
     layer: Layer,
     packed: dict[str, Tensor],
+    bytes_before: int,
     error: float,
     fallback: bool,
     format_name: str,
@@ -381,7 +394,7 @@ def _report(
         bits=form.bits if isinstance(form, Quantized) else None,
         group_size=_group_size(form, matrix.shape[1]),
         parameters=matrix.numel,
-        bytes_before=matrix.numel * matrix.dtype.itemsize,
+        bytes_before=bytes_before,
         bytes_after=size,
         bits_per_weight=8 * size / matrix.numel,
         relative_error=error,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.llama import modeling_llama
 
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
 from llmshrink.memory import PeakMonitor, resident_bytes
+from llmshrink.model.task import Task, positions, task_of
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
 IMPORTED = (modeling_auto, modeling_llama)
@@ -32,10 +34,10 @@ def read(request: ReadRequest) -> ReadResult:
     """Load a folder offline, without remote code, and measure what the request asks for."""
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
-    _import_for(request.folder)
+    task = _prepare(request.folder)
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
         start = time.perf_counter()
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = task.loader.from_pretrained(
             request.folder,
             dtype=request.dtype,
             device_map={"": request.device},  # bitsandbytes would take a GPU by itself
@@ -49,9 +51,9 @@ def read(request: ReadRequest) -> ReadResult:
         seconds = time.perf_counter() - start
         model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
         after = loaded_bytes(model)
-        logits = _logits(model, request.tokens)
-        sample = _sample(model, request)
-        prefill, decode = _speed(model, request) if request.speed else (None, None)
+        output = _output(model, task, request.tokens)
+        sample = _sample(model, request) if task.causal else None
+        prefill, decode = _speed(model, task, request) if request.speed else (None, None)
     found = Found(
         class_name=type(model).__name__,
         missing=_names(info["missing_keys"]),
@@ -61,11 +63,12 @@ def read(request: ReadRequest) -> ReadResult:
         loaded_bytes=after,
         peak_bytes=memory.above_base_bytes,
         device_bytes=memory.device_bytes,
+        output_shape=None if output is None else list(output.shape),
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
         sample=sample,
     )
-    return ReadResult(found=found, logits=logits)
+    return ReadResult(found=found, output=output)
 
 
 def compute_in_float32(model: nn.Module) -> None:
@@ -95,14 +98,16 @@ def _tables(state: Any) -> list[Tensor]:
     return [*(value for value in vars(state).values() if isinstance(value, Tensor)), *_tables(state.state2)]
 
 
-def _import_for(folder: str) -> None:
-    """Import what loading needs beforehand, so that neither time nor memory of the imports is the model's."""
+def _prepare(folder: str) -> Task:
+    """What the folder's model is for; imports what loading it needs, whose time and memory are not the model's."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in QUANTIZERS:
         importlib.import_module(QUANTIZERS[method])
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        _ = AutoModelForCausalLM._model_mapping[type(config)]
+    task = task_of(config)
+    if type(config) in task.loader._model_mapping:
+        _ = task.loader._model_mapping[type(config)]
+    return task
 
 
 def _names(keys: Any) -> list[str]:
@@ -110,15 +115,16 @@ def _names(keys: Any) -> list[str]:
     return sorted(key if isinstance(key, str) else f"{key[0]}: {key[1:]}" for key in keys)
 
 
-def _logits(model: nn.Module, rows: list[list[int]] | None) -> Tensor | None:
-    """float32 [rows, T, V]; one row at a time, so that only their sum is large."""
+def _output(model: nn.Module, task: Task, rows: list[list[int]] | None) -> Tensor | None:
+    """float32 [rows, T, width]; one row at a time, so that only their sum is large."""
     if rows is None:
         return None
     device = next(model.parameters()).device
-    return torch.cat([model(torch.tensor([row], device=device), use_cache=False).logits.float().cpu() for row in rows])
+    results = (model(torch.tensor([row], device=device), use_cache=False) for row in rows)
+    return torch.cat([task.output(result).float().cpu() for result in results])
 
 
-def _sample(model: nn.Module, request: ReadRequest) -> str | None:
+def _sample(model: PreTrainedModel, request: ReadRequest) -> str | None:
     if request.prompt is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(request.folder, local_files_only=True, trust_remote_code=False)
@@ -127,18 +133,38 @@ def _sample(model: nn.Module, request: ReadRequest) -> str | None:
     return str(tokenizer.decode(new[:stop]))
 
 
-def _speed(model: nn.Module, request: ReadRequest) -> tuple[float, float]:
-    """Tokens per second of prefill and of decoding: medians, one row, greedy, with the KV cache."""
-    longest = getattr(model.config, "max_position_embeddings", None) or PREFILL_TOKENS + DECODE_TOKENS
-    count = max(1, min(PREFILL_TOKENS, longest - DECODE_TOKENS))
+def _speed(model: PreTrainedModel, task: Task, request: ReadRequest) -> tuple[float, float | None]:
+    """Tokens per second of prefill and of decoding: medians, one row, greedy, with the KV cache.
+
+    Where no next token is predicted, those of a forward pass and None.
+    """
+    longest = positions(model) or PREFILL_TOKENS + DECODE_TOKENS
+    count = max(1, min(PREFILL_TOKENS, longest - DECODE_TOKENS if task.causal else longest))
     text = (request.tokens or [request.prompt or [0]])[0]
     prompt = (text * (count // len(text) + 1))[:count]
+    if not task.causal:
+        _one_pass(model, prompt)
+        return count / median(_repeat(lambda: _one_pass(model, prompt))), None
     greedy(model, prompt, 2)
-    start = time.perf_counter()
-    runs = [greedy(model, prompt, DECODE_TOKENS)]
-    while len(runs) < RUNS and time.perf_counter() - start < ENOUGH_SECONDS:
-        runs.append(greedy(model, prompt, DECODE_TOKENS))
+    runs = _repeat(lambda: greedy(model, prompt, DECODE_TOKENS))
     return count / median(run[1] for run in runs), (DECODE_TOKENS - 1) / median(run[2] for run in runs)
+
+
+def _repeat(run: Callable[[], Any]) -> list[Any]:
+    """The results of some runs: fewer of those that take long."""
+    start = time.perf_counter()
+    runs = [run()]
+    while len(runs) < RUNS and time.perf_counter() - start < ENOUGH_SECONDS:
+        runs.append(run())
+    return runs
+
+
+def _one_pass(model: PreTrainedModel, row: list[int]) -> float:
+    """Seconds of a forward pass over one row."""
+    tokens = torch.tensor([row], device=model.device)
+    start = time.perf_counter()
+    _ = next(iter(model(tokens).values())).sum().item()  # also waits for an accelerator
+    return time.perf_counter() - start
 
 
 def greedy(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], float, float]:

@@ -3,7 +3,7 @@
 Nothing of llmshrink takes part in reading, so what comes back is what any user of the folder gets. Each request has a
 fresh child, forked from a server that has imported transformers once: a crash, a hang or a full memory ends in an
 error text, memory is measured from a clean level, and later requests do not pay for the imports. What comes back
-through the pipe is JSON and the raw bytes of the logits; nothing in it is executed.
+through the pipe is JSON and the raw bytes of the output; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ReadRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str
-    tokens: list[list[int]] | None = None  # rows of one length whose logits come back
+    tokens: list[list[int]] | None = None  # rows of one length whose output comes back
     dtype: str = "auto"  # "float32" computes in float32 whatever the checkpoint's dtype; "auto" as stored
-    prompt: list[int] | None = None  # token ids to continue greedily
+    prompt: list[int] | None = None  # token ids to continue greedily, where the model predicts the next one
     max_new_tokens: int = 48
     speed: bool = False
     device: str = "cpu"
@@ -49,13 +49,14 @@ class Found(BaseModel):
     loaded_bytes: int  # parameters, buffers and tables, each once, after a forward pass: some readers decompress there
     peak_bytes: int  # resident memory above the level after the imports; mapped weights counted
     device_bytes: int | None = None  # peak allocated on the accelerator
-    prefill_tokens_per_second: float | None = None
+    output_shape: list[int] | None = None
+    prefill_tokens_per_second: float | None = None  # of one forward pass over a row
     decode_tokens_per_second: float | None = None
     sample: str | None = None  # the continuation, without the prompt
 
     def misplaced(self, known: Collection[str] = ()) -> list[str]:
-        """Tensors without a place and places without a tensor; `known` may be unexpected."""
-        return [*self.missing, *(name for name in self.unexpected if name not in known), *self.mismatched]
+        """Tensors without a place and places without a tensor, but for those `known` from the source."""
+        return [*(name for name in (*self.missing, *self.unexpected) if name not in known), *self.mismatched]
 
 
 class ReadResult(BaseModel):
@@ -68,7 +69,7 @@ class ReadResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     found: Found | None = None
-    logits: Tensor | None = None  # float32 [rows, T, V], on the CPU
+    output: Tensor | None = None  # logits, class logits or hidden states: float32 [rows, T, width], on the CPU
     error: str | None = None
     unable: bool = False
 
@@ -110,10 +111,10 @@ def _receive(receiver: Connection, request: ReadRequest, timeout: float) -> Read
     if not receiver.poll(timeout):
         return ReadResult(error=f"the reader of {request.folder} gave no answer within {timeout:g} s", unable=True)
     result = ReadResult.model_validate_json(receiver.recv_bytes())
-    if result.found is None or request.tokens is None:
+    if result.found is None or result.found.output_shape is None:
         return result
     raw = torch.frombuffer(bytearray(receiver.recv_bytes()), dtype=torch.float32)
-    return result.model_copy(update={"logits": raw.view(len(request.tokens), len(request.tokens[0]), -1)})
+    return result.model_copy(update={"output": raw.view(result.found.output_shape)})
 
 
 def _cause(code: int | None) -> str:
@@ -137,9 +138,9 @@ def _answer(sender: Connection, request: str, threads: int) -> None:
         result = read(ReadRequest.model_validate_json(request))
     except Exception as error:  # whatever a library raises is the answer
         result = ReadResult(error=f"{type(error).__name__}: {error}")
-    sender.send_bytes(result.model_dump_json(exclude={"logits"}).encode())
-    if result.logits is not None:
-        sender.send_bytes(result.logits.numpy().tobytes())
+    sender.send_bytes(result.model_dump_json(exclude={"output"}).encode())
+    if result.output is not None:
+        sender.send_bytes(result.output.numpy().tobytes())
 
 
 def read(request: ReadRequest) -> ReadResult:

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.hidden import Hidden
+from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.memory import trim
 from llmshrink.model.streamed import LOGITS, StreamedModel
+from llmshrink.model.task import Task
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TextScore
 
@@ -25,20 +27,30 @@ def score_texts(
 ) -> tuple[list[TextScore], list[TextScore]]:
     """Perplexity of `base`, and of `model` with its divergence from `base`, on each text.
 
+    Models that predict no next token have no perplexity: `model` is compared with `base`, which has no score itself.
+
     Returns:
         The scores of `base` and those of `model` (empty where it is None), in the order of the texts.
     """
     models = [base] if model is None else [base, model]
+    if len(models) == 1 and not base.task.causal:
+        return [], []
     progress.start("evaluate", sum(text.count for text in texts) * len(base.anatomy.blocks) * len(models))
     made: list[list[TextScore]] = [[] for _ in models]
     for text in texts:  # one after another: the states of all would be in memory together
         batches = text.batches(batch_tokens)
         states = [_last_states(one, batches, progress) for one in models]
-        scores = [Scores() for _ in models]
-        for tokens, *ends in zip(batches, *states, strict=True):
-            _score(models, ends, tokens, scores)
-        for row, found in zip(made, scores, strict=True):
-            row.append(_text_score(found, text, packed))
+        if base.task.causal:
+            scores = [Scores() for _ in models]
+            for tokens, *ends in zip(batches, *states, strict=True):
+                _score(models, ends, tokens, scores)
+            for row, found in zip(made, scores, strict=True):
+                row.append(_perplexity(found, text, packed))
+        else:
+            agreement = Agreement(distribution=base.distribution)
+            for tokens, *ends in zip(batches, *states, strict=True):
+                _compare(models, ends, tokens, agreement)
+            made[1].append(_agreement(agreement, text, packed, base.task))
     progress.finish()
     return made[0], made[1] if model is not None else []
 
@@ -63,13 +75,26 @@ def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scor
     for start in range(0, tokens.shape[1] - 1, stretch):
         part = slice(start, min(start + stretch, tokens.shape[1] - 1))
         targets = tokens[:, part.start + 1 : part.stop + 1]
-        reference = models[0].logits(tokens[:, part], ends[0][:, part])
+        reference = models[0].output(tokens[:, part], ends[0][:, part])
         scores[0].add(reference, targets)
         for model, end, score in zip(models[1:], ends[1:], scores[1:], strict=True):
-            score.add(model.logits(tokens[:, part], end[:, part]), targets, reference)
+            score.add(model.output(tokens[:, part], end[:, part]), targets, reference)
 
 
-def _text_score(scores: Scores, text: Rows, packed: bool) -> TextScore:
+@torch.no_grad()
+def _compare(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, agreement: Agreement) -> None:
+    """Add a batch of the second model's output beside the first's; a stretch at a time, where tokens have results."""
+    original, model = models
+    length = tokens.shape[1]
+    stretch = length if model.task.by_row else max(1, LOGITS // (len(tokens) * model.width * 4))
+    agreement.begin(len(tokens))
+    for start in range(0, length, stretch):
+        part = slice(start, start + stretch)
+        reference, output = (one.output(tokens[:, part], end[:, part]) for one, end in zip(models, ends, strict=True))
+        agreement.add(output, reference)
+
+
+def _perplexity(scores: Scores, text: Rows, packed: bool) -> TextScore:
     rows = "packed rows joined by BOS/EOS" if packed else "one document in each row, BOS first"
     return TextScore(
         dataset=text.data,
@@ -85,4 +110,24 @@ def _text_score(scores: Scores, text: Rows, packed: bool) -> TextScore:
         tokens_rows=scores.tokens_rows,
         nll_rows=scores.nll_rows,
         kl_rows=scores.kl_rows,
+    )
+
+
+def _agreement(agreement: Agreement, text: Rows, packed: bool, task: Task) -> TextScore:
+    rows = "packed rows" if packed else "one document in each row"
+    of = "row" if task.by_row else "token"
+    return TextScore(
+        dataset=text.data,
+        fingerprint=text.fingerprint,
+        rows=len(text.tokens),
+        length=text.length,
+        tokens=text.count,
+        protocol=f"{task.gives} of every {of} beside the original's, no token masked; {rows}, within the tokens that "
+        f"the tokenizer puts around a text; {text.origin}",
+        kl=agreement.kl,
+        top1=agreement.top1,
+        cosine=agreement.cosine,
+        relative_error=agreement.relative_error,
+        tokens_rows=agreement.results_rows,
+        kl_rows=agreement.kl_rows,
     )

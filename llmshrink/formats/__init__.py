@@ -30,9 +30,8 @@ def load_format(name: str) -> Format:
     return found
 
 
-def format_of(config: dict[str, Any]) -> Format | None:
-    """The format of a checkpoint, from its config.json; None: it is quantized in a way that is not known here."""
-    quantization = config.get("quantization_config")
+def format_of(quantization: dict[str, Any] | None) -> Format | None:
+    """The format of a checkpoint, from its `quantization_config`; None: quantized in a way that is not known here."""
     if quantization is None:
         return load_format("dense")
     for name in format_names():

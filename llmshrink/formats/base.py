@@ -82,6 +82,10 @@ class Format(ABC):
     ) -> dict[str, Any] | None:
         """The `quantization_config`: `layers` are stored compressed, modules named in `left` are not."""
 
+    def other_config(self, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A `quantization_config` with which the same files load by another way, or None."""
+        return None
+
     @abstractmethod
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Why a checkpoint with this `quantization_config`, written by any tool, cannot be decoded here, or None."""

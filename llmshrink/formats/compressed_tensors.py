@@ -114,6 +114,12 @@ class CompressedTensors(Format):
             config["dequantize"] = True
         return config
 
+    def other_config(self, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Made dense while loading: by one scheme for all layers, whatever the config says of each."""
+        if config is None or config.get("dequantize") or len(config["config_groups"]) > 1:
+            return None
+        return {**config, "dequantize": True}
+
     def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
         """Experts, and whatever it must dequantize: these are made dense while loading, in the dtype of the scales."""
         return kind == "experts" or bool((config or {}).get("dequantize"))

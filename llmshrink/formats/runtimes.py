@@ -38,6 +38,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]  # of config.json
     kinds: tuple[Kind, ...] = ("linear",)
+    causal: bool = True  # its models predict the next token; encoders do not
 
 
 FAMILIES = (
@@ -55,6 +56,12 @@ FAMILIES = (
     Family("GPT-NeoX, Pythia", ("gpt_neox",)),
     Family("Falcon", ("falcon",), ("subclass",)),
     Family("BLOOM", ("bloom",)),
+    Family("BERT", ("bert",), causal=False),
+    Family("RoBERTa, XLM-RoBERTa", ("roberta", "xlm-roberta"), causal=False),
+    Family("DistilBERT", ("distilbert",), causal=False),
+    Family("ELECTRA", ("electra",), causal=False),
+    Family("MPNet", ("mpnet",), causal=False),
+    Family("ModernBERT", ("modernbert",), causal=False),
 )
 
 
@@ -68,6 +75,7 @@ class Stored:
     fused_alike: bool = True  # q/k/v share one scheme, gate/up too
     head: bool = False  # the output head is compressed: no plan does that yet
     model_type: str = ""  # of config.json, where a loader treats a family in a way of its own
+    causal: bool = True  # the model predicts the next token
 
     @property
     def symmetric(self) -> bool:
@@ -98,10 +106,15 @@ def _four_bits_per_channel(stored: Stored) -> bool:
     return any(scheme.bits == 4 and scheme.group_size is None for scheme in stored.schemes)
 
 
+def _not_causal(stored: Stored) -> bool:
+    return not stored.causal
+
+
 TRIED = "tests/e2e/test_families.py"
 READERS = "tests/readers/test_gptqmodel.py"
 GPTQ, AWQ = "vLLM auto_gptq.py", "vLLM auto_awq.py"
 WNA16 = "vLLM compressed_tensors_wNa16.py"
+BERT, UNTRIED = "vLLM models/bert.py", "untried where no next token is predicted"
 MARLIN_GROUPS = {None, 32, 64, 128}  # None: one scale per output channel
 CPU_KERNEL = "its CPU kernel runs 4 bits only in groups of 32 to 256"
 # Where AWQ also scales what an activation gives: transformers wants these scales from the file.
@@ -111,7 +124,10 @@ FUSED = "it fuses q/k/v and gate/up: these must be stored alike"
 # Of the entries that hold for a checkpoint, the weakest counts.
 TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ("dense", "transformers"): (Entry("native", "plain weights", TRIED),),
-    ("dense", "vllm"): (Entry("native", "plain weights", "vLLM's list of models"),),
+    ("dense", "vllm"): (
+        Entry("native", "plain weights", "vLLM's list of models"),
+        Entry("no", UNTRIED, "vLLM's list of models", _not_causal),
+    ),
     ("compressed-tensors", "transformers"): (
         Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass", TRIED),
         Entry("no", "it fills Conv1D layers with random weights", TRIED, _with("conv1d")),
@@ -146,6 +162,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("no", "it knows no Conv1D", WNA16, _with("conv1d")),
         Entry("no", FUSED, "vLLM compressed_tensors/utils.py", lambda s: not s.fused_alike),
         Entry("no", "no compressed head", "llm-compressor issue 1820", lambda s: s.head),
+        Entry("no", UNTRIED, BERT, _not_causal),
     ),
     ("gptq", "transformers"): (
         Entry("native", "needs optimum and gptqmodel", READERS),
@@ -154,6 +171,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("no", "it leaves linears of a class of their own dense", READERS, _with("subclass")),
         Entry("no", "GPT-2 sets up weights that its modules do not have", READERS, _with("conv1d")),
         Entry("no", "it knows one scheme for all layers", "transformers GPTQConfig", lambda s: len(s.schemes) > 1),
+        Entry("no", "it finds the blocks of causal models only", "optimum gptq/constants.py", _not_causal),
     ),
     ("gptq", "vllm"): (
         Entry("native", "Marlin kernels", GPTQ),
@@ -172,6 +190,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("no", "it knows no Conv1D", GPTQ, _with("conv1d")),
         Entry("no", FUSED, GPTQ, lambda s: not s.fused_alike),
         Entry("no", "no compressed head", GPTQ, lambda s: s.head),
+        Entry("no", UNTRIED, BERT, _not_causal),
     ),
     ("awq", "transformers"): (
         Entry("native", "needs gptqmodel", READERS),
@@ -184,19 +203,24 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
             READERS,
             lambda s: s.model_type in SCALED_ACTIVATIONS,
         ),
+        Entry("no", UNTRIED, "transformers quantizer_awq.py", _not_causal),
     ),
     ("awq", "vllm"): (
         Entry("native", "Marlin kernels", AWQ),
         Entry("no", "it knows no Conv1D", AWQ, _with("conv1d")),
         Entry("no", FUSED, AWQ, lambda s: not s.fused_alike),
         Entry("no", "no compressed head", AWQ, lambda s: s.head),
+        Entry("no", UNTRIED, BERT, _not_causal),
     ),
     ("bnb", "transformers"): (
         Entry("native", "needs bitsandbytes", TRIED),
         Entry("no", "it leaves fused experts dense, so the file does not fit the model", TRIED, _with("experts")),
         Entry("no", "it leaves linears of a class of their own dense", TRIED, _with("subclass")),
     ),
-    ("bnb", "vllm"): (Entry("plugin", "needs vllm-bnb-plugin since vLLM 0.28", "vLLM PR 43529"),),
+    ("bnb", "vllm"): (
+        Entry("plugin", "needs vllm-bnb-plugin since vLLM 0.28", "vLLM PR 43529"),
+        Entry("no", UNTRIED, BERT, _not_causal),
+    ),
     **{(name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),) for name in FORMATS},
 }
 
@@ -215,7 +239,7 @@ def entry(stored: Stored, runtime: Runtime) -> Entry:
 def usual(family: Family, name: str) -> Stored:
     """What `--bits 4 --format ...` writes for a family."""
     schemes = frozenset([Scheme(4, True, 128)]) if name in ("compressed-tensors", "gptq", "awq") else frozenset()
-    return Stored(name, frozenset(family.kinds), schemes, model_type=family.model_types[0])
+    return Stored(name, frozenset(family.kinds), schemes, causal=family.causal, model_type=family.model_types[0])
 
 
 def markdown() -> str:

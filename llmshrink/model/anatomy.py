@@ -1,6 +1,6 @@
 """The blocks of a model, the matrices in each, and which of them are fed by the same tensor.
 
-Everything is found by structure, on `meta`: the one ModuleList of decoder layers, the linears, Conv1Ds and fused
+Everything is found by structure, on `meta`: the one ModuleList of blocks, the linears, Conv1Ds and fused
 experts in each, and, by running one block's forward pass on tensors without data, the linears that receive the very
 same input. No table of families is needed for that.
 """
@@ -25,6 +25,8 @@ from llmshrink.io.safetensors import TensorInfo
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
 from llmshrink.model.skeleton import drop_parameters, set_parameter
+
+ANY_TOKEN = 2  # of every vocabulary; 0 and 1 are often for padding
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer."""
+    """One layer of a decoder or encoder."""
 
     index: int
     prefix: str  # in memory, e.g. model.layers.0
@@ -101,10 +103,11 @@ class Anatomy:
     blocks: tuple[Block, ...]
     others: tuple[str, ...]  # keys on disk outside the blocks: embeddings, final norm, head
     unused: tuple[str, ...]  # keys on disk that no parameter takes; copied as they are
+    returns: int | None  # how long a tuple the blocks return; None: a tensor
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of decoder blocks.
+    """The name and the list of blocks.
 
     Raises:
         PlanError: no list, or more than one, could be it; the candidates are named.
@@ -113,15 +116,20 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     kinds = set(model._no_split_modules or ())
-    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    found = [(name, m) for name, m in lists if len(m) == count and (type(m[0]).__name__ in kinds or not kinds)]
+    lists = _lists(decoder)
+    if not lists:  # what a few families call their decoder is a head
+        prefix, lists = "", _lists(model)
+    deep = [(name, m) for name, m in lists if len(m) == count]
+    found = [(name, m) for name, m in deep if type(m[0]).__name__ in kinds] or deep
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists) or "none"
-        raise PlanError(
-            f"{type(model).__name__}: cannot tell which list holds the {count} decoder blocks; lists: {seen}."
-        )
+        raise PlanError(f"{type(model).__name__}: cannot tell which list holds the {count} blocks; lists: {seen}.")
     name, blocks = found[0]
     return f"{prefix}.{name}" if prefix else name, blocks
+
+
+def _lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
 
 
 def dissect(
@@ -141,7 +149,7 @@ def dissect(
     _check_complete(model, weights, infos)
     prefix, blocks = block_list(model)
     meta_blocks = block_list(meta)[1]
-    record = _record_on_meta(model, list(blocks))
+    record, returns = _record_on_meta(model, list(blocks))
     orders: dict[Any, list[list[Site]]] = {}
     found: list[Block] = []
     inside: set[str] = set()
@@ -154,12 +162,15 @@ def dissect(
             (p.removeprefix(name), tuple(model.get_parameter(p).shape)) for p in parameters if _is_parameter(model, p)
         )
         if signature not in orders:
-            orders[signature] = _input_groups(meta_blocks[index], name, index, record)
+            try:
+                orders[signature] = _input_groups(meta_blocks[index], name, index, record)
+            except RuntimeError as error:
+                raise _without_data(model, error) from error
         groups = _group(matrices, orders[signature], name, prefix)
         found.append(Block(index, name, parameters, keys, groups, tuple(left)))
         inside.update(keys)
     others = tuple(k for k in infos if k not in inside and k not in weights.unused)
-    return Anatomy(tuple(found), others, tuple(weights.unused))
+    return Anatomy(tuple(found), others, tuple(weights.unused), returns)
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:
@@ -194,6 +205,8 @@ def _matrices(
     left: list[tuple[str, str]] = []
     for parameter in parameters:
         owner_name, _, leaf = parameter.rpartition(".")
+        if not _is_parameter(model, parameter):
+            continue
         owner, keys = model.get_submodule(owner_name), weights.origins[parameter].keys
         linear = isinstance(owner, nn.Linear | Conv1D) and leaf == "weight"
         experts = hasattr(owner, "is_transposed") and hasattr(owner, leaf) and weights.joined(parameter)
@@ -204,6 +217,9 @@ def _matrices(
             if not (linear and len(keys) == 1) and not (experts and len(info.shape) == 2):
                 left.append((key, f"{type(owner).__name__}.{leaf} is not a linear"))
                 continue
+            if linear and _is_router(model, owner_name, info.shape[0]):
+                left.append((key, "it is a router"))
+                continue
             kind = "experts" if experts else _kind(owner)
             rows, cols = info.shape
             shape = (cols, rows) if kind == "conv1d" else (rows, cols)
@@ -211,6 +227,14 @@ def _matrices(
             module = key.removesuffix(".weight") if experts else owner_name
             found.append(Matrix(key, parameter, site, shape, info.dtype, kind, module))
     return found, left
+
+
+def _is_router(model: nn.Module, name: str, outputs: int) -> bool:
+    """Whether a linear beside fused experts has one output for each: few weights, on which much depends."""
+    parents = name.split(".")[:-1]
+    above = [model.get_submodule(".".join(parents[:depth])) for depth in range(1, len(parents) + 1)]
+    fused = [child for parent in above[-2:] for child in parent.children() if hasattr(child, "is_transposed")]
+    return any(child.num_experts == outputs for child in fused)
 
 
 def _kind(linear: nn.Module) -> Kind:
@@ -240,26 +264,33 @@ def _group(matrices: list[Matrix], order: list[list[Site]], name: str, prefix: s
     return tuple(groups)
 
 
-def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> Record:
-    """What the blocks are called with for four positions, as tensors on `meta`.
+def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[Record, int | None]:
+    """What the blocks are called with for four positions, as tensors on `meta`, and how they return theirs.
 
-    Masks and position tables are computed from real values, so the pass runs on the skeleton with an embedding given;
-    what else stands before the blocks (learned positions, a norm) is zero for the moment.
+    Masks and position tables are computed from real values, so the pass runs on the skeleton; what stands before the
+    blocks (embeddings, learned positions, a norm) is one zero for the moment, seen in the shape of each parameter.
     """
     inside = {id(p) for block in blocks for p in block.parameters()}
-    outside = [n for n, p in model.named_parameters() if id(p) not in inside]
-    big = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    stem = [n for n in outside if id(model.get_parameter(n)) not in big]
-    width = model.get_input_embeddings().weight.shape[1]
+    stem = [n for n, p in model.named_parameters() if id(p) not in inside]
     try:
         for name in stem:
-            set_parameter(model, name, torch.zeros_like(model.get_parameter(name), device="cpu"))
+            parameter = model.get_parameter(name)
+            set_parameter(model, name, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
         with Recorder(model, blocks) as recorder:
-            record = recorder.record(inputs_embeds=torch.zeros(1, 4, width, dtype=model.dtype))
+            record = recorder.record(input_ids=torch.full((1, 4), ANY_TOKEN))
+            returns = recorder.returns
+    except RuntimeError as error:
+        raise _without_data(model, error) from error
     finally:
         drop_parameters(model, stem)
+        model.tie_weights()
     on_meta: Record = tree_map_only(Tensor, lambda t: t.to("meta"), (record.hidden, record.arguments))
-    return Record(*on_meta)  # type: ignore[misc]
+    return Record(*on_meta), returns  # type: ignore[misc]
+
+
+def _without_data(model: nn.Module, error: RuntimeError) -> PlanError:
+    reason = str(error).partition("\n")[0]
+    return PlanError(f"{type(model).__name__}: what it computes depends on data too early to plan for: {reason}")
 
 
 def _input_groups(block: nn.Module, name: str, index: int, record: Record) -> list[list[Site]]:

@@ -2,7 +2,7 @@
 
 One forward pass of the model in which every block hands its input on unchanged. The model itself computes embeddings,
 masks and position tables, so no family needs code here. Recorded arguments are then used to run the real blocks one by
-one; replacing the last block's result and letting the model go on gives the exact logits.
+one; replacing the last block's result and letting the model go on gives its exact output.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmshrink.errors import PlanError
+
+RETURNS = (None, 1, 2, 3)
+MORE = object()  # stands for what blocks return beside the hidden state: attentions, a state
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, never seen outside
@@ -40,10 +43,11 @@ class Record:
 class Recorder:
     """Replaces the forward of each block for as long as it is open; the block objects stay what they are."""
 
-    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: list[nn.Module], returns: int | None = None) -> None:
+        """`returns` is how long a tuple the blocks return (None: a tensor): `record` finds it out, `finish` cannot."""
         self._model = model
         self._blocks = blocks
-        self._as_tuple = False  # whether this family's blocks return a tuple
+        self.returns = returns
 
     def __enter__(self) -> Self:
         return self
@@ -61,15 +65,16 @@ class Recorder:
         Raises:
             PlanError: blocks are not called one after another on a hidden state.
         """
-        try:
-            return self._record(inputs)
-        except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as first:
-            self._as_tuple = not self._as_tuple
+        failures = []
+        for returns in dict.fromkeys((self.returns, *RETURNS)):
+            self.returns = returns
             try:
                 return self._record(inputs)
-            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError):
-                name = type(self._model).__name__
-                raise PlanError(f"{name}: its blocks cannot be run one by one: {first}") from first
+            except (_Mismatch, TypeError, ValueError, AttributeError, IndexError) as error:
+                failures.append(error)
+        # What blocks do hand on says more than which length of a tuple does not suit the model.
+        first = next((error for error in failures if isinstance(error, _Mismatch)), failures[0])
+        raise PlanError(f"{type(self._model).__name__}: its blocks cannot be run one by one: {first}") from first
 
     def _record(self, inputs: dict[str, Tensor]) -> Record:
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
@@ -77,10 +82,12 @@ class Recorder:
         def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if calls and hidden is not calls[-1][0]:
                 raise _Mismatch("a block does not get the very tensor that the one before it returned")
+            if any(value is MORE for value in (*args, *kwargs.values())):
+                raise _Mismatch("a block hands the next one more than a hidden state")
             calls.append((hidden, args, kwargs))
             if len(calls) == len(self._blocks):
                 raise _Stop
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([stub] * len(self._blocks))
         try:
@@ -99,21 +106,23 @@ class Recorder:
         return Record(calls[0][0], tuple((a, k) for _, a, k in calls))
 
     @torch.no_grad()
-    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] for the last block's output, through the model's own norm and head."""
+    def finish(self, tokens: Tensor, hidden: Tensor) -> Any:
+        """What the model returns for the last block's output, through its own norm and head."""
 
         def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (h,) if self._as_tuple else h
+            return self._result(h)
 
         def last(h: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._as_tuple else hidden
+            return self._result(hidden)
 
         self._patch([pass_on] * (len(self._blocks) - 1) + [last])
         try:
-            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            return self._model(input_ids=tokens, use_cache=False)
         finally:
             self._restore()
-        return logits
+
+    def _result(self, hidden: Tensor) -> Any:
+        return hidden if self.returns is None else (hidden, *[MORE] * (self.returns - 1))
 
     def _patch(self, forwards: list[Any]) -> None:
         for block, forward in zip(self._blocks, forwards, strict=True):

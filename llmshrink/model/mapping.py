@@ -48,7 +48,10 @@ class WeightMap:
             name: Origin(tuple(k for k, _ in pairs), tuple(p for _, p in pairs)) for name, pairs in found.items()
         }
         tied: dict[str, Any] = getattr(model, "all_tied_weights_keys", None) or {}
-        self.missing = sorted(name for name in state if name not in self.origins and name not in tied)
+        missing = sorted(name for name in state if name not in self.origins and name not in tied)
+        # Many encoders are saved without their pooler: their hidden states do not depend on it.
+        self.absent = [name for name in missing if name.startswith("pooler.")]
+        self.missing = [name for name in missing if name not in self.absent]
 
     def joined(self, name: str) -> bool:
         """Whether a parameter is built from several tensors, or from one that is changed on the way."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmshrink.errors import PlanError
+from llmshrink.model.task import task_of
 
 EXPERTS = "llmshrink"  # our implementation of fused experts, which lets an observer see each expert's inputs
 
@@ -37,19 +39,27 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = False) -> PreTrainedModel:
-    """A causal language model in eval mode whose parameters lie on `meta`; with `all_meta`, the buffers too.
+    """A model in eval mode whose parameters lie on `meta`; with `all_meta`, the buffers too.
 
     Raises:
-        PlanError: transformers has no causal language model for this configuration.
+        PlanError: what the model is for is not supported, or transformers has no class for it.
     """
+    task = task_of(config)
+    config = deepcopy(config)  # it is changed by what is built from it
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is that of the dense model
     try:
         with torch.device("meta") if all_meta else _parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise PlanError(f"transformers has no causal language model for {config.model_type!r}: {error}") from error
+            model: PreTrainedModel = task.loader.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("Unrecognized configuration class"):
+            reason = "it has no such class"  # in place of a list of all it has
+        raise PlanError(f"transformers builds no {task.name} model of {config.model_type!r}: {reason}.") from error
     fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    if any(module.is_transposed or module.has_bias for module in fused):
-        raise PlanError(f"{type(model).__name__}: its fused experts are transposed or have biases: not supported yet.")
+    if any(module.is_transposed or module.has_bias or module.has_post_expert_norm for module in fused):
+        what = "transposed, or have biases or norms"
+        raise PlanError(f"{type(model).__name__}: its fused experts are {what}: not supported yet.")
     if fused:
         model.set_experts_implementation(EXPERTS)
     return model.eval()
@@ -61,6 +71,7 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
     hidden [tokens, H]; top_k_index and top_k_weights [tokens, k]. Registered with transformers under `EXPERTS`.
     """
     observer = getattr(self, "observer", None)
+    first, activate = ("gate_up_proj", self._apply_gate) if self.has_gate else ("up_proj", self.act_fn)
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):  # type: ignore[arg-type]
         if hidden.device.type == "meta":  # which tokens an expert gets depends on data: its shapes do not matter here
@@ -69,8 +80,8 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
             token, slot = torch.where(top_k_index == expert)
         x = hidden[token]
         if observer:
-            observer(expert, "gate_up_proj", x)
-        x = self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert]))  # type: ignore[operator,index]
+            observer(expert, first, x)
+        x = activate(nn.functional.linear(x, getattr(self, first)[expert]))  # type: ignore[operator]
         if observer:
             observer(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]

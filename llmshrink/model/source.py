@@ -24,6 +24,8 @@ COMPANIONS = re.compile(
     r"|special_tokens_map\.json|generation_config\.json|chat_template.*|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
 )
 
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
+
 
 @dataclass(frozen=True)
 class Source:
@@ -36,7 +38,7 @@ class Source:
     @cached_property
     def config_dict(self) -> dict[str, Any]:
         """config.json as it is on disk."""
-        return _read_config(self.folder)
+        return _read_object(self.folder / "config.json", "it is not a Hugging Face model folder")
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -50,6 +52,17 @@ class Source:
                 f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}"
             ) from error
         return config
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """The `quantization_config`; older tools put it into a file of its own, with keys of its own."""
+        if "quantization_config" in self.config_dict:
+            found: dict[str, Any] | None = self.config_dict["quantization_config"]
+            return found
+        for name, method in SETTINGS.items():
+            if (path := self.folder / name).is_file():
+                return {"quant_method": method, **_read_object(path)}
+        return None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -81,7 +94,8 @@ class Source:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that decides the result."""
-        names = ["config.json", *self.checkpoint.files, *(p.name for p in self.companions)]
+        settings = [name for name in SETTINGS if (self.folder / name).is_file()]
+        names = ["config.json", *settings, *self.checkpoint.files, *(p.name for p in self.companions)]
         return {name: _content_hash(self.folder / name) for name in sorted(names)}
 
     @property
@@ -116,13 +130,12 @@ def _content_hash(path: Path) -> str:
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_object(path: Path, absent: str = "") -> dict[str, Any]:
     refuse_outside(path)
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise InputError(f"{folder} has no config.json: it is not a Hugging Face model folder.") from error
+        raise InputError(f"{path.parent} has no {path.name}: {absent}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import InputError
@@ -14,6 +15,7 @@ from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
 from llmshrink.model.skeleton import build, drop_parameters, set_parameter
 from llmshrink.model.source import Source
+from llmshrink.model.task import Task, positions, task_of
 from llmshrink.model.weights import Weights
 
 BATCH_TOKENS = 1024  # of one forward pass at most, and ...
@@ -29,13 +31,12 @@ class StreamedModel:
         self.source = source
         self.device = device
         config = source.config
-        stored = config.dtype or torch.float32
+        self.task: Task = task_of(config)
+        self._stored: torch.dtype | None = config.dtype
         # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
-        self.dtype = torch.float32 if device.type == "cpu" else stored
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the skeleton is that of the dense model
+        self.dtype = torch.float32 if device.type == "cpu" or self._stored is None else self._stored
         self.model = build(config, self.dtype)
-        self.weights = Weights(source.checkpoint, source.config_dict)
+        self.weights = Weights(source.checkpoint, source.quantization, self._stored)
         self.map = WeightMap(self.model, self.weights.infos)
         self.weights.transpose(
             key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys
@@ -44,19 +45,39 @@ class StreamedModel:
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
-        self._recorder = Recorder(self.model, self._blocks)
+        self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
 
     @property
     def hidden(self) -> int:
         """Width of the hidden states."""
-        width: int = self.model.get_input_embeddings().weight.shape[1]
+        width: int = self.source.config.get_text_config(decoder=True).hidden_size
         return width
 
     @property
     def vocabulary(self) -> int:
-        """Width of the logits."""
+        """Tokens that it knows."""
         size: int = self.source.config.get_text_config(decoder=True).vocab_size
         return size
+
+    @property
+    def width(self) -> int:
+        """Values in its output for a token, or for a row."""
+        if self.task.gives == "logits":
+            return self.vocabulary
+        classes: int = self.source.config.num_labels
+        return classes if self.task.gives == "class logits" else self.hidden
+
+    @property
+    def distribution(self) -> bool:
+        """Whether the softmax of its output is a distribution: over tokens, or over classes of which one holds."""
+        labels = self.task.gives == "class logits"
+        several = getattr(self.source.config, "problem_type", None) == "multi_label_classification"
+        return self.task.gives == "logits" or (labels and self.width > 1 and not several)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a row can have at most, or None where nothing bounds them."""
+        return positions(self.model)
 
     @property
     def parameters(self) -> int:
@@ -72,6 +93,20 @@ class StreamedModel:
         """Tokens of one forward pass: as asked, or so many that activations stay small."""
         widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)
         return asked or max(1, min(BATCH_TOKENS, ACTIVATIONS // widest))
+
+    def whole(self) -> PreTrainedModel:
+        """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed."""
+        dtype = self._stored or self.dtype
+        model = build(self.source.config, dtype)
+
+        def get(key: str) -> Tensor:
+            tensor = self.weights.get(key)
+            return tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+        for name in self.map.origins:
+            set_parameter(model, name, self.map.build(name, get).contiguous())
+        model.tie_weights()
+        return model.to(self.device)
 
     # --- blocks
 
@@ -119,10 +154,15 @@ class StreamedModel:
         """The output of the loaded block for a batch of the recorded shape."""
         return record.run(self._blocks[index], index, hidden)
 
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] from the last block's output."""
+    def output(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows."""
         self._load_outside()
-        return self._recorder.finish(tokens.to(self.device), hidden)
+        tokens = tokens.to(self.device)
+        if not self.task.by_row:
+            return self.task.output(self._recorder.finish(tokens, hidden))
+        # One by one: a decoder without a token for padding cannot tell where several rows end.
+        rows = zip(torch.split(tokens, 1), torch.split(hidden, 1), strict=True)
+        return torch.cat([self.task.output(self._recorder.finish(*row)) for row in rows])
 
     def _load_outside(self) -> None:
         if self._moved:
@@ -141,6 +181,8 @@ class StreamedModel:
                 set_parameter(self.model, name, self.weights.get(self.map.origins[name].keys[0]))
             else:
                 self._set(name, {})
+        for name in self.map.absent:
+            set_parameter(self.model, name, torch.zeros_like(self.model.get_parameter(name), device=self.device))
         self.model.tie_weights()
         for module in mapped.values():
             module.forward = _lookup(module) if isinstance(module, nn.Embedding) else _project(module)

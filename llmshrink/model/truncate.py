@@ -15,8 +15,9 @@ def truncate(model: StreamedModel, folder: Path, blocks: int = 1) -> None:
     """Write the first blocks of a model, with its embedding, norm and head, to `folder`."""
     source, anatomy = model.source, model.anatomy
     keys = [*anatomy.others, *(key for block in anatomy.blocks[:blocks] for key in block.keys)]
-    safetensors.write(folder / safetensors.SINGLE, {key: source.checkpoint.get(key) for key in keys})
-    write_json(folder / "config.json", _cut(source, source.config_dict, len(anatomy.blocks), blocks))
+    safetensors.write(folder / safetensors.SINGLE, {key: model.weights.dense(key) for key in keys})
+    config = {name: value for name, value in source.config_dict.items() if name != "quantization_config"}
+    write_json(folder / "config.json", _cut(source, config, len(anatomy.blocks), blocks))
     for path in source.companions:
         copy_file(path, folder / path.name)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmshrink.errors import PlanError
@@ -18,23 +19,30 @@ from llmshrink.io.safetensors import Checkpoint, TensorInfo
 class Weights:
     """The dense view of a checkpoint: names, shapes and dtypes as if nothing were compressed."""
 
-    def __init__(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-        self._checkpoint = checkpoint
-        self._config: dict[str, Any] | None = config.get("quantization_config")
-        found = format_of(config)
+    def __init__(
+        self, checkpoint: Checkpoint, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+    ) -> None:
+        """`quantization` is the `quantization_config`; `dtype` the model's: what a compressed matrix is when dense."""
+        self._checkpoint, self._config = checkpoint, quantization
+        found = format_of(quantization)
         if found is None:
-            method = (self._config or {}).get("quant_method")
+            method = (quantization or {}).get("quant_method")
             raise PlanError(f"{checkpoint.folder} is quantized by {method!r}, which llmshrink cannot read back yet.")
-        if why := found.cannot_read(self._config):
+        if why := found.cannot_read(quantization):
             raise PlanError(f"{checkpoint.folder} is stored as {found.name}, of which {why}.")
         self.format = found
         compressed = found.dense_names(checkpoint.infos)
-        parts = {key: found.companions(key, checkpoint.infos) for key in compressed}
-        hidden = {name for names in parts.values() for name in names}
+        if quantization is not None and not compressed:
+            raise PlanError(
+                f"{checkpoint.folder} is stored as {found.name}, its settings say, but none of its tensors are.",
+                hint="If the weights are dense, take the settings out of config.json (or delete quantize_config.json).",
+            )
+        self._parts = {key: found.companions(key, checkpoint.infos) for key in compressed}
+        hidden = {name for names in self._parts.values() for name in names}
         self.infos = {name: info for name, info in checkpoint.infos.items() if name not in hidden}
-        for key, names in parts.items():
-            shape, dtype = found.dense_info(key, checkpoint.get, self._config)
-            self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype, shape)
+        for key, names in self._parts.items():
+            shape, own = found.dense_info(key, checkpoint.get, quantization)
+            self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype or own, shape)
         self.compressed = frozenset(compressed)
         self._transposed: frozenset[str] = frozenset()
 
@@ -43,6 +51,10 @@ class Weights:
         self._transposed = frozenset(keys) & self.compressed
         for key in self._transposed:
             self.infos[key] = replace(self.infos[key], shape=self.infos[key].shape[::-1])
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes on disk of all tensors that together store `key`."""
+        return sum(self._checkpoint.infos[name].bytes for name in self._parts.get(key, [key]))
 
     def form(self, key: str) -> Form:
         """The stored form of a compressed matrix, seen as [out, in]."""
@@ -62,3 +74,7 @@ class Weights:
             return self._checkpoint.get(key)
         weight = decode(self.form(key))
         return weight.T if key in self._transposed else weight
+
+    def dense(self, key: str) -> Tensor:
+        """A tensor as it is stored where nothing is compressed: decoded matrices in the model's dtype."""
+        return self.get(key).to(self.infos[key].dtype)

@@ -23,10 +23,10 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         after += sum(t.numel() * t.itemsize for t in tensors.values())
         layers = []
         for matrix in block.matrices:
-            before = infos[matrix.key].bytes
+            before = model.weights.stored_bytes(matrix.key)
             method = work.methods.get(matrix)
             if method is None:
-                layers.append(_left_plan(matrix, before, work.left[matrix]))
+                layers.append(_left_plan(matrix, before, infos[matrix.key].bytes, work.left[matrix]))
                 continue
             layer = method.form(matrix.shape, matrix.dtype)
             packed = work.format.pack(work.slots[matrix], layer)
@@ -61,7 +61,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         others=others,
         parameters=parameters,
         parameters_compressed=compressed,
-        bytes_before=model.dense_bytes,
+        bytes_before=model.source.checkpoint.bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
         bits_per_weight=8 * after / parameters,
@@ -80,7 +80,7 @@ def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:
     return LoadPlan(runtime=runtime, support=found.support, reason=found.reason, source=found.source)
 
 
-def _left_plan(matrix: Matrix, size: int, reason: str) -> LayerPlan:
+def _left_plan(matrix: Matrix, before: int, after: int, reason: str) -> LayerPlan:
     return LayerPlan(
         name=matrix.name,
         shape=matrix.shape,
@@ -88,8 +88,8 @@ def _left_plan(matrix: Matrix, size: int, reason: str) -> LayerPlan:
         method=None,
         bits=None,
         group_size=None,
-        bytes_before=size,
-        bytes_after=size,
+        bytes_before=before,
+        bytes_after=after,
         reason=reason,
     )
 

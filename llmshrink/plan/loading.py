@@ -28,6 +28,7 @@ def stored(work: Work) -> Stored:
         schemes=frozenset(scheme for scheme in schemes.values() if scheme is not None),
         fused_alike=_fused_alike(work, schemes),
         model_type=work.model.source.config.model_type,
+        causal=work.model.task.causal,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,20 +10,22 @@ from torch import nn
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
-from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
 from llmshrink.forms import Event, Scheme
-from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan.loading import layers, stored
-from llmshrink.plan.work import Work, main_method, method_name
+from llmshrink.plan.layout import lay_out, refuse
+from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
-DEFAULT_LENGTH = 2048
+# Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
+ENOUGH, NEARLY_ALL = 0.5, 0.9
+UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a whole encoder is more
+TOWERS = 0.05  # of all weights
 
 
 def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
@@ -38,11 +39,10 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError(
             f"{type(model.model).__name__}: no linear layers were found in its blocks; nothing to compress."
         )
-    if model.weights.compressed or model.weights.format.name != "dense":
-        raise PlanError(
-            f"{model.source.id} is quantized already ({model.weights.format.name}); give the original model."
-        )
-    events: list[Event] = []
+    events = _coverage(model)
+    if model.weights.compressed:
+        message = f"the model is stored as {model.weights.format.name}: what its codes mean is compressed again"
+        events.append(Event("requantized", message))
     default = _default_method(stage, matrices, events)
     try:
         specs = {m: stage.method_for(m.name, default) for m in matrices}
@@ -62,55 +62,58 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             problems.append(f"{matrix.name} {list(matrix.shape)}: {why}")
         else:
             methods[matrix] = method
-    _refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
+    refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     chosen = _choose_format(stage, methods)
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
-    work = Work(
-        model,
-        chosen,
-        methods,
-        {m: Slot(m.key, m.module, m.shape, m.dtype, m.kind) for m in matrices},
-        left,
-        None,
-        0,
-        _output(recipe, model.source.id, main_method(methods)),
-        events=_merged(events),
-    )
-    _check_format(work)
-    for block in model.anatomy.blocks:
-        for key, why in block.left:
-            work.events.append(Event("left_dense", f"left as it is: {why}", key))
-    if unused := model.anatomy.unused:
-        shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        message = f"{len(unused)} tensors on disk belong to no parameter of the model; copied as they are: {shown}"
-        work.events.append(Event("unused_tensors", message))
-    work.quantization_config = work.format.config(list(layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
-    work.length = row_length(recipe.calibration.length, model, work.events)
-    _lay_out_files(work)
-    return work
+    return lay_out(recipe, model, chosen, methods, left, events)
 
 
-def _output(recipe: Recipe, model_id: str, method: Method[Any]) -> Path:
-    """The folder of the result: as the recipe says, else out/<model>-<method>[-w<bits>]."""
-    if recipe.output is not None:
-        return Path(recipe.output).expanduser()
-    name, bits = method_name(method), getattr(method.config, "bits", None)
-    label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name)
-    return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
+def _coverage(model: StreamedModel) -> list[Event]:
+    """What no method will see of a model whose structure nobody named.
+
+    Raises:
+        PlanError: it is the larger part.
+    """
+    infos, anatomy, name = model.weights.infos, model.anatomy, type(model.model).__name__
+    left = {key: why for block in anatomy.blocks for key, why in block.left}
+    seen = sum(m.numel for block in anatomy.blocks for m in block.matrices)
+    unseen = sum(infos[key].numel for key in left)
+    reasons = "; ".join(dict.fromkeys(left.values()))
+    if seen < ENOUGH * (seen + unseen):
+        message = f"only {seen / (seen + unseen):.0%} of the weights in its blocks can be compressed"
+        raise PlanError(f"{name}: {message}: {reasons}.")
+    events = []
+    if seen < NEARLY_ALL * (seen + unseen):
+        message = f"{unseen / (seen + unseen):.0%} of the weights in the blocks cannot be compressed: {reasons}"
+        events.append(Event("uncovered", message))
+    unused = sum(infos[key].numel for key in anatomy.unused if len(infos[key].shape) > 1)
+    if unused > UNUSED * (unused + model.parameters):
+        raise PlanError(
+            f"{name}: {unused / (unused + model.parameters):.0%} of what is on disk belongs to no part of it "
+            f"({anatomy.unused[0]}, ...).",
+            hint="config.json names another kind of model than the weights are, or a part that is not supported.",
+        )
+    towers = _towers(model)
+    if towers and (size := sum(infos[key].numel for key in towers)) > TOWERS * model.parameters:
+        message = f"{size / model.parameters:.0%} of the weights lie outside the blocks and are left as they are"
+        events.append(Event("left_dense", f"{message}: {towers[0]}, ..."))
+    return events
 
 
-def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> int:
-    """Tokens in a row: as asked, but never more than the model has positions for."""
-    positions = (
-        getattr(model.source.config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_LENGTH
-    )
-    if asked is not None and asked > positions:
-        message = f"rows of {asked} tokens cut to the model's {positions} positions"
-        if not any(event.kind == "length_cut" and event.message == message for event in events):
-            events.append(Event("length_cut", message))
-    return min(asked or DEFAULT_LENGTH, positions)
+def _towers(model: StreamedModel) -> list[str]:
+    """Weights outside the blocks that are neither embeddings nor the head, the largest first: vision, audio."""
+    usual = {id(m) for m in model.model.modules() if isinstance(m, nn.Embedding)}
+    usual.add(id(model.model.get_output_embeddings()))
+    outside = set(model.anatomy.others)
+    found = [
+        key
+        for name, origin in model.map.origins.items()
+        for key in origin.keys
+        if key in outside and id(model.model.get_submodule(name.rpartition(".")[0])) not in usual
+    ]
+    return sorted(found, key=lambda key: -model.weights.infos[key].numel)
 
 
 def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:
@@ -166,30 +169,11 @@ def _fit(
     return cls(config.model_copy(update={"group_size": size})), None
 
 
-def _merged(events: list[Event]) -> list[Event]:
-    """Events of many layers with one message become one that counts them."""
-    found: dict[tuple[str, str], list[Event]] = {}
-    for event in events:
-        found.setdefault((event.kind, event.message), []).append(event)
-    merged = []
-    for (kind, message), same in found.items():
-        names = [e.layer for e in same if e.layer]
-        some = f" ({len(names)} layers: {names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
-        merged.append(Event(kind, message + some, names[0] if len(names) == 1 else None))
-    return merged
-
-
 def _check_patterns(stage: QuantizeStage, matrices: list[Matrix]) -> None:
     for pattern in (*stage.layers, *stage.ignore):
         if not any(re.fullmatch(pattern, m.name) for m in matrices):
             some = ", ".join(m.name for m in matrices[:3])
             raise PlanError(f"The expression {pattern!r} matches no layer.", hint=f"Layers are named like: {some}")
-
-
-def _refuse(problems: list[str], hint: str) -> None:
-    if problems:
-        shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        raise PlanError("\n".join(["These layers cannot be done as asked:", *(f"  - {p}" for p in shown)]), hint=hint)
 
 
 def _choose_format(stage: QuantizeStage, methods: dict[Matrix, Method[Any]]) -> Format:
@@ -200,40 +184,3 @@ def _choose_format(stage: QuantizeStage, methods: dict[Matrix, Method[Any]]) -> 
     matrix, method = next(iter(methods.items()))
     levels = getattr(method.form(matrix.shape, matrix.dtype).weight, "levels", None)
     return load_format("compressed-tensors" if levels is None else "bnb")
-
-
-def _check_format(work: Work) -> None:
-    """Refuse what the format cannot hold, and what transformers would not read back."""
-    name, given = work.format.name, list(layers(work))
-    problems = [f"{slot.name}: {why}" for slot, layer in given if (why := work.format.check(slot, layer))]
-    if why := work.format.check_all(given, _left_modules(work)):
-        problems.append(f"the layers together: {why}")
-    if not problems and (found := entry(stored(work), "transformers")).support == "no":
-        problems.append(f"transformers would not load it: {found.reason}")
-    _refuse(
-        [f"format {name}: {p}" for p in problems],
-        "choose another --format or --method, or leave the layers out with `ignore`",
-    )
-
-
-def _left_modules(work: Work) -> set[str]:
-    """Modules that loaders would take for compressed, if they were not told."""
-    treated = {m.module for m in work.methods}
-    origins = work.model.map.origins
-    linears = {name for name, module in work.model.model.named_modules() if isinstance(module, nn.Linear)}
-    left = (linears | {m.module for m in work.left}) - treated
-    # Loaders match names in memory or on disk: the head of GPT-NeoX has another one there, routers too.
-    on_disk = {key for name in left if (found := origins.get(f"{name}.weight")) for key in found.keys}
-    on_disk |= {key for block in work.model.anatomy.blocks for key, _ in block.left}
-    return left | {key.removesuffix(".weight") for key in on_disk}
-
-
-def _lay_out_files(work: Work) -> None:
-    """One file for each block and one for the rest: a resumed run keeps every finished file."""
-    blocks = work.model.anatomy.blocks
-    total = len(blocks) + 1
-    for block in blocks:
-        work.shards[block.index] = f"model-{block.index + 1:05d}-of-{total:05d}.safetensors"
-        work.file_bytes[work.shards[block.index]] = safetensors.file_size(work.meta_tensors(block))
-    work.shards[-1] = f"model-{total:05d}-of-{total:05d}.safetensors"
-    work.file_bytes[work.shards[-1]] = safetensors.file_size(work.meta_others())

@@ -70,8 +70,8 @@ def _empty(model: StreamedModel, key: str) -> Tensor:
 def main_method(methods: dict[Matrix, Method[Any]]) -> Method[Any]:
     """The method, with its settings, that most matrices get."""
     counted = Counter((type(method), method.config) for method in methods.values())
-    cls, config = counted.most_common(1)[0][0]
-    return cls(config)
+    most = counted.most_common(1)[0][0]
+    return next(method for method in methods.values() if (type(method), method.config) == most)
 
 
 def method_name(method: Method[Any]) -> str:

@@ -15,10 +15,14 @@ from pydantic_core import ErrorDetails
 
 from llmshrink.errors import RecipeError, UsageError
 from llmshrink.recipe import text
-from llmshrink.recipe.schema import EvalStage, QuantizeStage, Recipe
+from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
 from llmshrink.recipe.section import KeyPath, did_you_mean
 
-_STAGE_KEYS = {"quantize": set(QuantizeStage.model_fields), "eval": set(EvalStage.model_fields)}
+_STAGE_KEYS = {
+    "quantize": set(QuantizeStage.model_fields),
+    "export": set(ExportStage.model_fields),
+    "eval": set(EvalStage.model_fields),
+}
 
 
 def recipes_folder() -> Path:

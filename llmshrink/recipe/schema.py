@@ -158,13 +158,20 @@ class QuantizeStage(Section):
         return patterns
 
 
+class ExportStage(Section):
+    """The codes that a model is stored in, written in another format."""
+
+    task: Literal["export"] = Field(description="what this stage does")
+    format: FormatSpec = Field(description="checkpoint format to write; dense: decoded weights")
+
+
 class EvalStage(Section):
     """Measure a model without changing it."""
 
     task: Literal["eval"] = Field(description="what this stage does")
 
 
-Stage = Annotated[QuantizeStage | EvalStage, Field(discriminator="task")]
+Stage = Annotated[QuantizeStage | ExportStage | EvalStage, Field(discriminator="task")]
 
 
 class CalibrationSpec(Section):
@@ -229,7 +236,11 @@ class Recipe(Section):
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec, description="text for the methods")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="text and measures for comparison")
     run: RunSpec = Field(default_factory=RunSpec, description="how, kept apart from what")
-    output: str | None = Field(None, min_length=1, description="folder of the result; null: out/<model>-<method><bits>")
+    output: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of the result; null: out/<model>-<method><bits>, or out/<model>-<format> of an export",
+    )
 
 
 def _pattern_faults(patterns: Mapping[str, tuple[str | int, ...]]) -> list[InitErrorDetails]:

@@ -25,14 +25,30 @@ from llmshrink.report.schema import Check, Report, RuntimeSupport
 TRANSFORMERS = """\
 ```python
 # pip install {packages}
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 folder = "path/to/this/folder"
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
+{use}
 ```"""
+USE = {
+    "text-generation": """\
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))""",
+    "fill-mask": """\
+tokens = tokenizer(f"Once upon a {tokenizer.mask_token}.", return_tensors="pt")
+print(tokenizer.decode(model(**tokens).logits[0].argmax(-1)))""",
+    "text-classification": """\
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(model.config.id2label, model(**tokens).logits)""",
+    "token-classification": """\
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(model.config.id2label, model(**tokens).logits.argmax(-1))""",
+    "feature-extraction": """\
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(model(**tokens).last_hidden_state)  # one vector for each token; pool them as the original's users do""",
+}
 VLLM = """\
 ```sh
 vllm serve path/to/this/folder
@@ -47,7 +63,9 @@ def model_card(report: Report, recipe_yaml: str) -> str:
         recipe_yaml: The resolved recipe, shown as it is.
     """
     name = escape(source_name(report.model))
-    parts = [front_matter(report), f"# {name}, made smaller\n", _introduction(report, name)]
+    exported = next((stage.format for stage in report.stages if stage.task == "export"), None)
+    title = f"{name}, stored as {escape(exported)}" if exported else f"{name}, made smaller"
+    parts = [front_matter(report), f"# {title}\n", _introduction(report, name)]
     parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
     for stage in report.stages:
         parts += ["## What was done\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
@@ -64,12 +82,14 @@ def front_matter(report: Report) -> str:
     """The YAML block at the top; a base model only where it is on the Hub, a licence only where it is known."""
     data: dict[str, Any] = {}
     if report.model.source == "hub":
-        data |= {"base_model": clean(report.model.id), "base_model_relation": "quantized"}
+        data["base_model"] = clean(report.model.id)
+        if any(stage.format != "dense" for stage in report.stages):
+            data["base_model_relation"] = "quantized"
     if report.model.licence:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]
     tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
-    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    data |= {"library_name": "transformers", "pipeline_tag": report.model.task, "tags": list(tags)}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -131,7 +151,8 @@ def _usage(report: Report) -> list[str]:
             continue
         if line.runtime == "transformers":
             packages = " ".join(["torch transformers", *PACKAGES[stage.format]])
-            parts += [TRANSFORMERS.format(packages=packages), ""]
+            model = report.model
+            parts += [TRANSFORMERS.format(packages=packages, auto=model.auto_class, use=USE[model.task]), ""]
         elif line.runtime == "vllm":
             parts += [VLLM, ""]
     return parts

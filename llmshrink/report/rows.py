@@ -44,14 +44,23 @@ def comparison(report: Report) -> list[Row]:
     """Every measure before and after; what was not measured is said so."""
     before, after = report.before, report.after
     rows = _sizes(report)
+    task = report.model.task
     for old, new in _texts(before, after):
-        rows += _quality(old, new)
+        rows += _quality(old, new, "row" if task == "text-classification" else "token")
+    causal = task == "text-generation"
     if not any(measure and measure.scores for measure in (before, after)):
-        rows.append(Row("perplexity", NOT_MEASURED, NOT_MEASURED))
-    return rows + [
+        alone = not causal and after is None and not any(stage.layers for stage in report.stages)
+        missing = "only beside another model: --baseline" if alone else NOT_MEASURED
+        rows.append(Row("perplexity" if causal else "likeness to the original", missing, NOT_MEASURED))
+    speeds = [
+        _row("prefill" if causal else "forward pass", before, after, lambda m: m.prefill_tokens_per_second, _speed)
+    ]
+    if causal:
+        speeds.append(_row("decode", before, after, lambda m: m.decode_tokens_per_second, _speed))
+    return [
+        *rows,
         _row("load", before, after, lambda m: m.load_seconds, seconds),
-        _row("prefill", before, after, lambda m: m.prefill_tokens_per_second, _speed),
-        _row("decode", before, after, lambda m: m.decode_tokens_per_second, _speed),
+        *speeds,
         _row("peak memory, load and run", before, after, lambda m: m.peak_memory_bytes, decimal),
     ]
 
@@ -82,14 +91,28 @@ def _texts(before: ModelMeasure | None, after: ModelMeasure | None) -> list[tupl
     return [(old.get(key), new.get(key)) for key in {**new, **old}]
 
 
-def _quality(old: TextScore | None, new: TextScore | None) -> list[Row]:
+def _quality(old: TextScore | None, new: TextScore | None, unit: str) -> list[Row]:
     name = text_name((new or old).dataset)  # type: ignore[union-attr]  # one of them is given
+    if new is not None and new.perplexity is None:
+        return _likeness(new, name, unit)
     before, after = (score.perplexity if score else None for score in (old, new))
     rows = [Row(f"perplexity, {name}", _or(before, _perplexity), _or(after, _perplexity), _change(before, after))]
     if new is not None:
         rows.append(Row("  KL to the original, nats/token", NOTHING, _or(new.kl, _divergence)))
         rows.append(Row("  same first choice", NOTHING, _or(new.top1, share)))
     return rows
+
+
+def _likeness(score: TextScore, name: str, unit: str) -> list[Row]:
+    """What is measured of a model that predicts no next token; the first line names the text."""
+    values: list[tuple[str, float | None, Callable[[float], str]]] = [
+        ("same first choice", score.top1, share),
+        (f"KL to the original, nats/{unit}", score.kl, _divergence),
+        ("cosine to the original's hidden states", score.cosine, _divergence),
+        ("relative error of the output", score.relative_error, share),
+    ]
+    known = [(label, form(value)) for label, value, form in values if value is not None]
+    return [Row(f"  {label}" if i else f"{label}, {name}", NOTHING, value) for i, (label, value) in enumerate(known)]
 
 
 def _row(
@@ -154,6 +177,8 @@ def stage_lines(stage: StageReport) -> list[str]:
     weights = sum(layer.parameters for layer in done)
     settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in ("bits", "group_size") and v is not None)
     what = f" with {stage.method['name']} ({settings or 'default settings'})" if stage.method else ""
+    if stage.task == "export":
+        what = f" of what was stored ({settings or 'of several kinds'})"
     lines = [f"{stage.task}{what}, {stage.format}"]
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights

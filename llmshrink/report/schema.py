@@ -71,12 +71,21 @@ class TextScore(Record):
     fingerprint: str = Field(description="sha256 of the token ids")
     rows: int
     length: int = Field(description="tokens of the longest row")
-    tokens: int = Field(description="tokens predicted: length - 1 per row")
-    protocol: str = Field(description="how perplexity was computed, in words")
-    perplexity: float = Field(description="exp of the mean negative log likelihood per token")
-    kl: float | None = Field(default=None, description="KL(original || this model), nats per token")
-    top1: float | None = Field(default=None, description="share of tokens where both rank the same token first")
-    tokens_rows: list[int] = Field(default_factory=list, description="tokens predicted in each row")
+    tokens: int = Field(description="tokens predicted: length - 1 per row; of an encoder, tokens read")
+    protocol: str = Field(description="what was measured and how, in words")
+    perplexity: float | None = Field(
+        default=None,
+        description="exp of the mean negative log likelihood per token; None: the model predicts no next token",
+    )
+    kl: float | None = Field(default=None, description="KL(original || this model), nats per token, or per row classed")
+    top1: float | None = Field(default=None, description="share of tokens (rows) where both rank the same first")
+    cosine: float | None = Field(default=None, description="mean cosine similarity of hidden states to the original's")
+    relative_error: float | None = Field(
+        default=None, description="||this - original|| / ||original|| of hidden states, or of scores without classes"
+    )
+    tokens_rows: list[int] = Field(
+        default_factory=list, description="tokens predicted in each row; of an encoder, results compared"
+    )
     nll_rows: list[float] = Field(default_factory=list, description="sum over each row's tokens, nats")
     kl_rows: list[float] = Field(default_factory=list, description="sum over each row's tokens, nats")
 
@@ -94,7 +103,9 @@ class ModelMeasure(Record):
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     peak_memory_bytes: int | None = Field(default=None, description="while loading and running, imports not counted")
-    sample: str | None = Field(default=None, description="greedy continuation of a fixed prompt")
+    sample: str | None = Field(
+        default=None, description="greedy continuation of a fixed prompt; None too where no next token is predicted"
+    )
     scores: list[TextScore] = Field(default_factory=list)
 
 
@@ -145,6 +156,8 @@ class ModelInfo(Record):
     commit: str | None = None
     files: dict[str, str] = Field(default_factory=dict, description="file name -> sha256")
     architecture: str | None = None
+    task: str = Field(default="text-generation", description="what it is for: the Hub's pipeline_tag")
+    auto_class: str = Field(default="AutoModelForCausalLM", description="the class of transformers that loads it")
     licence: str | None = Field(default=None, description="SPDX id or the model card's word; None: not known")
 
 

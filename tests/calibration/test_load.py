@@ -11,7 +11,7 @@ from tiny import TEXT
 
 from llmshrink.calibration import load, sample
 from llmshrink.calibration.load import TextLoader
-from llmshrink.errors import ResourceError
+from llmshrink.errors import PlanError, ResourceError
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
@@ -146,3 +146,12 @@ def test_auto_evaluates_on_two_texts(loader: Loader) -> None:
     found = loader().evaluation(evaluation("auto"), 12, None)
     assert [text.data for text in found] == ["generator", "self"]
     assert [len(text.tokens) for text in found] == [4, 4]
+
+
+def test_an_encoder_is_calibrated_on_stories_where_there_is_nothing_else(loader: Loader) -> None:
+    made = loader("bert")
+    assert made.calibration(calibration("auto"), 12).data == "generator"
+    assert [event.kind for event in made.events] == ["generator_calibration"]
+    assert [rows.data for rows in made.evaluation(evaluation("auto"), 12, None)] == ["generator"]
+    with pytest.raises(PlanError, match="predicts no next token"):
+        made.calibration(calibration("self"), 12)

@@ -50,6 +50,24 @@ def test_separate_rows_keep_their_own_lengths(tokenizer: PreTrainedTokenizerBase
     assert found.length == 64
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_an_encoder_lie_between_its_own_marks(models_folder: Callable[..., Path], packed: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models_folder("bert"))
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    texts = [TEXT[0], "", "The", TEXT[1] * 9]
+    found = rows_of(tokenizer, texts, rows=3, packed=packed, length=20, encoder=True).tokens
+    if packed:  # the inner tokens, end to end, are the documents with [SEP] after each
+        flat = [i for row in found for i in row[1:-1].tolist()]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text]
+        assert flat == [i for text in ids for i in [*text, sep]][: 3 * 18]
+        assert [len(row) for row in found] == [20] * 3
+    else:
+        assert [row.tolist() for row in found] == [
+            tokenizer(text, truncation=True, max_length=20)["input_ids"] for text in texts if text
+        ]
+    assert all(row[0] == cls and row[-1] == sep for row in found)
+
+
 def test_no_more_is_read_than_is_needed(tokenizer: PreTrainedTokenizerBase) -> None:
     def endless() -> Iterator[str]:
         while True:

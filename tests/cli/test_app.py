@@ -173,6 +173,22 @@ def test_eval(library, capsys):
     assert main(["eval", "m", "-r", "eval"]) == 0
 
 
+def test_export(library, capsys):
+    assert main(["export", "some/model", "--to", "dense", "-o", "here"]) == 0
+    recipe = last_recipe(library)
+    assert [(s.task, s.format.name) for s in recipe.stages] == [("export", "dense")]
+    assert (recipe.model.id, recipe.output) == ("some/model", "here")
+    assert recipe.evaluation.data == [] and not recipe.evaluation.speed, "the codes are the same"
+    assert main(["export", "some/model", "--to", "dense", "--evaluation", "a.txt"]) == 0
+    assert last_recipe(library).evaluation.data == ["a.txt"]
+    assert main(["export", "some/model", "--to", "dense", "--plan"]) == 0
+    assert library.calls[-1][0] == "make_plan"
+    capsys.readouterr()
+    assert main(["export", "--to", "dense"]) == 2 and "name the model" in capsys.readouterr().err
+    assert main(["export", "some/model"]) == 3 and "format: Field required" in capsys.readouterr().err
+    assert main(["export", "some/model", "--to", "gtpq"]) == 3 and "gptq" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["eval", "-r", "gptq-w8"], ["quantize", "-r", "eval"], ["plan", "-r", "eval"]])
 def test_a_recipe_of_another_command_is_refused(library, capsys, arguments):
     assert main(arguments) == 2

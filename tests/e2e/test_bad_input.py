@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import recipe
 from safetensors.torch import load_file, save_file
 
 from llmshrink import run
 from llmshrink.cli import main
-from llmshrink.progress import Silent
 
 Harm = Callable[[Path], None]
 
@@ -159,16 +157,3 @@ def test_no_memory(
     monkeypatch.setattr(run, "available_memory", lambda: 1 << 20)
     found, said, left = refused(smallest)
     assert (found, left) == (6, set()) and "of memory" in said
-
-
-def test_an_output_is_no_input(
-    refused: Callable[..., tuple[int, str, set[str]]],
-    smallest: Path,
-    text_file: Path,
-    tmp_path: Path,
-    without_reader: None,
-) -> None:
-    done = tmp_path / "done"
-    run.execute(recipe(smallest, done, text_file, {"name": "rtn", "group_size": 32}), progress=Silent())
-    found, said, left = refused(done)
-    assert (found, left) == (3, set()) and "quantized already (compressed-tensors)" in said

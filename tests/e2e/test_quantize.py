@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import decoded_model, logits, recipe
 from safetensors.torch import load_file, save_file
-from test_families import load
+from test_families import exact
 
 from llmshrink import run, verify
 from llmshrink.engine.hidden import Hidden
@@ -59,7 +59,7 @@ def test_layers_may_differ_and_be_left_out(models_folder: Callable[..., Path], t
     assert "0.self_attn.k_proj" not in bits and "1.self_attn.o_proj" not in bits and "0.self_attn.o_proj" in bits
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.self_attn.o_proj" in config["ignore"] and "lm_head" in config["ignore"]
-    theirs, ours = logits(load(out)[0]), logits(decoded_model(out, source))
+    theirs, ours = logits(exact(out)[0]), logits(decoded_model(out, source))
     assert (ours - theirs).abs().max() <= 1e-5 * ours.std()
 
 

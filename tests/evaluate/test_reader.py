@@ -66,9 +66,9 @@ def test_a_dense_folder_is_read_in_a_child(folder: Path, capfd: pytest.CaptureFi
     capfd.readouterr()
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([row])).logits for row in TOKENS])
-    assert exact.error is None and exact.found is not None and exact.logits is not None
+    assert exact.error is None and exact.found is not None and exact.output is not None
     assert expected.std() > 1
-    torch.testing.assert_close(exact.logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(exact.output, expected, atol=1e-5, rtol=0)
     found = exact.found
     assert not found.misplaced() and found.class_name == "LlamaForCausalLM"
     inverse_frequencies = 2 * 4 * 8  # two float32 buffers of half a head
@@ -106,8 +106,8 @@ def test_one_changed_weight_moves_the_logits(folder: Path, tmp_path: Path) -> No
     weight[3, 5] += 1
     changed = copied(folder, tmp_path / "changed", **{name.replace(".", "__"): weight})
     good, bad = (read(ReadRequest(folder=str(f), tokens=TOKENS, dtype="float32")) for f in (folder, changed))
-    assert good.logits is not None and bad.logits is not None
-    assert (good.logits - bad.logits).abs().max() > 1e-3
+    assert good.output is not None and bad.output is not None
+    assert (good.output - bad.output).abs().max() > 1e-3
 
 
 def die(sender: Connection, request: str, threads: int) -> None:
@@ -152,4 +152,4 @@ def test_shared_memory_and_bitsandbytes_tables_count_once() -> None:
 
 def test_an_answer_is_data(folder: Path) -> None:
     result = ReadResult(error="x")
-    assert json.loads(result.model_dump_json(exclude={"logits"})) == {"found": None, "error": "x", "unable": False}
+    assert json.loads(result.model_dump_json(exclude={"output"})) == {"found": None, "error": "x", "unable": False}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import load
 from transformers import AutoModelForCausalLM
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.evaluate import texts
+from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -37,3 +39,35 @@ def test_scores_equal_those_of_the_whole_model(
         assert score.nll_rows == pytest.approx(expected.nll_rows, rel=1e-5)
         assert score.tokens_rows == [11] * 3 and score.kl is None
         assert same.nll_rows == score.nll_rows and same.kl == 0 and same.top1 == 1
+
+
+@pytest.mark.parametrize("logits", [1, 1 << 26])
+@pytest.mark.parametrize("family", ["bert", "bert-masked", "bert-classes", "xlm-roberta-tokens"])
+def test_encoders_are_compared_as_whole_models_would_be(
+    models_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, logits: int
+) -> None:
+    monkeypatch.setattr(texts, "LOGITS", logits)
+    rows = Rows(tuple(torch.randint(5, 160, (3, 12), generator=torch.Generator().manual_seed(0))), "t", "t")
+    original, moved = load(models_folder(family))[0], load(models_folder(family))[0]
+    with torch.no_grad():
+        for parameter in moved.base_model.encoder.parameters():
+            parameter.mul_(1.05)
+    moved.save_pretrained(tmp_path)
+    base, model = (
+        StreamedModel(open_source(str(folder)), torch.device("cpu")) for folder in (models_folder(family), tmp_path)
+    )
+    settings = {"packed": True, "batch_tokens": 24, "progress": Silent()}
+    none, (score,) = texts.score_texts(base, model, [rows], **settings)
+    assert none == [] and texts.score_texts(base, None, [rows], **settings) == ([], [])
+    tokens = torch.stack(list(rows.tokens))
+    with torch.no_grad():
+        a, b = (base.task.output(m(tokens)) for m in (moved, original))
+    expected = Agreement(distribution=family != "bert")
+    expected.begin(3)
+    expected.add(a, b)
+    for name in ("kl", "top1", "cosine", "relative_error"):
+        found, wanted = getattr(score, name), getattr(expected, name)
+        assert (found is None) == (wanted is None)
+        assert found is None or found == pytest.approx(wanted, rel=1e-4), name
+    assert (score.kl or score.relative_error or 0) > 1e-3
+    assert score.tokens_rows == ([1] * 3 if family == "bert-classes" else [12] * 3) and score.tokens == 36

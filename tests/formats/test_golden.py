@@ -40,7 +40,7 @@ def golden(tool: str, name: str) -> tuple[dict[str, Tensor], Tensor, dict[str, A
 @pytest.mark.parametrize(("tool", "name"), CASES)
 def test_a_foreign_file_is_decoded_to_the_weights_of_its_tool(tool: str, name: str) -> None:
     stored, dense, config = golden(tool, name)
-    fmt = format_of({"quantization_config": config})
+    fmt = format_of(config)
     assert fmt is not None and fmt.cannot_read(config) is None
     key = f"{MODULE}.weight"
     assert set(fmt.dense_names(stored)) == {key}
@@ -62,7 +62,7 @@ def test_files_have_groups_in_another_order() -> None:
 
 def test_codes_in_the_layout_of_older_releases_are_refused() -> None:
     stored, dense, config = golden(*OLD_LAYOUT)
-    fmt = format_of({"quantization_config": config})
+    fmt = format_of(config)
     slot = Slot(f"{MODULE}.weight", MODULE, (dense.shape[0], dense.shape[1]), dense.dtype)
     assert fmt is not None
     with pytest.raises(InputError, match=r"7 words.*before 0\.18"):

@@ -28,6 +28,8 @@ EXPERTS = [
 ]
 OPT = [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]
 BLOOM = [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]
+BERT_END = [{"attention.output.dense"}, {"intermediate.dense"}, {"output.dense"}]
+BERT = [{"self.query", "self.key", "self.value"}, *BERT_END]
 # What differs from Llama; blocks that differ from each other are listed one by one.
 GROUPS = {
     "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
@@ -39,6 +41,10 @@ GROUPS = {
     "falcon": [{"query_key_value", "dense_h_to_4h"}, {"dense"}, {"dense_4h_to_h"}],
     "falcon-new": BLOOM,
     "falcon-alibi": BLOOM,
+    **dict.fromkeys(("bert", "bert-masked", "bert-classes", "roberta", "xlm-roberta-tokens", "electra"), BERT),
+    "distilbert": [{"q_lin", "k_lin", "v_lin"}, {"out_lin"}, {"lin1"}, {"lin2"}],
+    "mpnet": [{"attn.q", "attn.k", "attn.v"}, {"attn.o"}, *BERT_END[1:]],
+    "modernbert": [{"attn.Wqkv"}, {"attn.Wo"}, {"mlp.Wi"}, {"mlp.Wo"}],
 }
 EACH_BLOCK = {
     "qwen3-moe": [[*ATTENTION, *EXPERTS], LLAMA],
@@ -97,7 +103,7 @@ def test_a_matrix_is_seen_as_out_by_in(models_folder: Models, family: str) -> No
 def test_a_layout_that_is_not_known_is_refused_by_name() -> None:
     model = build(config("llama"), torch.float32)
     model.config.num_hidden_layers = 5
-    with pytest.raises(PlanError, match=r"LlamaForCausalLM: .* 5 decoder blocks; lists: layers \(2 x LlamaDecoder"):
+    with pytest.raises(PlanError, match=r"LlamaForCausalLM: .* 5 blocks; lists: layers \(2 x LlamaDecoder"):
         block_list(model)
     model.config.num_hidden_layers = 2
     model.model.more = nn.ModuleList(model.model.layers)

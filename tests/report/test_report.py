@@ -213,6 +213,44 @@ def test_card_has_snippets_only_for_runtimes_that_load_the_format() -> None:
     assert "from_pretrained" not in card and "vllm serve" not in card
 
 
+@pytest.mark.parametrize(
+    ("task", "auto", "words"),
+    [
+        ("feature-extraction", "AutoModel", "last_hidden_state"),
+        ("fill-mask", "AutoModelForMaskedLM", "mask_token"),
+        ("text-classification", "AutoModelForSequenceClassification", "id2label"),
+        ("token-classification", "AutoModelForTokenClassification", "id2label"),
+    ],
+)
+def test_an_encoder_is_told_in_its_own_words(task: str, auto: str, words: str) -> None:
+    plain = report()
+    assert plain.after is not None and plain.before is not None
+    fields = {"perplexity": None} | (
+        {"cosine": 0.9969, "relative_error": 0.079, "kl": None, "top1": None} if auto == "AutoModel" else {}
+    )
+    new = plain.after.scores[0].model_copy(update=fields)
+    made = report(
+        model=plain.model.model_copy(update={"task": task, "auto_class": auto}),
+        before=plain.before.model_copy(update={"scores": []}),
+        after=plain.after.model_copy(update={"scores": [new]}),
+    )
+    rows = {row.label: (row.before, row.after) for row in comparison(made)}
+    if auto == "AutoModel":
+        assert rows["cosine to the original's hidden states, stories"] == ("-", "0.99690")
+        assert rows["  relative error of the output"] == ("-", "7.9 %")
+    else:
+        unit = "row" if task == "text-classification" else "token"
+        assert rows["same first choice, stories"] == ("-", "97.2 %")
+        assert rows[f"  KL to the original, nats/{unit}"] == ("-", "0.00278")
+    assert "forward pass" in rows and not any(label in ("prefill", "decode") for label in rows)
+    assert not any("perplexity" in label for label in rows)
+    card = model_card(made, "")
+    assert f"model = {auto}.from_pretrained(folder)" in card and words in card and "generate(" not in card
+    assert f"pipeline_tag: {task}" in card
+    alone = report(model=made.model, before=made.before, after=None, stages=[])
+    assert "only beside another model: --baseline" in one_line(shown(render(alone)), "likeness to the original")
+
+
 def test_card_of_a_local_folder_names_no_path_and_no_base_model() -> None:
     local = report(model=ModelInfo(id="/home/somebody/models/mine", source="folder"))
     card = model_card(local, "")

@@ -1,0 +1,60 @@
+"""The codes that a checkpoint holds already, unchanged: what an export to another format writes.
+
+No recipe names it as a method: there is nothing to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmshrink.forms import Dense, Form, Layer, Quantized, without_data
+from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
+from llmshrink.statistics import NoStatistic
+
+
+class KeepConfig(MethodConfig):
+    """What is stored."""
+
+    bits: int | None = Field(None, description="bits per weight; null: decoded already")
+    group_size: int | None = Field(None, description="weights that share a scale; -1: a whole row")
+
+
+class Keep(Method[KeepConfig]):
+    """One stored matrix. Not pure like other methods: it looks at the file again when it is asked for its codes."""
+
+    task: ClassVar[Task] = "export"
+    needs = NoStatistic
+    Config = KeepConfig
+
+    def __init__(self, read: Callable[[], Form], scales: torch.dtype) -> None:
+        """`read` gives the stored form [out, in]; scales are rounded to the dtype `scales`."""
+        self._read = read
+        self._meta = Layer(without_data(_rescaled(read(), scales)))
+        form = self._meta.weight
+        size = form.block if isinstance(form, Quantized) else None
+        width = size if isinstance(size, int) or size is None else size[1]
+        whole = isinstance(form, Quantized) and width == form.codes.shape[1]
+        config = KeepConfig(bits=getattr(form, "bits", None), group_size=-1 if whole else width)
+        super().__init__(config, scales)
+
+    def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
+        """The stored form; `weight`, which is what it decodes to, is not looked at."""
+        assert self.scales is not None
+        return Layer(_rescaled(self._read(), self.scales))
+
+    def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
+        """The same structure on the `meta` device."""
+        return self._meta
+
+
+def _rescaled(form: Form, dtype: torch.dtype) -> Form:
+    """With scales in what the format stores; tables of scales (bitsandbytes) have a dtype of their own."""
+    if isinstance(form, Quantized) and form.levels is None and isinstance(form.scale, Dense):
+        return replace(form, scale=Dense(form.scale.weight.to(dtype)))
+    return form

@@ -1,0 +1,38 @@
+"""From a compressed checkpoint to the work of writing the same codes in another format."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from llmshrink.errors import PlanError
+from llmshrink.formats import load_format
+from llmshrink.methods.base import Method
+from llmshrink.methods.keep import Keep
+from llmshrink.model.anatomy import Matrix
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.layout import lay_out
+from llmshrink.plan.work import Work
+from llmshrink.recipe.schema import ExportStage, Recipe
+
+
+def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> Work:
+    """Every compressed matrix keeps its codes; every stored form is looked at once, so that all bytes are known.
+
+    Raises:
+        PlanError: nothing is compressed, or the format cannot hold what is stored.
+    """
+    weights, fmt = model.weights, load_format(stage.format.name)
+    methods: dict[Matrix, Method[Any]] = {}
+    left: dict[Matrix, str] = {}
+    for matrix in (m for block in model.anatomy.blocks for m in block.matrices):
+        if matrix.key in weights.compressed:
+            methods[matrix] = Keep(partial(weights.form, matrix.key), fmt.scale_dtype(matrix.dtype))
+        else:
+            left[matrix] = "it is stored dense"
+    if not methods:
+        raise PlanError(
+            f"{model.source.id}: no layer of its blocks is compressed, so there is nothing to export.",
+            hint="`llmshrink quantize` compresses a model and writes any format (--format).",
+        )
+    return lay_out(recipe, model, fmt, methods, left, [])

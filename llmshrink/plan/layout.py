@@ -1,0 +1,163 @@
+"""From a method for every matrix to the whole work: its place on disk, its files, and what no loader would take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmshrink.errors import PlanError
+from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.runtimes import entry
+from llmshrink.forms import Event
+from llmshrink.io import safetensors
+from llmshrink.methods.base import Method
+from llmshrink.model.anatomy import Matrix
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.loading import layers, stored
+from llmshrink.plan.rehearse import rehearse
+from llmshrink.plan.work import Work, main_method, method_name
+from llmshrink.recipe.schema import Recipe
+
+DEFAULT_LENGTH = 2048
+
+
+def lay_out(
+    recipe: Recipe,
+    model: StreamedModel,
+    fmt: Format,
+    methods: dict[Matrix, Method[Any]],
+    left: dict[Matrix, str],
+    events: list[Event],
+) -> Work:
+    """The work that these methods make, with every file known.
+
+    Args:
+        recipe: names the output and the calibration text.
+        model: what is compressed.
+        fmt: how it is written.
+        methods: of every matrix that is compressed.
+        left: matrices that stay as they are, and why.
+        events: what was decided otherwise than asked.
+
+    Raises:
+        PlanError: the format cannot hold a layer, or transformers would not read it back; all such layers are listed.
+    """
+    matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+    work = Work(
+        model,
+        fmt,
+        methods,
+        {m: Slot(m.key, m.module, m.shape, m.dtype, m.kind) for m in matrices},
+        left,
+        None,
+        0,
+        _output(recipe, model.source.id, main_method(methods), fmt),
+    )
+    _check_format(work)
+    events += [Event("left_dense", f"left as it is: {why}", key) for b in model.anatomy.blocks for key, why in b.left]
+    work.events = _merged(events)
+    if unused := model.anatomy.unused:
+        shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        message = f"{len(unused)} tensors on disk belong to no parameter of the model; copied as they are: {shown}"
+        work.events.append(Event("unused_tensors", message))
+    if opened := sorted(model.weights.compressed - {m.key for m in methods}):
+        message = f"{len(opened)} compressed matrices that are not compressed again are written dense: {opened[0]}"
+        work.events.append(Event("decompressed", message + (", ..." if len(opened) > 1 else "")))
+    work.quantization_config = fmt.config(list(layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
+    rehearse(work)
+    work.length = row_length(recipe.calibration.length, model, work.events)
+    _lay_out_files(work)
+    return work
+
+
+def refuse(problems: list[str], hint: str) -> None:
+    """Raise PlanError with every problem on a line, if there are any."""
+    if problems:
+        shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise PlanError("\n".join(["These layers cannot be done as asked:", *(f"  - {p}" for p in shown)]), hint=hint)
+
+
+def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> int:
+    """Tokens in a row: as asked, but never more than the model has positions for."""
+    positions = model.positions or DEFAULT_LENGTH
+    if asked is not None and asked > positions:
+        message = f"rows of {asked} tokens cut to the model's {positions} positions"
+        if not any(event.kind == "length_cut" and event.message == message for event in events):
+            events.append(Event("length_cut", message))
+    return min(asked or DEFAULT_LENGTH, positions)
+
+
+def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format) -> Path:
+    """The folder of the result: as the recipe says, else out/<model>-<method>[-w<bits>] or, exported, -<format>."""
+    if recipe.output is not None:
+        return Path(recipe.output).expanduser()
+    name, bits = method_name(method), getattr(method.config, "bits", None)
+    if method.task == "export":
+        name, bits = fmt.name, None
+    label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name)
+    return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
+
+
+def _merged(events: list[Event]) -> list[Event]:
+    """Events of many layers with one message become one that counts them."""
+    found: dict[tuple[str, str], list[Event]] = {}
+    for event in events:
+        found.setdefault((event.kind, event.message), []).append(event)
+    merged = []
+    for (kind, message), same in found.items():
+        names = [e.layer for e in same if e.layer]
+        some = f" ({len(names)} layers: {names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
+        merged.append(Event(kind, message + some, names[0] if len(names) == 1 else None))
+    return merged
+
+
+def _check_format(work: Work) -> None:
+    """Refuse what the format cannot hold, and what transformers would not read back."""
+    name, given = work.format.name, list(layers(work))
+    names: dict[str, list[str]] = {}
+    for slot, layer in given:
+        if why := work.format.check(slot, layer):
+            names.setdefault(why, []).append(slot.name)
+    problems = [f"{_some(found)}: {why}" for why, found in names.items()]
+    if not problems and (why := work.format.check_all(given, _left_modules(work))):
+        problems.append(f"the layers together: {why}")
+    if not problems and (found := entry(stored(work), "transformers")).support == "no":
+        problems.append(f"transformers would not load it: {found.reason}")
+    hint = "choose another format or method, or leave the layers out with `ignore`"
+    if main_method(work.methods).task == "export":
+        hint = "--to dense holds every stored form; `llmshrink quantize` then makes codes that the format holds"
+    refuse([f"format {name}: {p}" for p in problems], hint)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} layers ({names[0]}, ...)"
+
+
+def _left_modules(work: Work) -> set[str]:
+    """Modules that loaders would take for compressed, if they were not told."""
+    treated = {m.module for m in work.methods}
+    origins = work.model.map.origins
+    linears = {name for name, module in work.model.model.named_modules() if isinstance(module, nn.Linear)}
+    left = (linears | {m.module for m in work.left}) - treated
+    # Another class may be loaded from the same files, one that uses what this one does not: a pooler, a second head.
+    unused = {key for key in work.model.anatomy.unused if len(work.model.weights.infos[key].shape) == 2}
+    names = {key.removesuffix(".weight") for key in unused if key.endswith(".weight")}
+    left |= names | {name.removeprefix(f"{work.model.model.base_model_prefix}.") for name in names}
+    # Loaders match names in memory or on disk: the head of GPT-NeoX has another one there, routers too.
+    on_disk = {key for name in left if (found := origins.get(f"{name}.weight")) for key in found.keys}
+    on_disk |= {key for block in work.model.anatomy.blocks for key, _ in block.left}
+    return left | {key.removesuffix(".weight") for key in on_disk}
+
+
+def _lay_out_files(work: Work) -> None:
+    """One file for each block and one for the rest: a resumed run keeps every finished file."""
+    blocks = work.model.anatomy.blocks
+    total = len(blocks) + 1
+    for block in blocks:
+        work.shards[block.index] = f"model-{block.index + 1:05d}-of-{total:05d}.safetensors"
+        work.file_bytes[work.shards[block.index]] = safetensors.file_size(work.meta_tensors(block))
+    work.shards[-1] = f"model-{total:05d}-of-{total:05d}.safetensors"
+    work.file_bytes[work.shards[-1]] = safetensors.file_size(work.meta_others())

@@ -60,7 +60,7 @@ class CompressedTensors(Format):
 
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """Codes and scales by the scheme of this module; the decoded matrix where groups are not of adjacent inputs."""
-        weights = _find_weights(config or {}, slot.module)
+        weights = _find_weights(config or {}, slot.module, slot.name)
         scheme = _read(weights)
         out, width = slot.shape
         group = scheme.group_size or width
@@ -164,22 +164,22 @@ def _read(weights: dict[str, Any]) -> Scheme:
     return Scheme(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group)
 
 
-def _find_weights(config: dict[str, Any], module: str) -> dict[str, Any]:
-    """The entry `weights` for a module: of its own name first, of a pattern next, then of the class `Linear`."""
+def _find_weights(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The entry `weights` for a module: of one of its names first, of a pattern next, then of the class `Linear`."""
     groups = list(config.get("config_groups", {}).values())
     ranked = []
     for group in groups:
         for target in group["targets"]:
-            if target == module:
+            if target in names:
                 ranked.append((0, group))
-            elif target.startswith("re:") and re.match(target[3:], module):
+            elif target.startswith("re:") and any(re.match(target[3:], name) for name in names):
                 ranked.append((1, group))
             elif target == "Linear":
                 ranked.append((2, group))
     if ranked:
         found: dict[str, Any] = min(ranked, key=lambda pair: pair[0])[1]["weights"]
         return found
-    raise InputError(f"quantization_config in config.json says nothing about {module}, whose weight is packed.")
+    raise InputError(f"quantization_config in config.json says nothing about {names[0]}, whose weight is packed.")
 
 
 FORMAT = CompressedTensors()

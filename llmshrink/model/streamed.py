@@ -38,9 +38,11 @@ class StreamedModel:
         self.model = build(config, self.dtype)
         self.weights = Weights(source.checkpoint, source.quantization, self._stored)
         self.map = WeightMap(self.model, self.weights.infos)
-        self.weights.transpose(
-            key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys
-        )
+        modules = {
+            k: n.rpartition(".")[0] for n, o in self.map.origins.items() if not self.map.joined(n) for k in o.keys
+        }
+        conv1d = [key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys]
+        self.weights.place(modules, conv1d)
         meta = build(config, self.dtype, all_meta=True)
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._blocks = list(block_list(self.model)[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,11 +44,18 @@ class Weights:
             shape, own = found.dense_info(key, checkpoint.get, quantization)
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype or own, shape)
         self.compressed = frozenset(compressed)
+        self._modules: Mapping[str, str] = {}
         self._transposed: frozenset[str] = frozenset()
 
-    def transpose(self, keys: Iterable[str]) -> None:
-        """Say which compressed matrices are [in, out] when dense (Conv1D): the stored form is always [out, in]."""
-        self._transposed = frozenset(keys) & self.compressed
+    def place(self, modules: Mapping[str, str], transposed: Iterable[str]) -> None:
+        """Say where matrices go in memory.
+
+        Args:
+            modules: key on disk -> name of the module that holds it, by which settings may name it.
+            transposed: keys of matrices that are [in, out] when dense (Conv1D): the stored form is always [out, in].
+        """
+        self._modules = modules
+        self._transposed = frozenset(transposed) & self.compressed
         for key in self._transposed:
             self.infos[key] = replace(self.infos[key], shape=self.infos[key].shape[::-1])
 
@@ -60,7 +67,8 @@ class Weights:
         """The stored form of a compressed matrix, seen as [out, in]."""
         info, flipped = self.infos[key], key in self._transposed
         rows, cols = info.shape[::-1] if flipped else info.shape
-        slot = Slot(key, key.removesuffix(".weight"), (rows, cols), info.dtype, "conv1d" if flipped else "linear")
+        module = self._modules.get(key, key.removesuffix(".weight"))
+        slot = Slot(key, module, (rows, cols), info.dtype, "conv1d" if flipped else "linear")
         return self.format.unpack(slot, self._checkpoint.get, self._config)
 
     def as_read(self, key: str, kind: Kind) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers import recipe
-from tiny import LIKE_LLAMA, build_model
+from tiny import LIKE_LLAMA, build_model, save_tokenizer
 
 from llmshrink import run
 from llmshrink.errors import PlanError
@@ -194,3 +194,25 @@ def test_a_model_without_a_causal_head_is_refused(tmp_path: Path, text_file: Pat
     model.save_pretrained(tmp_path / "t5")
     with pytest.raises(PlanError, match="T5ForConditionalGeneration: models of an encoder and a decoder"):
         run.make_plan(recipe(tmp_path / "t5", tmp_path / "out", text_file, RTN))
+
+
+def test_the_language_part_of_a_model_that_sees(tmp_path: Path, text_file: Path) -> None:
+    text = transformers.Gemma3TextConfig(**{**LIKE_LLAMA, "head_dim": 16, "tie_word_embeddings": True})
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 56, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    torch.manual_seed(7)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    # Two schemes: the settings then name each module, and its name in memory is not that on disk.
+    wanted = recipe(
+        tmp_path / "model", tmp_path / "out", text_file, RTN, stage={"layers": {".*down_proj": {"bits": 8}}}
+    )
+    report = run.execute(wanted, progress=Silent())
+    assert all(check.passed for check in report.stages[0].checks) and len(report.stages[0].layers) == 14
+    told = [event.message for event in report.events if event.kind == "left_dense"]
+    assert len(told) == 1 and "lie outside the blocks" in told[0] and "vision_tower" in told[0]
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -26,6 +26,7 @@ from llmshrink.formats import runtimes
 from llmshrink.formats.runtimes import Entry, entry, usual
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.task import task_of
 from llmshrink.progress import Silent
 
 pytestmark = pytest.mark.readers
@@ -62,7 +63,8 @@ def reads(family: str, fmt: str) -> bool:
     return entry(usual(found, fmt), "transformers").support != "no"
 
 
-PAIRS = [(family, fmt) for family in FAMILIES for fmt in FORMATS]
+CAUSAL = [family for family in FAMILIES if task_of(config(family)).causal]
+PAIRS = [(family, fmt) for family in CAUSAL for fmt in FORMATS]
 OF_FAMILIES = [Case(family, fmt, symmetric=fmt == "gptq") for family, fmt in PAIRS if reads(family, fmt)]
 OF_SCHEMES = [
     Case(WIDE_LLAMA, fmt, bits, size, symmetric)

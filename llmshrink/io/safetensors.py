@@ -133,6 +133,9 @@ class Checkpoint:
             return found
         if (folder / SINGLE).exists():
             return cls(folder, read_header(_inside(folder, SINGLE)))
+        only = [path.name for path in folder.glob("*.safetensors")]
+        if len(only) == 1 and not only[0].startswith("adapter"):  # older tools name the file after its settings
+            return cls(folder, read_header(_inside(folder, only[0])))
         refuse_pickles(str(folder), [p.name for p in folder.iterdir()])
         raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}.")
 

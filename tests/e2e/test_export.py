@@ -161,7 +161,7 @@ def reordered(folder: Path, copy: Path) -> dict[str, Tensor]:
         zeros = (tensors[f"{name}.qzeros"][..., None] >> shifts & 15).flatten(1) + 1
         scales, zeros = tensors[f"{name}.scales"].float()[groups.long()], zeros[groups.long()]
         meaning[f"{name}.weight"] = (scales * (codes - zeros)).T
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, copy / "gptq_model-4bit-32g.safetensors", metadata={"format": "pt"})
     return meaning
 
 

@@ -114,7 +114,7 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     kinds = set(model._no_split_modules or ())
     lists = _lists(decoder)
     if not lists:  # what a few families call their decoder is a head

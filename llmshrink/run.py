@@ -390,9 +390,9 @@ def _save_companions(work: Work, folder: Path) -> dict[str, str]:
         config["quantization_config"] = work.quantization_config
     files = {"config.json": config, **work.format.files(work.quantization_config)}
     written = {name: write_json(folder / name, content) for name, content in files.items()}
-    for path in source.companions:
-        copy_file(path, folder / path.name)
-        written[path.name] = source.hashes[path.name]
+    for name, path in source.companions.items():
+        copy_file(path, folder / name)
+        written[name] = source.hashes[name]
     return written
 
 

@@ -137,6 +137,7 @@ def unsealed(line: bytes) -> Any:
 
 def copy_file(source: Path, target: Path) -> str:
     """Copy the content of a file (a snapshot in the Hub's cache is a link) durably; returns its SHA-256."""
+    target.parent.mkdir(exist_ok=True)
     with source.open("rb") as raw, atomic_file(target) as file:
         while data := raw.read(CHUNK):
             file.write(data)

@@ -123,7 +123,8 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     found = [(name, m) for name, m in deep if type(m[0]).__name__ in kinds] or deep
     if len(found) != 1:
         seen = ", ".join(f"{name} ({len(m)} x {type(m[0]).__name__})" for name, m in lists) or "none"
-        raise PlanError(f"{type(model).__name__}: cannot tell which list holds the {count} blocks; lists: {seen}.")
+        which = f"the {count} blocks" if count else "its blocks"
+        raise PlanError(f"{type(model).__name__}: cannot tell which list holds {which}; lists: {seen}.")
     name, blocks = found[0]
     return f"{prefix}.{name}" if prefix else name, blocks
 

@@ -13,7 +13,8 @@ WANTED = [
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 ]
-UNWANTED = ["*/*", "consolidated*", "adapter_*", "*.fp16.*"]  # the same weights in another layout, or a part
+# The same weights in another layout, or a part; folders such as 1_Pooling are of sentence-transformers.
+UNWANTED = ["[!0-9]*/*", "consolidated*", "adapter_*", "*.fp16.*"]
 WAITS = (1, 2, 4, 8)  # seconds between attempts while the Hub is busy
 BUSY = (408, 429, 500, 502, 503, 504)
 

@@ -22,6 +22,8 @@ from llmshrink.model.hub import download
 COMPANIONS = re.compile(
     r"tokenizer.*\.(json|model)|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|added_tokens\.json"
     r"|special_tokens_map\.json|generation_config\.json|chat_template.*|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
+    # sentence-transformers: how token vectors become one, in folders such as 1_Pooling
+    r"|modules\.json|(config_sentence_transformers|sentence_\w+_config)\.json|\d+_\w+/(config\.json|model\.safetensors)"
 )
 
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
@@ -84,10 +86,13 @@ class Source:
         return tokenizer
 
     @cached_property
-    def companions(self) -> list[Path]:
-        """Files that go into the output byte for byte: tokenizer, generation config, licence."""
-        found = sorted(p for p in self.folder.iterdir() if COMPANIONS.fullmatch(p.name) and p.is_file())
-        for path in found:
+    def companions(self) -> dict[str, Path]:
+        """Files that go into the output byte for byte, by their names in the folder: tokenizer, licence, pooling."""
+        files = sorted([*self.folder.glob("*"), *self.folder.glob("*/*")])
+        named = {path.relative_to(self.folder).as_posix(): path for path in files if path.is_file()}
+        found = {name: path for name, path in named.items() if COMPANIONS.fullmatch(name)}
+        for path in found.values():
+            refuse_outside(path.parent)
             refuse_outside(path)
         return found
 
@@ -95,7 +100,7 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that decides the result."""
         settings = [name for name in SETTINGS if (self.folder / name).is_file()]
-        names = ["config.json", *settings, *self.checkpoint.files, *(p.name for p in self.companions)]
+        names = ["config.json", *settings, *self.checkpoint.files, *self.companions]
         return {name: _content_hash(self.folder / name) for name in sorted(names)}
 
     @property

@@ -18,8 +18,8 @@ def truncate(model: StreamedModel, folder: Path, blocks: int = 1) -> None:
     safetensors.write(folder / safetensors.SINGLE, {key: model.weights.dense(key) for key in keys})
     config = {name: value for name, value in source.config_dict.items() if name != "quantization_config"}
     write_json(folder / "config.json", _cut(source, config, len(anatomy.blocks), blocks))
-    for path in source.companions:
-        copy_file(path, folder / path.name)
+    for name, path in source.companions.items():
+        copy_file(path, folder / name)
 
 
 def _cut(source: Source, config: dict[str, Any], old: int, new: int) -> dict[str, Any]:

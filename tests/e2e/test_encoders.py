@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tiny import build_model, config
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining
 
 from llmshrink import run
-from llmshrink.errors import InputError, PlanError
+from llmshrink.errors import InputError, PlanError, UnsafeError
 from llmshrink.evaluate.reader import ReadRequest, read
 from llmshrink.progress import Silent
 from llmshrink.report.schema import Report
@@ -162,3 +163,22 @@ def test_a_format_that_no_reader_takes_for_encoders_is_refused(
     wanted = recipe(models_folder("bert"), tmp_path / "out", text_file, stage={"format": {"name": "gptq"}})
     with pytest.raises(PlanError, match="it finds the blocks of causal models only"):
         run.execute(wanted, progress=Silent())
+
+
+def test_how_sentences_are_pooled_goes_along(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(models_folder("bert"), tmp_path / "source")
+    pooling = source / "1_Pooling"
+    pooling.mkdir()
+    files = {"modules.json": "[]", "sentence_bert_config.json": "{}", "1_Pooling/config.json": '{"cls": true}'}
+    for name, text in files.items():
+        (source / name).write_text(text)
+    report = shrunk(source, tmp_path / "out", text_file, METHODS["rtn"])
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in files.items())
+    assert set(files) <= set(report.model.files)
+    assert all(check.passed for check in run.verify(tmp_path / "out", progress=Silent()))
+    pooling.rename(tmp_path / "elsewhere")
+    pooling.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeError, match="1_Pooling is a link out of"):
+        shrunk(source, tmp_path / "unsafe", text_file, METHODS["rtn"])

@@ -42,7 +42,8 @@ def files(model: Path) -> dict[str, bytes]:
 
 
 def same(folder: Path, files: dict[str, bytes]) -> bool:
-    return {p.name: p.read_bytes() for p in folder.iterdir()} == files
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found} == files
 
 
 def refused(kind: type[LlmshrinkError], code: int, *words: str, revision: str | None = None, name: str = ID) -> str:
@@ -74,6 +75,7 @@ def test_a_branch_that_moved_is_followed_and_a_commit_stays(hub: Hub, files: dic
 
 def test_only_wanted_files_are_fetched(hub: Hub, files: dict[str, bytes]) -> None:
     wanted = {**files, "LICENSE": b"free", "NOTICE": b"note", "USE_POLICY.md": b"be good", "README.md": b"card"}
+    wanted["1_Pooling/config.json"] = b"{}"
     unwanted = [
         *("pytorch_model.bin", "model.pt", "modeling_own.py", "model.gguf", "model.onnx", "picture.png"),
         *("consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors", "original/params.json"),

@@ -119,6 +119,21 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values.add_(form.offset.float())
 
 
+def check_blocks(form: Form) -> None:
+    """Raise ValueError where the scales of a form, or its zero points, do not cover its codes."""
+    if isinstance(form, Dense):
+        return
+    check_blocks(form.scale)
+    if isinstance(form.block, int):
+        wanted: tuple[int, ...] = (-(-form.codes.numel() // form.block),)
+    else:
+        wanted = (form.codes.shape[0] // form.block[0], form.codes.shape[1] // form.block[1])
+    found = tuple(form.scale.codes.shape if isinstance(form.scale, Quantized) else form.scale.weight.shape)
+    whole = isinstance(form.block, int) or all(n % b == 0 for n, b in zip(form.codes.shape, form.block, strict=True))
+    if not whole or found != wanted or (form.zero is not None and tuple(form.zero.shape) != wanted):
+        raise ValueError(f"scales {list(found)} do not cover codes {list(form.codes.shape)} in blocks of {form.block}")
+
+
 def without_data(form: Form) -> Form:
     """The same form on the `meta` device; tables of levels keep their values, by which formats tell kinds apart."""
     if isinstance(form, Dense):
@@ -182,6 +197,7 @@ def relative_error(original: Tensor, decoded: Tensor) -> float:
 
 
 __all__ = [
+    "check_blocks",
     "Dense",
     "Event",
     "Form",

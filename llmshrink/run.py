@@ -64,12 +64,13 @@ NOTICES = {
     "unused_tensors",
     "related_corpus",
     "requantized",
+    "decompressed",
     "loaded_dense",
 }
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """What `execute` would do, without doing it; reads no weights.
+    """What `execute` would do, without doing it; only an export looks at the weights.
 
     Raises:
         PlanError: the recipe cannot be carried out on this model.
@@ -160,11 +161,11 @@ class _Run:
 
     def evaluate(self) -> Report:
         """Measure the model as it is, beside another one where the recipe names it."""
-        length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
-        texts = self.loader.evaluation(self.recipe.evaluation, length, None)
         models = {"before": self.model}
         if self.recipe.evaluation.baseline is not None:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
+        length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
+        texts = self.loader.evaluation(self.recipe.evaluation, length, None)
         measures, seconds = self._measure(models, texts)
         self._tell(self.loader.events)
         return self.facts.report(

@@ -76,7 +76,8 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
             if (layer := by_name.get(matrix.name)) is None or layer.relative_error is None:
                 continue
             original, decoded = source.weights.get(matrix.key).float(), written.weights.get(matrix.key).float()
-            if (off := abs(relative_error(original, decoded) - layer.relative_error)) >= worst:
+            off = abs(relative_error(original, decoded) - layer.relative_error)
+            if not off < worst:  # NaN is the worst
                 worst, worst_name = off, matrix.name
     same = worst <= ERROR_TOLERANCE
     decode = Check(

@@ -129,7 +129,7 @@ def tokenize(
     frame = _frame_of_encoder(tokenizer) if encoder else _frame_of_decoder(tokenizer, packed)
     texts = (_ids(text, tokenizer) for text in documents if text)
     found = _pack(texts, frame, rows, length) if packed else _separate(texts, frame, rows, length)
-    if not found:
+    if not found or not any(len(row) > len(frame.start) + len(frame.end) for row in found):
         raise InputError(
             f"The text {data!r} is too short: it does not fill one row of {length if packed else MIN_ROW} tokens.",
             hint="Give more text, or a smaller length.",

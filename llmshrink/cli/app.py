@@ -97,7 +97,7 @@ def quantize(
 @app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
-    model: opt.Model = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,
     to: opt.To = None,
     recipe: opt.RecipeName = None,
     revision: opt.Revision = None,
@@ -115,9 +115,11 @@ def export(
     verbose: opt.Verbose = False,
 ) -> None:
     """Write a quantized model, whoever made it, in another format: the same codes, or dense weights."""
-    wanted = opt.build_recipe("export", ctx.params)
-    if wanted.model.id is None:
+    if recipe is None and model is None:
         raise UsageError("name the model to export: a folder or a Hub id")
+    if recipe is None and to is None:
+        raise UsageError("say which format to write: --to dense, gptq, awq, compressed-tensors or bnb")
+    wanted = opt.build_recipe("export", ctx.params)
     if plan:
         _plan(wanted, json=json)
     else:

@@ -93,5 +93,5 @@ class Agreement:
 
     @property
     def relative_error(self) -> float | None:
-        """||model - original|| / ||original|| over all results; None for distributions."""
-        return None if self._distribution else math.sqrt(self._error / self._norm)
+        """||model - original|| / ||original|| over all results; None for distributions, and where it gives 0."""
+        return None if self._distribution or not self._norm else math.sqrt(self._error / self._norm)

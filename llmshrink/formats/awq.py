@@ -88,7 +88,12 @@ class Awq(Format):
         }
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Only the layout `gemm`."""
+        """Only the layout `gemm`, of 4 bits with zero points."""
+        settings = config or {}
+        if settings.get("bits", settings.get("w_bit", BITS)) != BITS:
+            return "only codes of 4 bits are read"
+        if not settings.get("zero_point", True):
+            return "only codes with zero points are read"
         version = (config or {}).get("version", (config or {}).get("format", "gemm"))
         return None if str(version).lower() == "gemm" else f"its layout {version!r} is not read"
 

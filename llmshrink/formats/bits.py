@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from llmshrink.errors import InputError
+
 CHUNK = 1 << 18  # values that pass through int64 at a time
 
 
@@ -76,3 +78,26 @@ def _period(bits: int) -> tuple[int, int]:
     """After how many values, and words, the pattern of a row repeats."""
     common = math.gcd(bits, 32)
     return 32 // common, bits // common
+
+
+def scattered(groups: Tensor, size: int, count: int, name: str) -> Tensor | None:
+    """The group of each input where adjacent inputs do not share one, or None.
+
+    Readers take it for None too where every input is of group 0 (ExLlama), or an entry is -1 (compressed-tensors):
+    tools write that where they reordered nothing.
+
+    Args:
+        groups: [in], as stored.
+        size: inputs in a group.
+        count: groups that have scales.
+        name: of the tensor, for the error.
+
+    Raises:
+        InputError: a group without scales.
+    """
+    found = groups.long()
+    if not found.any() or bool((found == -1).any()) or torch.equal(found, torch.arange(len(found)) // size):
+        return None
+    if int(found.min()) < 0 or int(found.max()) >= count:
+        raise InputError(f"{name}: it names groups from {int(found.min())} to {int(found.max())} of {count}.")
+    return found

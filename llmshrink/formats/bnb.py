@@ -113,7 +113,10 @@ class BitsAndBytes(Format):
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Only the 4-bit kinds."""
-        return None if config and config.get("load_in_4bit") else "only its 4-bit kinds are read"
+        if config is None or not config.get("load_in_4bit"):
+            return "only its 4-bit kinds are read"
+        storage = config.get("bnb_4bit_quant_storage", "uint8")
+        return None if storage == "uint8" else f"codes stored as {storage} are not read"
 
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """A weight with a quantization state beside it."""

@@ -71,13 +71,13 @@ class CompressedTensors(Format):
                 f"of compressed-tensors before {LAYOUT_VERSION} is not read. Write it again with a newer release."
             )
         codes = bitpack.signed(bitpack.unpack(packed, scheme.bits, width), scheme.bits)
-        zero = None
-        if not scheme.symmetric:
-            packed = get(f"{slot.name}.weight_zero_point").T.contiguous()
-            zero = bitpack.signed(bitpack.unpack(packed, scheme.bits, out).T.contiguous(), scheme.bits)
         scale = get(f"{slot.name}.weight_scale")
+        zero = _zero_points(slot, get, scheme, out)
+        groups = None
         if weights.get("actorder") == "group":
-            groups = get(f"{slot.name}.weight_g_idx").long()
+            name = f"{slot.name}.weight_g_idx"
+            groups = bitpack.scattered(get(name), group, scale.shape[1], name)
+        if groups is not None:
             return Dense(scale.float()[:, groups] * (codes.float() - (0 if zero is None else zero.float()[:, groups])))
         return Quantized(codes, Dense(scale), zero, None, (1, group), scheme.bits)
 
@@ -126,6 +126,9 @@ class CompressedTensors(Format):
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Only packed integer weights without rounded inputs."""
+        for key in ("transform_config", "kv_cache_scheme"):
+            if (config or {}).get(key):
+                return f"what `{key}` asks for at run time is not done"
         for group in (config or {}).get("config_groups", {}).values():
             weights = group.get("weights") or {}
             if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
@@ -151,6 +154,21 @@ class CompressedTensors(Format):
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape from the tensor that holds it, dtype from the scales."""
         return tuple(int(n) for n in get(f"{key}_shape")), get(f"{key}_scale").dtype
+
+
+def _zero_points(slot: Slot, get: Callable[[str], Tensor], scheme: Scheme, out: int) -> Tensor | None:
+    """int8 [out, groups]; releases before 0.10 stored them like this, newer ones packed along the rows."""
+    try:
+        stored = get(f"{slot.name}.weight_zero_point")
+    except KeyError:
+        return None  # releases that left out what is zero everywhere
+    if scheme.symmetric:
+        if bool((stored != 0).any()):
+            raise InputError(f"{slot.key}: it has zero points, and its settings say that it is symmetric.")
+        return None
+    if stored.dtype != torch.int32:
+        return stored.to(torch.int8)
+    return bitpack.signed(bitpack.unpack(stored.T.contiguous(), scheme.bits, out).T.contiguous(), scheme.bits)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmshrink import __version__
+from llmshrink.errors import InputError
 from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Dense, Form, Layer, Quantized
@@ -90,7 +91,8 @@ class Gptq(Format):
         scales = get(f"{slot.name}.scales").T.contiguous()
         signed, zero = bitpack.signed(codes, bits), bitpack.signed(zeros.contiguous(), bits)
         group = int(config["group_size"]) if int(config["group_size"]) > 0 else width
-        order = _groups(slot, get, group)
+        _check_version(slot, zero, bits, config)
+        order = _groups(slot, get, group, scales.shape[1])
         if order is not None:
             return Dense(scales.float()[:, order] * (signed.float() - zero.float()[:, order]))
         return Quantized(signed, Dense(scales), zero if zero.any() else None, None, (1, group), bits)
@@ -129,6 +131,10 @@ class Gptq(Format):
         """Codes of 2, 3, 4 or 8 bits, packed densely."""
         if config is None or config.get("bits") not in (2, 3, 4, 8):
             return "only codes of 2, 3, 4 or 8 bits are read"
+        if config.get("dynamic"):
+            return "settings for single layers (`dynamic`) are not read"
+        if config.get("pack_dtype", "int32") != "int32":
+            return "only words of 32 bits (`pack_dtype`) are read"
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         return None if version in ("gptq", "gptq_v2") else f"its variant {version!r} is not read"
 
@@ -172,13 +178,23 @@ def _version_1(form: Quantized, group: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _groups(slot: Slot, get: Callable[[str], Tensor], group: int) -> Tensor | None:
+def _check_version(slot: Slot, zero: Tensor, bits: int, config: dict[str, Any]) -> None:
+    """Refuse zero points that are all one off: the file is of the other version than its settings say."""
+    if config.get("sym") and bits > 2 and bool((zero == zero.flatten()[0]).all()) and abs(int(zero.flatten()[0])) == 1:
+        raise InputError(
+            f"{slot.key}: its zero points are off by one for symmetric codes. The settings name the wrong version: "
+            "`checkpoint_format` is gptq or gptq_v2."
+        )
+
+
+def _groups(slot: Slot, get: Callable[[str], Tensor], group: int, count: int) -> Tensor | None:
     """The group of each input, or None where adjacent inputs share one."""
+    name = f"{slot.name}.g_idx"
     try:
-        found = get(f"{slot.name}.g_idx").long()
+        stored = get(name)
     except KeyError:
         return None
-    return None if torch.equal(found, torch.arange(slot.shape[1]) // group) else found
+    return bitpack.scattered(stored, group, count, name)
 
 
 FORMAT = Gptq()

@@ -35,13 +35,19 @@ class Keep(Method[KeepConfig]):
     def __init__(self, read: Callable[[], Form], scales: torch.dtype) -> None:
         """`read` gives the stored form [out, in]; scales are rounded to the dtype `scales`."""
         self._read = read
-        self._meta = Layer(without_data(_rescaled(read(), scales)))
-        form = self._meta.weight
+        stored = read()
+        form = _rescaled(stored, scales)
+        self._fits = _same_scales(stored, form)
+        self._meta = Layer(without_data(form))
         size = form.block if isinstance(form, Quantized) else None
-        width = size if isinstance(size, int) or size is None else size[1]
-        whole = isinstance(form, Quantized) and width == form.codes.shape[1]
-        config = KeepConfig(bits=getattr(form, "bits", None), group_size=-1 if whole else width)
+        if isinstance(size, tuple):
+            size = -1 if isinstance(form, Quantized) and size[1] == form.codes.shape[1] else size[1]
+        config = KeepConfig(bits=getattr(form, "bits", None), group_size=size)
         super().__init__(config, scales)
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Why the stored form cannot be kept, or None."""
+        return None if self._fits else f"its scales lie outside of what {self.scales} holds, in which they are written"
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """The stored form; `weight`, which is what it decodes to, is not looked at."""
@@ -58,3 +64,13 @@ def _rescaled(form: Form, dtype: torch.dtype) -> Form:
     if isinstance(form, Quantized) and form.levels is None and isinstance(form.scale, Dense):
         return replace(form, scale=Dense(form.scale.weight.to(dtype)))
     return form
+
+
+def _same_scales(stored: Form, rounded: Form) -> bool:
+    """Whether scales are only rounded: none overflows, none becomes zero."""
+    if not (isinstance(stored, Quantized) and isinstance(rounded, Quantized)):
+        return True
+    if not (isinstance(stored.scale, Dense) and isinstance(rounded.scale, Dense)):
+        return True
+    before, after = stored.scale.weight, rounded.scale.weight
+    return bool(torch.isfinite(after).all()) and torch.equal(before == 0, after == 0)

@@ -45,6 +45,7 @@ class Source:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The configuration, as transformers understands it."""
+        _ = self.quantization  # transformers would trip over settings that are no object
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
@@ -60,6 +61,8 @@ class Source:
         """The `quantization_config`; older tools put it into a file of its own, with keys of its own."""
         if "quantization_config" in self.config_dict:
             found: dict[str, Any] | None = self.config_dict["quantization_config"]
+            if found is not None and not isinstance(found, dict):
+                raise InputError(f"{self.folder / 'config.json'}: quantization_config must be an object.")
             return found
         for name, method in SETTINGS.items():
             if (path := self.folder / name).is_file():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmshrink.errors import InputError
+from llmshrink.errors import InputError, PlanError
 from llmshrink.model.anatomy import Anatomy, Matrix, block_list, dissect
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
@@ -45,9 +45,23 @@ class StreamedModel:
         self.weights.place(modules, conv1d)
         meta = build(config, self.dtype, all_meta=True)
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
+        self._refuse_ignored()
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
         self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
+
+    def _refuse_ignored(self) -> None:
+        """Tensors of compressed layers that no parameter takes, and that say something.
+
+        AutoGPTQ writes biases of zero for linears that have none; AWQ puts scales behind activations.
+        """
+        for key in self.anatomy.unused if self.weights.compressed else ():
+            owned = f"{key.rpartition('.')[0]}.weight" in self.weights.compressed or key.endswith(".scales")
+            if owned and bool(self.weights.get(key).any()):
+                raise PlanError(
+                    f"{self.source.folder}: {key!r} belongs to what is compressed, but {type(self.model).__name__} has "
+                    "no place for it: without it the model is another one."
+                )
 
     @property
     def hidden(self) -> int:
@@ -73,8 +87,8 @@ class StreamedModel:
     def distribution(self) -> bool:
         """Whether the softmax of its output is a distribution: over tokens, or over classes of which one holds."""
         labels = self.task.gives == "class logits"
-        several = getattr(self.source.config, "problem_type", None) == "multi_label_classification"
-        return self.task.gives == "logits" or (labels and self.width > 1 and not several)
+        other = getattr(self.source.config, "problem_type", None) in ("multi_label_classification", "regression")
+        return self.task.gives == "logits" or (labels and self.width > 1 and not other)
 
     @property
     def positions(self) -> int | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmshrink.errors import PlanError
+from llmshrink.errors import InputError, PlanError
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Slot
-from llmshrink.forms import Form, decode
+from llmshrink.forms import Form, check_blocks, decode
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 
 
@@ -28,7 +30,9 @@ class Weights:
         if found is None:
             method = (quantization or {}).get("quant_method")
             raise PlanError(f"{checkpoint.folder} is quantized by {method!r}, which llmshrink cannot read back yet.")
-        if why := found.cannot_read(quantization):
+        with self._reading("its settings"):
+            why = found.cannot_read(quantization)
+        if why:
             raise PlanError(f"{checkpoint.folder} is stored as {found.name}, of which {why}.")
         self.format = found
         compressed = found.dense_names(checkpoint.infos)
@@ -41,7 +45,8 @@ class Weights:
         hidden = {name for names in self._parts.values() for name in names}
         self.infos = {name: info for name, info in checkpoint.infos.items() if name not in hidden}
         for key, names in self._parts.items():
-            shape, own = found.dense_info(key, checkpoint.get, quantization)
+            with self._reading(key):
+                shape, own = found.dense_info(key, checkpoint.get, quantization)
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype or own, shape)
         self.compressed = frozenset(compressed)
         self._modules: Mapping[str, str] = {}
@@ -69,7 +74,24 @@ class Weights:
         rows, cols = info.shape[::-1] if flipped else info.shape
         module = self._modules.get(key, key.removesuffix(".weight"))
         slot = Slot(key, module, (rows, cols), info.dtype, "conv1d" if flipped else "linear")
-        return self.format.unpack(slot, self._checkpoint.get, self._config)
+        with self._reading(key):
+            form = self.format.unpack(slot, self._checkpoint.get, self._config)
+            check_blocks(form)
+        return form
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say which folder is at fault where settings and tensors, both of strangers, do not fit each other."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, re.error) as error:
+            if "memory" in str(error):
+                raise
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise InputError(
+                f"{self._checkpoint.folder}: {what} cannot be read with the settings it has ({reason}).",
+                hint="The folder is incomplete, or its quantization_config was written for another one.",
+            ) from error
 
     def as_read(self, key: str, kind: Kind) -> Tensor:
         """A compressed matrix as transformers computes with it in float32: some are rounded while they are loaded."""

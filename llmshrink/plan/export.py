@@ -11,7 +11,7 @@ from llmshrink.methods.base import Method
 from llmshrink.methods.keep import Keep
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan.layout import lay_out
+from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import ExportStage, Recipe
 
@@ -25,11 +25,15 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
     weights, fmt = model.weights, load_format(stage.format.name)
     methods: dict[Matrix, Method[Any]] = {}
     left: dict[Matrix, str] = {}
+    problems: list[str] = []
     for matrix in (m for block in model.anatomy.blocks for m in block.matrices):
         if matrix.key in weights.compressed:
-            methods[matrix] = Keep(partial(weights.form, matrix.key), fmt.scale_dtype(matrix.dtype))
+            methods[matrix] = keep = Keep(partial(weights.form, matrix.key), fmt.scale_dtype(matrix.dtype))
+            if why := keep.check(matrix.shape):
+                problems.append(f"{matrix.name}: {why}")
         else:
             left[matrix] = "it is stored dense"
+    refuse(problems, "choose another format with --to; compressed-tensors keeps the model's own dtype")
     if not methods:
         raise PlanError(
             f"{model.source.id}: no layer of its blocks is compressed, so there is nothing to export.",

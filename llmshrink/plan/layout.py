@@ -97,7 +97,7 @@ def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format) -> 
     name, bits = method_name(method), getattr(method.config, "bits", None)
     if method.task == "export":
         name, bits = fmt.name, None
-    label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name)
+    label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name or Path(model_id).resolve().name)
     return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
 
 

@@ -108,7 +108,7 @@ def _likeness(score: TextScore, name: str, unit: str) -> list[Row]:
     values: list[tuple[str, float | None, Callable[[float], str]]] = [
         ("same first choice", score.top1, share),
         (f"KL to the original, nats/{unit}", score.kl, _divergence),
-        ("cosine to the original's hidden states", score.cosine, _divergence),
+        ("cosine to the original's output", score.cosine, _divergence),
         ("relative error of the output", score.relative_error, share),
     ]
     known = [(label, form(value)) for label, value, form in values if value is not None]

@@ -185,7 +185,7 @@ def test_export(library, capsys):
     assert library.calls[-1][0] == "make_plan"
     capsys.readouterr()
     assert main(["export", "--to", "dense"]) == 2 and "name the model" in capsys.readouterr().err
-    assert main(["export", "some/model"]) == 3 and "format: Field required" in capsys.readouterr().err
+    assert main(["export", "some/model"]) == 2 and "--to dense" in capsys.readouterr().err
     assert main(["export", "some/model", "--to", "gtpq"]) == 3 and "gptq" in capsys.readouterr().err
 
 

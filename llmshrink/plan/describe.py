@@ -47,7 +47,9 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         blocks.append(BlockPlan(index=block.index, layers=layers))
     inside = {m.key for b in model.anatomy.blocks for m in b.matrices}
     others = [
-        TensorPlan(name=k, bytes=i.bytes, parameters=i.numel) for k, i in sorted(infos.items()) if k not in inside
+        TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=i.bytes, parameters=i.numel)
+        for k, i in sorted(infos.items())
+        if k not in inside
     ]
     parameters = model.parameters
     hidden = recipe.calibration.samples * work.length * model.hidden * 4

@@ -33,10 +33,11 @@ class BlockPlan(_Part):
 
 
 class TensorPlan(_Part):
-    """A tensor outside the matrices of the blocks, copied as it is."""
+    """A tensor outside the matrices of the blocks, copied as it is, or decoded where it was compressed."""
 
     name: str
-    bytes: int
+    bytes_before: int
+    bytes_after: int
     parameters: int
 
 

@@ -109,7 +109,11 @@ def fenced(text: str, language: str) -> str:
 
 
 def _methods(report: Report) -> list[str]:
-    return [clean(str(stage.method["name"])) for stage in report.stages if stage.method.get("name")]
+    return [
+        clean(str(stage.method["name"]))
+        for stage in report.stages
+        if stage.task != "export" and stage.method.get("name")
+    ]
 
 
 def _introduction(report: Report, name: str) -> str:

@@ -27,7 +27,7 @@ from llmshrink.report.rows import (
 from llmshrink.report.schema import Check, EventRecord, Report, Support
 
 if TYPE_CHECKING:
-    from llmshrink.plan.schema import LayerPlan, Plan
+    from llmshrink.plan.schema import LayerPlan, Plan, TensorPlan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -72,7 +72,7 @@ def render_plan(plan: Plan) -> Group:
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
     reasons = sorted({layer.reason for block in plan.blocks for layer in block.layers if layer.reason})
-    title = f"{plan.model}: {plan.method} -> {plan.format}, {count(len(plan.blocks), 'block')}"
+    title = f"{plan.model}: {_method(plan.method)} -> {plan.format}, {count(len(plan.blocks), 'block')}"
     return Group(
         Text(clean(title), style="bold"),
         _plan_table(plan),
@@ -100,16 +100,21 @@ def _plan_table(plan: Plan) -> Table:
             decimal(sum(layer.bytes_before for layer in layers)),
             decimal(sum(layer.bytes_after for layer in layers)),
         )
-    others: dict[str, list[int]] = {}
+    others: dict[str, list[TensorPlan]] = {}
     for tensor in plan.others:
-        others.setdefault(_kind(tensor.name.removesuffix(".weight")), []).append(tensor.bytes)
-    largest = sorted(others.items(), key=lambda item: -sum(item[1]))
-    for kind, sizes in largest[:OTHERS_SHOWN]:
-        table.add_row(Text(kind), str(len(sizes)), "", Text("copied", "dim"), *[decimal(sum(sizes))] * 2)
-    rest = [size for _, sizes in largest[OTHERS_SHOWN:] for size in sizes]
-    if rest:
-        table.add_row("other tensors", str(len(rest)), "", Text("copied", "dim"), *[decimal(sum(rest))] * 2)
+        others.setdefault(_kind(tensor.name.removesuffix(".weight")), []).append(tensor)
+    largest = sorted(others.items(), key=lambda item: -sum(tensor.bytes_after for tensor in item[1]))
+    for kind, tensors in largest[:OTHERS_SHOWN]:
+        table.add_row(Text(kind), *_other(tensors))
+    if rest := [tensor for _, tensors in largest[OTHERS_SHOWN:] for tensor in tensors]:
+        table.add_row("other tensors", *_other(rest))
     return table
+
+
+def _other(tensors: list[TensorPlan]) -> list[RenderableType]:
+    before, after = (sum(getattr(t, name) for t in tensors) for name in ("bytes_before", "bytes_after"))
+    how = "copied" if before == after else "decoded"
+    return [str(len(tensors)), "", Text(how, "dim"), decimal(before), decimal(after)]
 
 
 def _kind(name: str) -> str:
@@ -122,7 +127,11 @@ def _how(layer: LayerPlan) -> str:
     if layer.method is None:
         return "left as it is"
     group = {None: "", -1: " per channel"}.get(layer.group_size, f" g{layer.group_size}")
-    return clean(f"{layer.method} W{layer.bits}{group}")
+    return clean(f"{_method(layer.method)} W{layer.bits}{group}")
+
+
+def _method(name: str) -> str:
+    return "same codes" if name == "keep" else name
 
 
 def _comparison(report: Report) -> Table:

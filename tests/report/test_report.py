@@ -236,7 +236,7 @@ def test_an_encoder_is_told_in_its_own_words(task: str, auto: str, words: str) -
     )
     rows = {row.label: (row.before, row.after) for row in comparison(made)}
     if auto == "AutoModel":
-        assert rows["cosine to the original's hidden states, stories"] == ("-", "0.99690")
+        assert rows["cosine to the original's output, stories"] == ("-", "0.99690")
         assert rows["  relative error of the output"] == ("-", "7.9 %")
     else:
         unit = "row" if task == "text-classification" else "token"
@@ -312,6 +312,9 @@ def plan(blocks: int = 3) -> Any:
             bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
         )  # fmt: skip
 
+    def outside(name: str, size: int) -> SimpleNamespace:
+        return SimpleNamespace(name=name, bytes_before=size, bytes_after=size, parameters=size // 2)
+
     return SimpleNamespace(
         model="someone/moe\x1b[31m", method="gptq", format="compressed-tensors",
         blocks=[
@@ -322,9 +325,10 @@ def plan(blocks: int = 3) -> Any:
             ])
             for i in range(blocks)
         ],
-        others=[SimpleNamespace(name="model.embed_tokens.weight", bytes=2_000_000, parameters=1_000_000),
-                *(SimpleNamespace(name=f"model.layers.{i}.{n}.weight", bytes=512, parameters=256)
-                  for i in range(blocks) for n in ("norm_a", "norm_b", "norm_c"))],
+        others=[
+            outside("model.embed_tokens.weight", 2_000_000),
+            *(outside(f"model.layers.{i}.norm_{n}.weight", 512) for i in range(blocks) for n in "abc"),
+        ],
         parameters=10_000_000, parameters_compressed=9_000_000, bytes_before=20_000_000, bytes_after=6_000_000,
         bits_per_weight=4.8, memory_bytes=50_000_000, evaluation_bytes=0, disk_bytes=7_000_000, disk_free=10**9,
         loads_in=[SimpleNamespace(runtime="vllm", support="no", reason="fused [red]", source="its rules")],

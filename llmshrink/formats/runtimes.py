@@ -121,6 +121,17 @@ CPU_KERNEL = "its CPU kernel runs 4 bits only in groups of 32 to 256"
 SCALED_ACTIVATIONS = {"falcon", "bloom", "gpt_neox"}
 FUSED = "it fuses q/k/v and gate/up: these must be stored alike"
 
+
+def _vllm_rules(conv1d: str, fused: str, head: str) -> tuple[Entry, ...]:
+    """What all its kernels for integer codes have in common, each with its source."""
+    return (
+        Entry("no", "it knows no Conv1D", conv1d, _with("conv1d")),
+        Entry("no", FUSED, fused, lambda s: not s.fused_alike),
+        Entry("no", "no compressed head", head, lambda s: s.head),
+        Entry("no", UNTRIED, BERT, _not_causal),
+    )
+
+
 # Of the entries that hold for a checkpoint, the weakest counts.
 TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ("dense", "transformers"): (Entry("native", "plain weights", TRIED),),
@@ -159,10 +170,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
             "llm-compressor issue 2628",
             lambda s: "experts" in s.kinds and not s.symmetric,
         ),
-        Entry("no", "it knows no Conv1D", WNA16, _with("conv1d")),
-        Entry("no", FUSED, "vLLM compressed_tensors/utils.py", lambda s: not s.fused_alike),
-        Entry("no", "no compressed head", "llm-compressor issue 1820", lambda s: s.head),
-        Entry("no", UNTRIED, BERT, _not_causal),
+        *_vllm_rules(WNA16, "vLLM compressed_tensors/utils.py", "llm-compressor issue 1820"),
     ),
     ("gptq", "transformers"): (
         Entry("native", "needs optimum and gptqmodel", READERS),
@@ -187,10 +195,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
             "vLLM marlin_utils.py",
             lambda s: any(scheme.group_size not in MARLIN_GROUPS for scheme in s.schemes),
         ),
-        Entry("no", "it knows no Conv1D", GPTQ, _with("conv1d")),
-        Entry("no", FUSED, GPTQ, lambda s: not s.fused_alike),
-        Entry("no", "no compressed head", GPTQ, lambda s: s.head),
-        Entry("no", UNTRIED, BERT, _not_causal),
+        *_vllm_rules(GPTQ, GPTQ, GPTQ),
     ),
     ("awq", "transformers"): (
         Entry("native", "needs gptqmodel", READERS),
@@ -207,10 +212,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("awq", "vllm"): (
         Entry("native", "Marlin kernels", AWQ),
-        Entry("no", "it knows no Conv1D", AWQ, _with("conv1d")),
-        Entry("no", FUSED, AWQ, lambda s: not s.fused_alike),
-        Entry("no", "no compressed head", AWQ, lambda s: s.head),
-        Entry("no", UNTRIED, BERT, _not_causal),
+        *_vllm_rules(AWQ, AWQ, AWQ),
     ),
     ("bnb", "transformers"): (
         Entry("native", "needs bitsandbytes", TRIED),

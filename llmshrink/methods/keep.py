@@ -39,9 +39,9 @@ class Keep(Method[KeepConfig]):
         form = _rescaled(stored, scales)
         self._fits = _same_scales(stored, form)
         self._meta = Layer(without_data(form))
-        size = form.block if isinstance(form, Quantized) else None
-        if isinstance(size, tuple):
-            size = -1 if isinstance(form, Quantized) and size[1] == form.codes.shape[1] else size[1]
+        scheme, size = self._meta.scheme, getattr(form, "block", None)
+        if scheme is not None:
+            size = scheme.group_size or -1
         config = KeepConfig(bits=getattr(form, "bits", None), group_size=size)
         super().__init__(config, scales)
 

@@ -30,6 +30,8 @@ class Awq(Format):
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str | None] = "awq"
+    parts: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales")
+    marks: ClassVar[tuple[str, ...]] = (".qweight",)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Readers hold scales in float16, whatever the model's dtype."""
@@ -96,16 +98,6 @@ class Awq(Format):
             return "only codes with zero points are read"
         version = (config or {}).get("version", (config or {}).get("format", "gemm"))
         return None if str(version).lower() == "gemm" else f"its layout {version!r} is not read"
-
-    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """Every `X.qweight` is the weight of X."""
-        suffix = ".qweight"
-        return {name.removesuffix(suffix) + ".weight": name for name in stored if name.endswith(suffix)}
-
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """Codes, zero points, scales."""
-        have, name = set(stored), key.removesuffix(".weight")
-        return [part for part in (f"{name}.{n}" for n in ("qweight", "qzeros", "scales")) if part in have]
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

@@ -7,7 +7,7 @@ the engine goes on with what `unpack` gives: the error it measures is the error 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -47,6 +47,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str | None]  # of `quantization_config`, by which loaders choose
+    parts: ClassVar[tuple[str, ...]] = ()  # what follows a layer's name in the tensors that store its weight
+    marks: ClassVar[tuple[str, ...]] = ()  # those of them by which a compressed matrix is known
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -90,16 +92,14 @@ class Format(ABC):
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Why a checkpoint with this `quantization_config`, written by any tool, cannot be decoded here, or None."""
 
-    @abstractmethod
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """For each matrix among the stored tensor names: its dense key -> the tensor that marks it as compressed.
+        """For each matrix among the stored tensor names: its dense key -> the tensor that marks it as compressed."""
+        return {n.removesuffix(mark) + ".weight": n for n in stored for mark in self.marks if n.endswith(mark)}
 
-        Tensors that only accompany one (scales, shapes) belong to `companions` of it.
-        """
-
-    @abstractmethod
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
+    def companions(self, key: str, stored: Container[str]) -> list[str]:
         """Names of all tensors that together store the matrix `key`."""
+        name = key.removesuffix(".weight")
+        return [name + part for part in self.parts if name + part in stored]
 
     @abstractmethod
     def dense_info(

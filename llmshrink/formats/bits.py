@@ -80,6 +80,19 @@ def _period(bits: int) -> tuple[int, int]:
     return 32 // common, bits // common
 
 
+def decode_scattered(codes: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor) -> Tensor:
+    """The float32 matrix [out, in] behind codes whose inputs lie in the groups that `groups` [in] names.
+
+    Args:
+        codes: int8 [out, in].
+        scale: [out, number of groups].
+        zero: int8, the shape of the scales; None: symmetric.
+        groups: as `scattered` gives them.
+    """
+    values = codes.float()
+    return scale.float()[:, groups] * (values if zero is None else values - zero.float()[:, groups])
+
+
 def scattered(groups: Tensor, size: int, count: int, name: str) -> Tensor | None:
     """The group of each input where adjacent inputs do not share one, or None.
 

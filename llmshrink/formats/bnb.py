@@ -32,6 +32,11 @@ class BitsAndBytes(Format):
 
     name: ClassVar[str] = "bnb"
     quant_method: ClassVar[str | None] = "bitsandbytes"
+    marks: ClassVar[tuple[str, ...]] = (f".weight.{STATE}nf4", f".weight.{STATE}fp4")
+    parts: ClassVar[tuple[str, ...]] = (
+        *(".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
+        *marks,
+    )
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """4-bit codes into a level table, blocks over the flattened matrix."""
@@ -117,14 +122,6 @@ class BitsAndBytes(Format):
             return "only its 4-bit kinds are read"
         storage = config.get("bnb_4bit_quant_storage", "uint8")
         return None if storage == "uint8" else f"codes stored as {storage} are not read"
-
-    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """A weight with a quantization state beside it."""
-        return {name.partition(f".{STATE}")[0]: name for name in stored if f".weight.{STATE}" in name}
-
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """The weight and everything below its name."""
-        return [name for name in stored if name == key or name.startswith(key + ".")]
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

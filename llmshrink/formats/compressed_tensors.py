@@ -33,6 +33,10 @@ class CompressedTensors(Format):
 
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str | None] = "compressed-tensors"
+    parts: ClassVar[tuple[str, ...]] = (
+        *(".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx"),
+    )
+    marks: ClassVar[tuple[str, ...]] = (".weight_packed",)
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """Codes on an even grid, one scale per row or per group of adjacent inputs."""
@@ -78,7 +82,7 @@ class CompressedTensors(Format):
             name = f"{slot.name}.weight_g_idx"
             groups = bitpack.scattered(get(name), group, scale.shape[1], name)
         if groups is not None:
-            return Dense(scale.float()[:, groups] * (codes.float() - (0 if zero is None else zero.float()[:, groups])))
+            return Dense(bitpack.decode_scattered(codes, scale, zero, groups))
         return Quantized(codes, Dense(scale), zero, None, (1, group), scheme.bits)
 
     def config(
@@ -137,17 +141,6 @@ class CompressedTensors(Format):
                 return "rounded inputs are not read"
         packed = (config or {}).get("format") in ("pack-quantized", "mixed-precision")
         return None if packed else "only its format pack-quantized is read"
-
-    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """Every `X.weight_packed` is the weight of X."""
-        suffix = ".weight_packed"
-        return {name.removesuffix(suffix) + ".weight": name for name in stored if name.endswith(suffix)}
-
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """Packed codes, scales, shape, zeros, groups."""
-        have = set(stored)
-        names = (f"{key}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
-        return [name for name in names if name in have]
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

@@ -45,14 +45,6 @@ class DenseFormat(Format):
         """Plain weights are always read."""
         return None
 
-    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """Nothing is compressed."""
-        return {}
-
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """The weight alone."""
-        return [key]
-
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
     ) -> tuple[tuple[int, ...], torch.dtype]:

@@ -34,6 +34,8 @@ class Gptq(Format):
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str | None] = "gptq"
+    parts: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales", ".g_idx")
+    marks: ClassVar[tuple[str, ...]] = (".qweight",)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Readers hold scales in float16, whatever the model's dtype."""
@@ -94,7 +96,7 @@ class Gptq(Format):
         _check_version(slot, zero, bits, config)
         order = _groups(slot, get, group, scales.shape[1])
         if order is not None:
-            return Dense(scales.float()[:, order] * (signed.float() - zero.float()[:, order]))
+            return Dense(bitpack.decode_scattered(signed, scales, zero, order))
         return Quantized(signed, Dense(scales), zero if zero.any() else None, None, (1, group), bits)
 
     def config(
@@ -137,17 +139,6 @@ class Gptq(Format):
             return "only words of 32 bits (`pack_dtype`) are read"
         version = config.get("checkpoint_format", config.get("format", "gptq"))
         return None if version in ("gptq", "gptq_v2") else f"its variant {version!r} is not read"
-
-    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """Every `X.qweight` is the weight of X."""
-        suffix = ".qweight"
-        return {name.removesuffix(suffix) + ".weight": name for name in stored if name.endswith(suffix)}
-
-    def companions(self, key: str, stored: Iterable[str]) -> list[str]:
-        """Codes, zero points, scales, groups."""
-        have, name = set(stored), key.removesuffix(".weight")
-        parts = (f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
-        return [part for part in parts if part in have]
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

@@ -50,8 +50,7 @@ def streamed_output(model: StreamedModel, tokens: Tensor, *, as_read: bool = Fal
 
 def _as_read(model: StreamedModel, block: Block) -> dict[str, Callable[[], Tensor]]:
     def read(matrix: Matrix) -> Tensor:
-        weight = model.weights.as_read(matrix.key, matrix.kind)
-        return weight.T if matrix.transposed else weight
+        return matrix.seen(model.weights.as_read(matrix.key, matrix.kind))
 
     return {m.key: partial(read, m) for m in block.matrices if m.key in model.weights.compressed}
 

@@ -191,8 +191,7 @@ class Compressor:
         """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""
 
         def read(matrix: Matrix) -> Tensor:
-            weight = self._model.weights.dense(matrix.key).float()
-            return weight.T if matrix.transposed else weight
+            return matrix.seen(self._model.weights.dense(matrix.key).float())
 
         left = [m for m in block.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
         return {matrix.key: partial(read, matrix) for matrix in left}

@@ -60,6 +60,10 @@ class Matrix:
         """Whether the disk has it as [in, out]."""
         return self.kind == "conv1d"
 
+    def seen(self, weight: Tensor) -> Tensor:
+        """The weight, in the disk's order, as [out, in]."""
+        return weight.T if self.transposed else weight
+
     @property
     def numel(self) -> int:
         """Number of weights."""
@@ -285,8 +289,8 @@ def _record_on_meta(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[Re
     finally:
         drop_parameters(model, stem)
         model.tie_weights()
-    on_meta: Record = tree_map_only(Tensor, lambda t: t.to("meta"), (record.hidden, record.arguments))
-    return Record(*on_meta), returns  # type: ignore[misc]
+    hidden, arguments = tree_map_only(Tensor, lambda t: t.to("meta"), (record.hidden, record.arguments))
+    return Record(hidden, arguments), returns
 
 
 def _without_data(model: nn.Module, error: RuntimeError) -> PlanError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
     hidden [tokens, H]; top_k_index and top_k_weights [tokens, k]. Registered with transformers under `EXPERTS`.
     """
     observer = getattr(self, "observer", None)
-    first, activate = ("gate_up_proj", self._apply_gate) if self.has_gate else ("up_proj", self.act_fn)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    activate: Any = self._apply_gate if self.has_gate else self.act_fn
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):  # type: ignore[arg-type]
         if hidden.device.type == "meta":  # which tokens an expert gets depends on data: its shapes do not matter here
@@ -81,7 +83,7 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
         x = hidden[token]
         if observer:
             observer(expert, first, x)
-        x = activate(nn.functional.linear(x, getattr(self, first)[expert]))  # type: ignore[operator]
+        x = activate(nn.functional.linear(x, getattr(self, first)[expert]))
         if observer:
             observer(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]

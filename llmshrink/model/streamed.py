@@ -142,8 +142,7 @@ class StreamedModel:
 
     def read(self, matrix: Matrix) -> Tensor:
         """One matrix as stored in the checkpoint, seen as [out, in], on the compute device."""
-        weight = self.weights.get(matrix.key)
-        return (weight.T if matrix.transposed else weight).to(self.device)
+        return matrix.seen(self.weights.get(matrix.key)).to(self.device)
 
     def _set(self, name: str, decoded: Mapping[str, Callable[[], Tensor]]) -> None:
         def get(key: str) -> Tensor:

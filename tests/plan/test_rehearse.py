@@ -21,13 +21,16 @@ from llmshrink.plan.rehearse import rehearse
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.work import Work
 from llmshrink.progress import Silent
+from llmshrink.recipe.schema import QuantizeStage
 
 RTN = {"name": "rtn", "bits": 4, "group_size": 32}
 
 
 def work_of(folder: Path, text: Path, fmt: str) -> Work:
     wanted = recipe(folder, folder / "out", text, RTN, stage={"format": {"name": fmt}})
-    return resolve(wanted, wanted.stages[0], StreamedModel(open_source(str(folder)), torch.device("cpu")))  # type: ignore[arg-type]
+    stage = wanted.stages[0]
+    assert isinstance(stage, QuantizeStage)
+    return resolve(wanted, stage, StreamedModel(open_source(str(folder)), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("fmt", ["compressed-tensors", "dense"])

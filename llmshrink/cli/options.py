@@ -29,6 +29,7 @@ RECIPE_KEYS = {
     "baseline": "evaluation.baseline",
     "device": "run.device",
     "threads": "run.threads",
+    "memory": "run.memory",
     "sequential": "run.sequential",
     "strict": "run.strict",
     "resume": "run.resume",
@@ -113,6 +114,10 @@ Baseline = Annotated[
 RowLength = Annotated[int | None, typer.Option("--length", help="Tokens in a row.", rich_help_panel=_TEXT)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_HOW)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="What the run may hold in memory, e.g. 6GiB.", metavar="SIZE", rich_help_panel=_HOW),
+]
 Sequential = Annotated[
     str | None,
     typer.Option(help="Layers see compressed inputs after each block, or subset.", rich_help_panel=_HOW),

@@ -1,6 +1,9 @@
 """Peak anonymous memory of the compress step does not grow with depth: 4 blocks against 24.
 
-    python -m bench.memory [--folder DIR] [--blocks 4 24]
+    python -m bench.memory [--folder DIR] [--blocks 4 24] [--memory 800MiB 640MiB]
+
+With --memory the first model is quantized within each of these budgets instead, and measured on a text beside the
+original: does the whole process keep to it, and what does that cost in time?
 
 Makes Llamas of random weights (24 blocks: 1.3 GB in bf16), quantizes each with the default recipe in a process of its
 own and prints peak, plan, and the ratio. Needs about 4 GB of disk and, on two cores, some minutes.
@@ -14,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -85,30 +89,49 @@ def make_model(folder: Path, blocks: int) -> None:
 CHILD = """
 import json, sys
 from llmshrink import run
+from llmshrink.memory import PeakMonitor
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
-report = run.execute(validate(json.loads(sys.argv[1])), progress=Silent())
+with PeakMonitor(base=0) as process:
+    report = run.execute(validate(json.loads(sys.argv[1])), progress=Silent())
 stage = report.stages[0]
 print(json.dumps({"peak": stage.memory.measured_bytes, "planned": stage.memory.planned_bytes, "seconds": stage.seconds,
-                  "bytes": stage.bytes_before}))
+                  "bytes": stage.bytes_before, "process": process.peak_bytes, "wall": report.seconds,
+                  "events": [event.message for event in report.events]}))
 """
 
 
-def measure(model: Path, out: Path, rows: int, length: int) -> dict[str, float]:
+def measure(model: Path, out: Path, rows: int, length: int, **more: Any) -> dict[str, Any]:
     """Quantize in a fresh process; peak above the level after the imports."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "version": 1,
         "model": {"id": str(model)},
         "stages": [{"task": "quantize", "method": {"name": "gptq", "bits": 4}}],
         "calibration": {"data": "generator", "samples": rows, "length": length},
         "evaluation": {"data": [], "speed": False},
         "output": str(out),
+        **more,
     }
     made = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(recipe)], check=True, stdout=subprocess.PIPE, text=True
     )
-    result: dict[str, float] = json.loads(made.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
     return result
+
+
+def show_budgets(model: Path, root: Path, rows: int, length: int, budgets: list[str]) -> None:
+    """One line for each budget: what the whole process held, in how many seconds."""
+    evaluation = {"data": ["generator"], "rows": rows, "length": length, "speed": False}
+    for budget in [None, *budgets]:
+        with tempfile.TemporaryDirectory(dir=root) as out:
+            more = {"evaluation": evaluation, "run": {"memory": budget} if budget else {}}
+            found = measure(model, Path(out) / "out", rows, length, **more)
+        print(
+            f"budget {budget}: process {found['process'] / 2**20:.0f} MiB, compress step "
+            f"{found['peak'] / 2**20:.0f} above the imports, planned {found['planned'] / 2**20:.0f}; "
+            f"{found['wall']:.0f} s; {'; '.join(found['events'])}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -118,6 +141,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 24])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--memory", nargs="+")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = args.folder or Path(name)
@@ -126,6 +150,9 @@ def main() -> None:
             model = root / f"model-{blocks}"
             if not model.exists():
                 make_model(model, blocks)
+            if args.memory:
+                show_budgets(model, root, args.rows, args.length, args.memory)
+                return
             with tempfile.TemporaryDirectory(dir=root) as out:
                 results[blocks] = found = measure(model, Path(out) / "out", args.rows, args.length)
             print(

@@ -19,7 +19,7 @@ from llmshrink.model.task import task_of
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
-from llmshrink.recipe.load import dump, recipe_hash
+from llmshrink.recipe.load import decisive, dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import (
     BY_RULE,
@@ -56,10 +56,10 @@ class RunFacts:
 
     def identity(self, rows: Rows | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result; two runs may share a journal only if it is equal."""
-        recipe = self.resolved
+        decides = decisive(self.recipe)
         return {
-            "recipe": {k: recipe[k] for k in ("stages", "calibration")},
-            "run": {k: recipe["run"][k] for k in ("sequential", "batch_tokens")},
+            "recipe": {k: decides[k] for k in ("stages", "calibration")},
+            "run": decides["run"],
             "model": self.source.hashes,
             "calibration": rows.fingerprint if rows is not None else None,
             "versions": versions(),

@@ -24,6 +24,7 @@ from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, OutputError, PlanError, ResourceError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
+from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable
 from llmshrink.io.files import copy_file, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -39,9 +40,9 @@ from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
-from llmshrink.recipe.schema import ExportStage, QuantizeStage, Recipe
+from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
 from llmshrink.report.card import model_card
-from llmshrink.report.schema import Check, ModelMeasure, Report
+from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.verify import (
     check_blocks,
@@ -52,21 +53,10 @@ from llmshrink.verify import (
     verify_folder,
 )
 
-__all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "verify"]
+__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
-# Events that --strict lets pass: nothing was degraded.
-NOTICES = {
-    "left_dense",
-    "default_method",
-    "length_cut",
-    "unused_tensors",
-    "related_corpus",
-    "requantized",
-    "decompressed",
-    "loaded_dense",
-}
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -117,19 +107,6 @@ def execute(
         return run.write(overwrite) if writes else run.evaluate()
 
 
-def check_strict(report: Report) -> None:
-    """What `run.strict` asks for, once the report is shown.
-
-    Raises:
-        GateError: the recipe is strict and an event says that something was degraded; the result is kept.
-    """
-    degraded = [event for event in report.events if event.kind not in NOTICES]
-    if report.recipe["run"]["strict"] and degraded:
-        shown = "\n".join(f"  - {event.message}" for event in degraded[:10])
-        where = f"; the result is in {report.output}" if report.output else ""
-        raise GateError(f"--strict: {len(degraded)} events{where}:\n{shown}")
-
-
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     """Compress the first block that the recipe treats in a temporary folder, reload, verify: seconds, not hours."""
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
@@ -161,6 +138,7 @@ class _Run:
 
     def evaluate(self) -> Report:
         """Measure the model as it is, beside another one where the recipe names it."""
+        refuse_unanswerable(self.recipe, self.model)
         models = {"before": self.model}
         if self.recipe.evaluation.baseline is not None:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
@@ -168,8 +146,9 @@ class _Run:
         texts = self.loader.evaluation(self.recipe.evaluation, length, None)
         measures, seconds = self._measure(models, texts)
         self._tell(self.loader.events)
+        stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
         return self.facts.report(
-            stages=[eval_stage(self.model, seconds)],
+            stages=self._judged(stages, models, measures),
             calibration=None,
             measures=measures,
             events=self.loader.events,
@@ -199,6 +178,7 @@ class _Run:
         if self.recipe.evaluation.baseline is not None:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
+        check_size(plan)
         _check_room(plan, work.output, self.facts.source)
         with Workspace(work.output, overwrite=overwrite) as workspace:
             _check_finite(self.model, self.progress)
@@ -221,10 +201,11 @@ class _Run:
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, workspace.folder, written, result, probe, ends)
             stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
-            measures, seconds = self._measure({"before": self.model, "after": written}, texts)
+            models = {"before": self.model, "after": written}
+            measures, seconds = self._measure(models, texts)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
-                stages=stages,
+                stages=self._judged(stages, models, measures),
                 calibration=rows,
                 measures=measures,
                 events=[*work.events, *self.loader.events, *result.events],
@@ -241,6 +222,17 @@ class _Run:
         clock = time.perf_counter()
         measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
         return measures, time.perf_counter() - clock
+
+    def _judged(
+        self, stages: list[StageReport], models: dict[str, StreamedModel], measures: dict[str, ModelMeasure]
+    ) -> list[StageReport]:
+        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first."""
+        missing = [event.message for event in self.loader.events if event.kind == "not_measured"]
+        sizes = [model.source.checkpoint.file_bytes for model in models.values()]
+        outcome = Outcome(measures, sizes[0], sizes[-1], "; ".join(m for m in missing if m.startswith("quality")))
+        wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
+        gates = [judge(stage.gate, outcome) for stage in wanted]
+        return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
     def _calibration(self, work: Work, workspace: Workspace) -> Rows:
         """The rows that an unfinished run of this output began with, else new ones.
@@ -323,6 +315,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     stage = _writing_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
+    refuse_unanswerable(recipe, model)
     work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
     subset = recipe.run.sequential == "subset"
     batch = model.batch_tokens(recipe.run.batch_tokens)
@@ -427,10 +420,11 @@ def _shareable(recipe: Recipe) -> Recipe:
 
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:
-    """The same recipe on the truncated model: few short rows, no evaluation, expressions for other blocks left out."""
+    """The same recipe on the truncated model: few short rows, nothing measured or gated, no other block's patterns."""
     names = [m.name for block in work.model.anatomy.blocks[: last + 1] for m in block.matrices]
     data = json.loads(recipe.model_dump_json())
     for stage in data["stages"]:
+        stage["gate"] = {}
         if stage["task"] == "quantize":
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(re.fullmatch(p, n) for n in names)}
             stage["ignore"] = [p for p in stage["ignore"] if any(re.fullmatch(p, n) for n in names)]

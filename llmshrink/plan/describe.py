@@ -66,6 +66,7 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         bytes_before=model.source.checkpoint.bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
+        max_bytes=_max_bytes(recipe, model.source.checkpoint.file_bytes),
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
@@ -75,6 +76,11 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         loads_in=[_load_plan(stored(work), runtime) for runtime in RUNTIMES],
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
     )
+
+
+def _max_bytes(recipe: Recipe, original: int) -> int | None:
+    limits = [stage.gate.max_size.of(original) for stage in recipe.stages if stage.gate.max_size is not None]
+    return min(limits, default=None)
 
 
 def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:

@@ -23,6 +23,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, OutputError, PlanError, ResourceError
 from llmshrink.evaluate.measure import measure_models
+from llmshrink.finished import verify_folder
 from llmshrink.forms import Event
 from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable
 from llmshrink.io.files import copy_file, write_bytes, write_json
@@ -50,7 +51,6 @@ from llmshrink.verify import (
     check_layers,
     check_reader,
     probe_tokens,
-    verify_folder,
 )
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
@@ -122,7 +122,11 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
 
 
 def verify(folder: Path, *, progress: Progress) -> list[Check]:
-    """Check a finished folder: hashes, every tensor decoded, a foreign reader's logits."""
+    """Check a finished folder: its files as they were written, every tensor decoded, a foreign reader's logits.
+
+    Raises:
+        InputError: it is no output of llmshrink, or not finished.
+    """
     with quiet_libraries():
         return verify_folder(folder, progress=progress)
 

@@ -64,7 +64,8 @@ ALLOWED = {
         "recipe",
         "report",
     },
-    "verify": {"engine", "errors", "evaluate", "formats", "forms", "memory", "io", "model", "progress", "report"},
+    "verify": {"engine", "evaluate", "formats", "forms", "memory", "io", "model", "progress", "report"},
+    "finished": {"engine", "errors", "io", "model", "progress", "recipe", "report", "verify"},
     "gates": {"errors", "model", "plan", "recipe", "report"},
     "cli": {"errors", "progress", "recipe", "report", "run", "forms", "plan"},
     "run": None,  # the story: it may import everything but the command line

@@ -207,7 +207,7 @@ def verify(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Check a result's files again: hashes, shapes, and that it loads."""
+    """Check a finished result: every file as it was written, every tensor decoded, and that transformers loads it."""
     from llmshrink import run
 
     with listener(quiet=quiet, verbose=verbose) as progress:

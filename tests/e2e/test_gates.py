@@ -173,7 +173,8 @@ def test_what_was_not_measured_fails_and_is_kept(
 
     monkeypatch.setattr(measure, "score_texts", fail)
     code, _, err = call("quantize", smallest, "--max-kl", "9")
-    assert code == 9 and "max_kl: not measured" in err and "the logits are not finite" in err
+    why = "quality of the result: the logits are not finite; quality of the original: the logits are not finite"
+    assert code == 9 and f"max_kl: not measured, asked at most 9.00000 ({why})" in err
     assert_complete(tmp_path / "out")
 
 

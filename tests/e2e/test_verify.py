@@ -211,9 +211,13 @@ def test_a_manifest_that_names_files_elsewhere(folder: Path, name: str) -> None:
         run.verify(folder, progress=Silent())
 
 
-def test_links_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.json").write_bytes((folder / "config.json").read_bytes())
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(UnsafeError, match="is a link out of"):
+@pytest.mark.parametrize("name", ["config.json", "README.md", "1_Pooling"])
+def test_links_out_of_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeError, match=f"{name} is a link out of"):
         run.verify(folder, progress=Silent())

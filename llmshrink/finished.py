@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmshrink.engine.workspace import MANIFEST, WORK
-from llmshrink.errors import InputError, PlanError, RecipeError
+from llmshrink.errors import InputError, PlanError, RecipeError, UnsafeError
 from llmshrink.io.files import sha256
 from llmshrink.io.safetensors import refuse_outside
 from llmshrink.model.source import open_source
@@ -51,17 +51,15 @@ def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
     manifest, check = _read_manifest(folder / MANIFEST)
     if manifest is None:
         return [check]
-    for name in manifest.files:
-        for path in (Path(name), *Path(name).parents[:-1]):
-            refuse_outside(folder / path)
-    changed = _changed(folder, manifest, progress)
+    present = _present(folder)
+    changed = _changed(present, manifest, progress)
     documents = {name for name in manifest.files if DOCUMENTS.fullmatch(name)}
     loaded = f"{len(manifest.files) - len(documents)} files of weights, configuration and tokenizer"
     spoiled = [name for name in changed if name not in documents]
     progress.start("verify", 0)
     checks = [
         check,
-        _check_files(folder, manifest),
+        _check_files(present, manifest),
         Check(name="hashes", passed=not spoiled, detail=_some("changed or missing", spoiled) if spoiled else loaded),
         _check_documents(folder, [name for name in changed if name in documents]),
         *(_not_run() if spoiled else _check_model(folder)),
@@ -107,27 +105,44 @@ def _read_manifest(path: Path) -> tuple[_Manifest | None, Check]:
     return manifest, Check(name="manifest", passed=same, detail=detail)
 
 
-def _changed(folder: Path, manifest: _Manifest, progress: Progress) -> list[str]:
+def _present(folder: Path) -> dict[str, Path]:
+    """Files by their names below the folder; what is hidden belongs to git, the Hub's client, or a killed run.
+
+    Raises:
+        UnsafeError: one is a link out of the folder, or lies behind one.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        refuse_outside(path)
+        if path.is_file():
+            found[name.as_posix()] = path
+    return found
+
+
+def _changed(present: dict[str, Path], manifest: _Manifest, progress: Progress) -> list[str]:
     """Files that are not there, or are not what was written."""
     progress.start("hash the files", sum(entry.bytes for entry in manifest.files.values()))
     found = []
     for name, entry in manifest.files.items():
-        if not (folder / name).is_file() or sha256(folder / name) != entry.sha256:
+        if name not in present or sha256(present[name]) != entry.sha256:
             found.append(name)
         progress.advance(entry.bytes, name)
     progress.finish()
     return found
 
 
-def _check_files(folder: Path, manifest: _Manifest) -> Check:
+def _check_files(present: dict[str, Path], manifest: _Manifest) -> Check:
     """Whether the folder holds what is listed, of the listed size, and nothing else that a loader could pick up."""
-    missing = [name for name in manifest.files if not (folder / name).is_file()]
-    sizes = {name: (folder / name).stat().st_size for name in manifest.files if name not in missing}
-    resized = [name for name, size in sizes.items() if size != manifest.files[name].bytes]
-    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    # What is hidden belongs to git, to the Hub's client, or to a run that was killed at its very end.
-    seen = {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
-    unlisted = sorted(seen - manifest.files.keys() - {MANIFEST})
+    missing = [name for name in manifest.files if name not in present]
+    resized = [
+        name
+        for name, entry in manifest.files.items()
+        if name in present and present[name].stat().st_size != entry.bytes
+    ]
+    unlisted = [name for name in present if name not in manifest.files and name != MANIFEST]
     faults = {"missing": missing, "of another size": resized, "not listed": unlisted}
     told = [_some(what, names) for what, names in faults.items() if names]
     return Check(name="files", passed=not told, detail="; ".join(told) or "all there, of their sizes, and no other")
@@ -146,7 +161,7 @@ def _check_documents(folder: Path, changed: list[str]) -> Check:
         told.append(f"report.json: {error.strerror}")
     except ValidationError as error:
         told.append(f"report.json is no report: {_first(error)}")
-    except RecipeError as error:
+    except (RecipeError, UnsafeError) as error:
         told.append(error.message)
     return Check(name="documents", passed=not told, detail="; ".join(told) or "report, recipe and model card")
 
@@ -181,7 +196,8 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 def _some(what: str, names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{what}: {', '.join(sorted(names)[:SHOWN])}{more}"
+    shown = ", ".join(sorted(names)[:SHOWN]).encode(errors="replace").decode()  # a name on disk need not be UTF-8
+    return f"{what}: {shown}{more}"
 
 
 __all__ = ["verify_folder"]

@@ -30,6 +30,8 @@ NOTICES = {
     "requantized",
     "decompressed",
     "loaded_dense",
+    "economy",
+    "out_of_memory",
 }
 
 
@@ -72,6 +74,12 @@ def _measured(model: StreamedModel) -> list[str]:
 
 def _and(names: list[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def size_limit(recipe: Recipe, original: int) -> int | None:
+    """The smallest `max_size` of any stage in bytes, given the bytes of the original's files; None: there is none."""
+    limits = [stage.gate.max_size.of(original) for stage in recipe.stages if stage.gate.max_size is not None]
+    return min(limits, default=None)
 
 
 def check_size(plan: Plan) -> None:
@@ -197,4 +205,4 @@ def check_gates(report: Report) -> None:
     raise GateError(f"{', '.join(what)}{where}:\n{shown}")
 
 
-__all__ = ["NOTICES", "Outcome", "check_gates", "check_size", "judge", "refuse_unanswerable"]
+__all__ = ["NOTICES", "Outcome", "check_gates", "check_size", "judge", "refuse_unanswerable", "size_limit"]

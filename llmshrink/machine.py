@@ -15,6 +15,7 @@ import torch
 from llmshrink import __version__
 from llmshrink.errors import InterruptedRun, ResourceError, UsageError
 from llmshrink.forms import Event
+from llmshrink.memory import out_of_memory
 from llmshrink.progress import Progress
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
@@ -107,13 +108,13 @@ def enough_memory() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own error, and what its CPU allocator raises
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         raise ResourceError(
             f"Memory ran out: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
-            hint="Use fewer or shorter rows, or a smaller --set run.batch_tokens; what is finished is kept.",
+            hint="What is finished is kept: give the same command again with --memory SIZE, or with smaller batches "
+            "(--set run.batch_tokens=N).",
         ) from error
 
 

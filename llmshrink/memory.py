@@ -7,9 +7,12 @@ system can drop them at any time. `ru_maxrss` counts them, and never falls.
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Self
 
@@ -111,9 +114,39 @@ class PeakMonitor:
             self.peak_bytes = max(self.peak_bytes, self._probe(family))
 
 
+_most: ContextVar[int | None] = ContextVar("most", default=None)
+
+
+@contextmanager
+def memory_limit(most: int | None) -> Iterator[None]:
+    """Let `available_memory` count no further than to `most` bytes in this process and its children; None: no limit."""
+    token = _most.set(most)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
 def available_memory() -> int:
-    """Bytes this process can still take: the system's, or what its control group leaves where that is less."""
-    return min([int(psutil.virtual_memory().available), *_group_headroom(Path("/"))])
+    """Bytes this process can still take: the system's, or what its control group or `memory_limit` leaves."""
+    found = [int(psutil.virtual_memory().available), *_group_headroom(Path("/"))]
+    if (most := _most.get()) is not None:
+        found.append(max(0, most - anonymous_bytes()))
+    return min(found)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a GPU."""
+    # torch's own error, and what its CPU allocator raises
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give back all memory that is held without need."""
+    if device.type == "cuda":
+        gc.collect()  # an error that was caught may hold tensors in a cycle
+        torch.cuda.empty_cache()
+    trim()
 
 
 def _group_headroom(root: Path) -> list[int]:
@@ -191,4 +224,14 @@ def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-__all__ = ["PeakMonitor", "anonymous_bytes", "available_memory", "fix_malloc", "resident_bytes", "trim"]
+__all__ = [
+    "PeakMonitor",
+    "anonymous_bytes",
+    "available_memory",
+    "fix_malloc",
+    "memory_limit",
+    "out_of_memory",
+    "release",
+    "resident_bytes",
+    "trim",
+]

@@ -17,28 +17,30 @@ from torch import Tensor
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.demo import MODEL_DIR, NAME
-from llmshrink.engine.budget import planned_evaluation, planned_memory
+from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import GateError, InputError, OutputError, PlanError, ResourceError
+from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.finished import verify_folder
 from llmshrink.forms import Event
-from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable
+from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
 from llmshrink.io.files import copy_file, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
-from llmshrink.memory import PeakMonitor, anonymous_bytes, available_memory, fix_malloc
+from llmshrink.memory import PeakMonitor, anonymous_bytes, fix_malloc, memory_limit
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.plan.describe import describe
+from llmshrink.plan.economy import Economy
 from llmshrink.plan.export import resolve_export
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
+from llmshrink.preflight import check_finite, check_room
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
@@ -65,7 +67,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         PlanError: the recipe cannot be carried out on this model.
     """
-    with quiet_libraries():
+    with quiet_libraries(), memory_limit(recipe.run.memory):
         source, _ = _open(recipe)
         return _plan(recipe, StreamedModel(source, pick_device(recipe.run.device)))[1]
 
@@ -100,6 +102,7 @@ def execute(
         count = stack.enter_context(threads(recipe.run.threads))
         stop = stack.enter_context(StopSignal(resumable=resumable and writes))
         stack.enter_context(enough_memory())
+        stack.enter_context(memory_limit(recipe.run.memory))
         source, embedded = _open(recipe)
         _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
@@ -148,7 +151,9 @@ class _Run:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
         length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
         texts = self.loader.evaluation(self.recipe.evaluation, length, None)
-        measures, seconds = self._measure(models, texts)
+        economy, _ = evaluation_economy(self.model, self.recipe, length)
+        with tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+            measures, seconds = self._measure(models, texts, economy, Path(folder))
         self._tell(self.loader.events)
         stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
         return self.facts.report(
@@ -183,9 +188,9 @@ class _Run:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
         check_size(plan)
-        _check_room(plan, work.output, self.facts.source)
+        check_room(plan, work.output, self.facts.source, self.recipe.run.memory)
         with Workspace(work.output, overwrite=overwrite) as workspace:
-            _check_finite(self.model, self.progress)
+            check_finite(self.model, self.progress)
             rows = self._calibration(work, workspace) if work.needs_data else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
@@ -205,8 +210,9 @@ class _Run:
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, workspace.folder, written, result, probe, ends)
             stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
+            economy, _ = evaluation_economy(self.model, self.recipe, length)
             models = {"before": self.model, "after": written}
-            measures, seconds = self._measure(models, texts)
+            measures, seconds = self._measure(models, texts, economy, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
                 stages=self._judged(stages, models, measures),
@@ -221,10 +227,12 @@ class _Run:
             workspace.commit()
         return report
 
-    def _measure(self, models: dict[str, StreamedModel], texts: list[Rows]) -> tuple[dict[str, ModelMeasure], float]:
+    def _measure(
+        self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path
+    ) -> tuple[dict[str, ModelMeasure], float]:
         """The measures of each model, and the seconds they took together."""
-        clock = time.perf_counter()
-        measures = measure_models(self.recipe, models, texts, self.loader.events, self.progress)
+        clock, events = time.perf_counter(), self.loader.events
+        measures = measure_models(self.recipe, models, texts, events, self.progress, economy=economy, folder=folder)
         return measures, time.perf_counter() - clock
 
     def _judged(
@@ -255,13 +263,15 @@ class _Run:
         return {"model": self.facts.source.hashes, "calibration": calibration, "length": work.length}
 
     def _compress(
-        self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, object]]
+        self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, Any]]
     ) -> tuple[Result, Tensor]:
         """All blocks; also the states that the probe rows end in behind them."""
-        batches = rows.batches(self.model.batch_tokens(self.recipe.run.batch_tokens)) if rows is not None else []
-        hidden = Hidden(self.model, [*batches, probe])
+        economy = work.economy
+        first = done[0]["batch_tokens"] if done else economy.batch_tokens  # a run goes on as it began
+        batches = rows.batches(first) if rows is not None else []
+        hidden = Hidden(self.model, batches, probe, workspace.work if economy.on_disk else None)
         subset = self.recipe.run.sequential == "subset"
-        compressor = Compressor(work, workspace, hidden, len(batches), subset=subset, progress=self.progress)
+        compressor = Compressor(work, workspace, hidden, economy=economy, subset=subset, progress=self.progress)
         return compressor.run(done), hidden.states[-1]
 
     def _verify(
@@ -321,59 +331,18 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
     work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
-    subset = recipe.run.sequential == "subset"
-    batch = model.batch_tokens(recipe.run.batch_tokens)
-    memory = planned_memory(work, rows=recipe.calibration.samples, batch_tokens=batch, subset=subset)
-    evaluation = 0
+    work.economy, memory = compress_economy(work, recipe)
+    work.events += work.economy.told("compress")
+    scratch, evaluation = compress_scratch(work, recipe), 0
     if recipe.evaluation.data:
         length = row_length(recipe.evaluation.length, model, [])
-        evaluation = planned_evaluation(model, rows=recipe.evaluation.rows, length=length, batch_tokens=batch)
-    return work, describe(work, recipe, memory, evaluation)
-
-
-def _check_room(plan: Plan, output: Path, source: Source) -> None:
-    """Refuse before compute what would fail for lack of room, or would write over the source."""
-    target = output.resolve()
-    partial = target.with_name(target.name + ".partial")
-    if any(p == source.folder or source.folder in p.parents or p in source.folder.parents for p in (target, partial)):
-        raise OutputError(f"The output {output} and the model {source.folder} lie within each other.")
-    if plan.disk_bytes > plan.disk_free:
-        raise ResourceError(
-            f"{output} needs {plan.disk_bytes / 2**20:.0f} MiB of disk, and {plan.disk_free / 2**20:.0f} are free.",
-            hint="Free some, or choose an --output on another disk.",
-        )
-    needs = {
-        "compress": (plan.memory_bytes, "Use fewer or shorter calibration rows: --samples, --length."),
-        "compare both models": (
-            plan.evaluation_bytes,
-            "Use fewer or shorter rows: --set evaluation.rows=N --set evaluation.length=N.",
-        ),
-    }
-    for what, (needed, hint) in needs.items():
-        if needed > (free := available_memory()):
-            raise ResourceError(
-                f"About {needed / 2**20:.0f} MiB of memory are needed to {what}, {free / 2**20:.0f} are available.",
-                hint=hint,
-            )
-
-
-def _check_finite(model: StreamedModel, progress: Progress) -> None:
-    """Read every weight once and refuse NaN and infinity before any compute."""
-    infos = model.weights.infos
-    progress.start("check the weights", sum(info.numel for info in infos.values()))
-    for key, info in infos.items():
-        tensor = model.weights.get(key)
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = (float(value) for value in torch.aminmax(tensor))
-            if not abs(low) + abs(high) < float("inf"):
-                bad = (~torch.isfinite(tensor)).flatten().nonzero()
-                raise InputError(
-                    f"{model.source.folder / info.file}: tensor {key!r} has {len(bad)} values that are NaN or infinite "
-                    f"(the first at index {int(bad[0])}).",
-                    hint="The file is damaged, or the model was saved broken: download it again.",
-                )
-        progress.advance(info.numel)
-    progress.finish()
+        economy, evaluation = evaluation_economy(model, recipe, length)
+        work.events += economy.told("compare both models")
+        scratch = max(scratch, evaluation_states(model, recipe.evaluation.rows, length) if economy.on_disk else 0)
+    limit = size_limit(recipe, model.source.checkpoint.file_bytes)
+    return work, describe(
+        work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
+    )
 
 
 def _save_companions(work: Work, folder: Path) -> dict[str, str]:

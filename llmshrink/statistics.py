@@ -30,6 +30,9 @@ class Statistic(Protocol):
     def finish(self) -> None:
         """Called once after the last batch."""
 
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+
     @staticmethod
     def bytes(width: int) -> int:
         """Memory of one instance for a linear of this input width."""
@@ -50,6 +53,10 @@ class Norm:
     def finish(self) -> None:
         """Turn the sum into a mean."""
         self.square /= max(self.tokens, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        self.square = self.square.to(device)
 
     @staticmethod
     def bytes(width: int) -> int:
@@ -81,6 +88,10 @@ class Hessian:
             self.matrix[stop:, start:stop] = self.matrix[start:stop, stop:].T
         self.matrix /= max(self.tokens, 1)
 
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        self.matrix = self.matrix.to(device)
+
     def _tiles(self) -> Iterator[tuple[int, int]]:
         width = len(self.matrix)
         tile = NARROW_TILE if width < NARROW else TILE
@@ -104,6 +115,9 @@ class NoStatistic:
 
     def finish(self) -> None:
         """Nothing to do."""
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move."""
 
     @staticmethod
     def bytes(width: int) -> int:

@@ -55,11 +55,15 @@ class RunFacts:
         return data
 
     def identity(self, rows: Rows | None) -> dict[str, Any]:
-        """Everything that decides the bytes of the result; two runs may share a journal only if it is equal."""
+        """Everything that decides the bytes of the result; two runs may share a journal only if it is equal.
+
+        Not the size of batches, which the journal holds for each block: a run that was short of memory may go on with
+        smaller ones.
+        """
         decides = decisive(self.recipe)
         return {
             "recipe": {k: decides[k] for k in ("stages", "calibration")},
-            "run": decides["run"],
+            "run": {"sequential": decides["run"]["sequential"]},
             "model": self.source.hashes,
             "calibration": rows.fingerprint if rows is not None else None,
             "versions": versions(),

@@ -33,6 +33,7 @@ RECIPE_KEYS = {
     "max_size": "gate.max_size",
     "device": "run.device",
     "threads": "run.threads",
+    "memory": "run.memory",
     "sequential": "run.sequential",
     "strict": "run.strict",
     "resume": "run.resume",
@@ -134,6 +135,10 @@ MaxSize = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_HOW)]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="What the run may hold in memory, e.g. 6GiB.", metavar="SIZE", rich_help_panel=_HOW),
+]
 Sequential = Annotated[
     str | None,
     typer.Option(help="Layers see compressed inputs after each block, or subset.", rich_help_panel=_HOW),

@@ -6,67 +6,119 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmshrink.engine.compress import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
+from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block
-from llmshrink.model.streamed import HEAD_ROWS, LOGITS, StreamedModel
+from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.work import Work
+from llmshrink.recipe.schema import Recipe, RunSpec
 from llmshrink.statistics import Hessian
 
+LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done
 FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
-def planned_memory(work: Work, *, rows: int, batch_tokens: int, subset: bool) -> int:
+def compress_economy(work: Work, recipe: Recipe) -> tuple[Economy, int]:
+    """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs."""
+
+    def needed(economy: Economy) -> int:
+        return planned_memory(work, economy, rows=recipe.calibration.samples, subset=recipe.run.sequential == "subset")
+
+    return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
+
+
+def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int) -> tuple[Economy, int]:
+    """The same for scoring rows of `length` tokens."""
+
+    def needed(economy: Economy) -> int:
+        return planned_evaluation(model, economy, rows=recipe.evaluation.rows, length=length)
+
+    return _choose(needed, model, recipe.run, length, 0)
+
+
+def _choose(
+    needed: Callable[[Economy], int], model: StreamedModel, run: RunSpec, row: int, statistics: int
+) -> tuple[Economy, int]:
+    """Batches, whose size changes how sums round, get smaller only within a budget that was given."""
+    first = Economy(model.batch_tokens(run.batch_tokens))
+    economies = first.thriftier(row=row, statistics=statistics, batches=run.memory is not None)
+    return choose(needed, economies, available_memory() if run.memory is None else run.memory - LIBRARIES)
+
+
+def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> int:
     """Bytes of the compress step above the level after the imports.
 
     Args:
         work: what is done to which matrix.
+        economy: how much is in memory at a time.
         rows: calibration rows, each of `work.length` tokens.
-        batch_tokens: tokens of one forward pass.
         subset: whether only one stretch of a block is calibrated at a time.
     """
     tokens = rows * work.length if work.needs_data else 0
-    states = tokens * work.model.hidden * FLOAT
-    batch = min(max(batch_tokens, work.length), tokens or work.length)
-    return FIXED + states + max(_block(work, block, batch, subset) for block in work.model.anatomy.blocks)
+    states = 0 if economy.on_disk else tokens * work.model.hidden * FLOAT
+    return FIXED + states + max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
 
 
-def planned_evaluation(model: StreamedModel, *, rows: int, length: int, batch_tokens: int) -> int:
+def compress_scratch(work: Work, recipe: Recipe) -> int:
+    """Bytes of hidden states on disk: an older and a newer file for a resume, and those in use where they lie there."""
+    rows = recipe.calibration.samples if work.needs_data else 0
+    return (2 + work.economy.on_disk) * rows * work.length * work.model.hidden * FLOAT
+
+
+def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:
+    """Bytes of the hidden states of both models on a text of `rows` x `length` tokens."""
+    return 2 * rows * length * model.hidden * FLOAT
+
+
+def statistics_bytes(work: Work) -> int:
+    """Bytes of the statistics of the block that has most of them."""
+    blocks = work.model.anatomy.blocks
+    return max(sum(work.needs(group).bytes(group.width) for group in block.groups) for block in blocks)
+
+
+def planned_evaluation(model: StreamedModel, economy: Economy, *, rows: int, length: int) -> int:
     """Bytes of scoring a text of `rows` x `length` tokens: the states of both models, a block, some logits.
 
     Args:
         model: the original.
+        economy: how much is in memory at a time.
         rows: of the longest text.
         length: of a row.
-        batch_tokens: tokens of one forward pass.
     """
-    states = 2 * rows * length * model.hidden * FLOAT
-    batch = min(max(batch_tokens, length), rows * length)
+    states = 0 if economy.on_disk else evaluation_states(model, rows, length)
+    batch = min(max(economy.batch_tokens, length), rows * length)
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * min(LOGITS, batch * model.width * FLOAT) + head)
+    return FIXED + states + max(block, 4 * min(economy.logits, batch * model.width * FLOAT) + head)
 
 
-def _block(work: Work, block: Block, batch: int, subset: bool) -> int:
-    """The largest of its phases: all inputs gathered, one group after another compressed, the way to the next block."""
+def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool) -> int:
+    """The largest of its phases: inputs gathered, one group after another compressed, the way to the next block."""
+    batch = min(max(economy.batch_tokens, work.length), tokens or work.length)
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
     packed = sum(t.numel() * t.itemsize for t in work.meta_tensors(block).values())
-    sizes = {group: work.needs(group).bytes(group.width) for group in block.groups}
-    kept = max(sizes.values(), default=0) if subset else sum(sizes.values())
-    phases = [loaded + kept] if kept else []
-    for group in block.groups:
-        methods = [work.methods[m] for m in group.matrices if m in work.methods]
-        if not methods:
-            continue
-        factors = int(PANELS * sizes[group] / FLOAT) if work.needs(group) is Hessian else 0
-        matrices = [m.numel for m in group.matrices]
-        sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
-        together = lanes_of(work.model.device) if is_small(group) else 1
-        phases.append(kept + together * max(factors, factors // 3 + sweep))
-        kept -= 0 if subset else sizes[group]
+    groups = [g for g in block.groups if any(m in work.methods for m in g.matrices)]
+    sizes = [work.needs(group).bytes(group.width) for group in groups]
+    together = passes(sizes, 0 if subset else economy.statistics)
+    phases = [0]
+    for part in together:
+        kept = sum(sizes[part])
+        phases.append(loaded + kept if kept else 0)
+        for group, size in zip(groups[part], sizes[part], strict=True):
+            methods = [work.methods[m] for m in group.matrices if m in work.methods]
+            factors = int(PANELS * size / FLOAT) if work.needs(group) is Hessian else 0
+            matrices = [m.numel for m in group.matrices]
+            sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
+            lanes = lanes_of(work.model.device) if is_small(group) else 1
+            phases.append(kept + lanes * max(factors, factors // 3 + sweep))
+            kept -= size
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
 

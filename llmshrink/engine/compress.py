@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +22,11 @@ from llmshrink.engine.workspace import Workspace
 from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.io import safetensors
-from llmshrink.memory import trim
+from llmshrink.memory import out_of_memory, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work, method_name
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
@@ -78,14 +80,14 @@ class Compressor:
         work: Work,
         workspace: Workspace,
         hidden: Hidden,
-        batches: int,
         *,
+        economy: Economy,
         subset: bool,
         progress: Progress,
     ) -> None:
-        """`hidden` holds `batches` batches of calibration rows, then the probe rows."""
-        self._work, self._model, self._workspace = work, work.model, workspace
-        self._hidden, self._batches = hidden, batches
+        """`hidden` holds the calibration rows and the probe's."""
+        self._work, self._model, self._workspace, self._hidden = work, work.model, workspace, hidden
+        self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
         self._subset, self._progress = subset, progress
         self._pending: Future[dict[str, Any]] | None = None
 
@@ -136,16 +138,22 @@ class Compressor:
         They come from the newest file of them that is whole; what was compressed after it runs again on what was
         written, which gives the same bits.
         """
-        blocks = self._model.anatomy.blocks[: len(done)]
-        missing = blocks
-        for entry in reversed(done):
-            if (states := entry.get("states")) and self._workspace.holds(states):
-                self._hidden.load(self._workspace.folder / next(iter(states)))
-                missing = blocks[entry["block"] + 1 :]
-                break
-        for block in missing:
-            self._progress.advance(0, f"running block {block.index} again")
-            self._forward(block, self._written(block))
+        blocks = self._model.anatomy.blocks
+        saved = [entry for entry in done if (found := entry.get("states")) and self._workspace.holds(found)]
+        newest = saved[-1]["block"] if saved else -1
+        for entry in done[: len(blocks)]:
+            self._split(entry["batch_tokens"])  # as it was done: sums of other batches round differently
+            block = blocks[entry["block"]]
+            if block.index == newest:
+                self._hidden.load(self._workspace.folder / next(iter(entry["states"])))
+            elif block.index > newest:
+                self._progress.advance(0, f"running block {block.index} again")
+                self._forward(block, self._written(block))
+
+    def _split(self, tokens: int) -> None:
+        """Go on with batches of at most so many tokens, or of one row."""
+        self._batch_tokens = min(self._batch_tokens, tokens)
+        self._hidden.split(self._batch_tokens)
 
     def _written(self, block: Block) -> dict[str, Callable[[], Tensor]]:
         """The compressed matrices of a finished block, from its file."""
@@ -166,13 +174,16 @@ class Compressor:
         compressed = {m.key for m in block.matrices if m in self._work.methods}
         made = _Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
         made.decoded = self._opened(block)
-        for groups in self._steps(block):
-            statistics = self._gather(block, groups, made.decoded)
-            clock.lap("calibrate")
-            for part in self._groups(groups, statistics):
-                made.add(part)
-                trim()
-            clock.lap("compress")
+        for step in self._steps(block):
+            before = dict(made.decoded)  # what is compressed in a step is seen by the next one only
+            sizes = [self._work.needs(group).bytes(group.width) for group in step]
+            for groups in (step[part] for part in passes(sizes, self._statistics)):
+                statistics = self._gather(block, groups, before, made.events)
+                clock.lap("calibrate")
+                for found in self._groups(groups, statistics):
+                    made.add(found)
+                    trim()
+                clock.lap("compress")
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
         self._forward(block, made.decoded)
@@ -181,6 +192,7 @@ class Compressor:
         layers = sorted(made.layers, key=lambda layer: order[layer.name])
         entry = {
             "block": block.index,
+            "batch_tokens": self._batch_tokens,
             "layers": [layer.model_dump(mode="json") for layer in layers],
             "events": [vars(event) for event in made.events],
             "seconds": clock.seconds,
@@ -199,7 +211,7 @@ class Compressor:
     def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> None:
         """Take all states through a compressed block."""
         if block is self._model.anatomy.blocks[-1]:
-            self._hidden.forget(self._batches)  # nothing follows that calibration rows could calibrate
+            self._hidden.forget()  # nothing follows that calibration rows could calibrate
         self._model.load_block(block.index, decoded)
         self._hidden.advance(block.index)
         self._model.drop_block(block.index)
@@ -218,17 +230,32 @@ class Compressor:
             yield list(members)
 
     def _gather(
-        self, block: Block, groups: list[Group], decoded: dict[str, Callable[[], Tensor]]
+        self, block: Block, groups: list[Group], decoded: dict[str, Callable[[], Tensor]], events: list[Event]
     ) -> dict[Group, Statistic]:
-        """Statistics of the groups; the block is in memory only for this, not while matrices are compressed."""
+        """Statistics of the groups; the block is in memory only for this, not while matrices are compressed.
+
+        Where memory runs out it is tried again: once as it was, then with ever smaller batches.
+        """
         kinds = {g: self._work.needs(g) for g in groups}
         if all(kind is NoStatistic for kind in kinds.values()):
             return {g: NoStatistic(g.width, self._model.device) for g in groups}
-        self._model.load_block(block.index, decoded)
-        found = gather(self._model, block, groups, kinds, self._hidden, self._batches)
-        self._model.drop_block(block.index)
-        trim()
-        return found
+        for attempt in itertools.count():
+            try:
+                self._model.load_block(block.index, decoded)
+                return gather(self._model, block, groups, kinds, self._hidden)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or (attempt and not self._hidden.most_tokens()):
+                    raise
+            finally:
+                self._model.drop_block(block.index)
+                trim()
+            release(self._model.device)
+            what = "tried again"
+            if attempt:
+                self._split(self._hidden.most_tokens() // 2)
+                what = f"going on with {self._batch_tokens} tokens in a forward pass"
+            events.append(Event("out_of_memory", f"memory ran out while block {block.index} was calibrated: {what}"))
+        raise AssertionError("count() does not end")
 
     def _groups(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[_Made]:
         """What becomes of each group; those with little to compute go side by side, the others one by one."""
@@ -236,11 +263,26 @@ class Compressor:
             todo = list(members)
 
             def job(number: int, todo: list[Group] = todo) -> _Made:
-                return self._group(todo[number], statistics.pop(todo[number]))
+                return self._group_or_on_cpu(todo[number], statistics.pop(todo[number]))
 
             yield from side_by_side(self._model.device, job, len(todo)) if small else map(job, range(len(todo)))
 
-    def _group(self, group: Group, statistic: Statistic) -> _Made:
+    def _group_or_on_cpu(self, group: Group, statistic: Statistic) -> _Made:
+        """What becomes of a group; where memory runs out, tried once more, on the CPU."""
+        try:
+            return self._group(group, statistic, self._model.device)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        release(self._model.device)
+        cpu = torch.device("cpu")
+        statistic.to(cpu)
+        made = self._group(group, statistic, cpu)
+        message = f"memory ran out while {group.matrices[0].name} was compressed: done on the CPU"
+        made.events.append(Event("out_of_memory", message))
+        return made
+
+    def _group(self, group: Group, statistic: Statistic, device: torch.device) -> _Made:
         made = _Made()
         prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
         for method, matrices in self._stacks(group):
@@ -250,7 +292,7 @@ class Compressor:
             if key not in prepared:
                 prepared[key] = used.prepare(statistic)
                 trim()
-            weights = [self._model.read(matrix) for matrix in matrices]
+            weights = [self._model.read(matrix).to(device) for matrix in matrices]
             layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
             found = [*([event] if event else []), *prepared[key].events, *layer.events]

@@ -33,9 +33,8 @@ def gather(
     groups: list[Group],
     kinds: dict[Group, type[Statistic]],
     hidden: Hidden,
-    batches: int,
 ) -> dict[Group, Statistic]:
-    """Run the first `batches` batches through the loaded block and gather one statistic for each group.
+    """Run all batches through the loaded block and gather one statistic for each group.
 
     Linears that the plan found to share an input must be handed the very same tensor here too; anything else would mean
     that one is compressed for the inputs of another, and is an error.
@@ -43,7 +42,7 @@ def gather(
     statistics = {group: kinds[group](group.width, model.device) for group in groups}
     owner = {site: group for group in groups for site in group.sites}
     last = groups[-1].sites[-1] if groups[-1].sites[-1].expert is None else None
-    batch, turns = _Batch(), Turns(batches)
+    batch, turns = _Batch(), Turns(len(hidden.batches))
 
     def observe(site: Site, x: Tensor) -> None:
         group, seen = owner.get(site), batch.seen
@@ -66,7 +65,7 @@ def gather(
             hidden.run(block.index, number)
 
     with watch(model.model.get_submodule(block.prefix), block.prefix, observe):
-        for _ in side_by_side(model.device, run, batches):
+        for _ in side_by_side(model.device, run, len(hidden.batches)):
             pass
     for statistic in statistics.values():
         statistic.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,30 +15,70 @@ from torch.utils._pytree import tree_flatten
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.errors import InputError
 from llmshrink.io import safetensors
+from llmshrink.io.files import room_for
 from llmshrink.model.capture import Record
 from llmshrink.model.streamed import StreamedModel
 
 
 class Hidden:
-    """The states of all rows as they enter the next block, updated in place block by block."""
+    """The states of all rows as they enter the next block, updated in place block by block.
 
-    def __init__(self, model: StreamedModel, batches: list[Tensor]) -> None:
+    Attributes:
+        batches: Token ids [rows, length] of each batch, the probe not among them.
+        states: One for each batch, then the probe's.
+    """
+
+    def __init__(
+        self, model: StreamedModel, batches: list[Tensor], probe: Tensor | None = None, folder: Path | None = None
+    ) -> None:
+        """Embed token ids.
+
+        Args:
+            model: whose blocks the states go through.
+            batches: token ids [rows, length] of each.
+            probe: one more batch, which is never split and goes further than the others.
+            folder: keep the states in files there, which vanish with the process; None: in the device's memory.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         self._model = model
+        self._known: dict[torch.Size, Record] = {}
         self._records: list[Record] = []
+        self.batches = list(batches)
         self.states: list[Tensor] = []
-        known: dict[torch.Size, Record] = {}
-        for tokens in batches:
+        for tokens in [*batches, *([] if probe is None else [probe])]:
             record = model.record(tokens)
-            self.states.append(record.hidden)
-            # Masks and positions follow from the shape of a batch in most families: they are kept once. A family
-            # where they depend on the tokens has its own for each batch.
-            first = known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
-            same = _equal(first.arguments, record.arguments)
-            self._records.append(first if same else Record(first.hidden, record.arguments))
+            self._records.append(self._shared(tokens, record))
+            self.states.append(record.hidden if folder is None else _on_disk(folder, record.hidden))
+
+    def _shared(self, tokens: Tensor, record: Record) -> Record:
+        """A record without its state; the same for batches of one shape.
+
+        Masks and positions follow from the shape in most families. One where they depend on the tokens has its own for
+        each batch.
+        """
+        first = self._known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
+        return first if _equal(first.arguments, record.arguments) else Record(first.hidden, record.arguments)
+
+    def split(self, tokens: int) -> None:
+        """Cut the batches into ones of at most `tokens` tokens, or of one row."""
+        cut = [torch.split(batch, max(1, tokens // batch.shape[1])) for batch in self.batches]
+        count, parts = len(self.batches), [part for found in cut for part in found]
+        if len(parts) == count:
+            return
+        rows = [[len(part) for part in found] for found in cut]
+        states = [part for state, r in zip(self.states[:count], rows, strict=True) for part in torch.split(state, r)]
+        self._records[:count] = [self._shared(part, self._model.record(part)) for part in parts]
+        self.states[:count], self.batches = states, parts
+
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that has several rows; 0 where none has."""
+        return max((batch.numel() for batch in self.batches if len(batch) > 1), default=0)
 
     def run(self, index: int, batch: int) -> Tensor:
         """The output of block `index` for one batch; the state stays as it is."""
-        return self._model.run(index, self._records[batch], self.states[batch])
+        return self._model.run(index, self._records[batch], self.states[batch].to(self._model.device))
 
     def advance(self, index: int, done: Callable[[int], None] | None = None) -> None:
         """Replace every state by the output of the loaded block.
@@ -63,17 +105,27 @@ class Hidden:
             if done:
                 done(size)
 
-    def forget(self, batches: int) -> None:
-        """Drop the states of the first batches."""
-        del self.states[:batches], self._records[:batches]
+    def forget(self) -> None:
+        """Drop all but the probe."""
+        count = len(self.batches)
+        del self.states[:count], self._records[:count], self.batches[:]
 
     def load(self, path: Path) -> None:
         """Take the states from a file that `save_states` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
         names = sorted(checkpoint.infos)
-        self.forget(len(self.states) - len(names))  # they were saved after these were forgotten
+        if len(names) < len(self.states):
+            self.forget()  # as it was when they were saved
         for state, name in zip(self.states, names, strict=True):
             state.copy_(checkpoint.get(name))
+
+
+def _on_disk(folder: Path, tensor: Tensor) -> Tensor:
+    """A copy that lies in a file without a name: memory the system can take back at any time."""
+    with room_for(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".state-", suffix=".tmp") as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here, and a signal later
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.errors import InputError
+from llmshrink.errors import InputError, ResourceError
 from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import Event
-from llmshrink.memory import available_memory
+from llmshrink.memory import available_memory, out_of_memory, release
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import ModelMeasure, TextScore
@@ -21,9 +24,19 @@ from llmshrink.report.schema import ModelMeasure, TextScore
 ROOM = 1.5  # memory a reader needs while loading and running, as a multiple of the dense weights
 PROMPT = 16  # tokens
 
+Pair: TypeAlias = tuple[list[TextScore], list[TextScore]]
+Score: TypeAlias = Callable[[StreamedModel, StreamedModel | None, Economy], Pair]
+
 
 def measure_models(
-    recipe: Recipe, models: dict[str, StreamedModel], texts: list[Rows], events: list[Event], progress: Progress
+    recipe: Recipe,
+    models: dict[str, StreamedModel],
+    texts: list[Rows],
+    events: list[Event],
+    progress: Progress,
+    *,
+    economy: Economy,
+    folder: Path,
 ) -> dict[str, ModelMeasure]:
     """Measure one model, or the original and what it became.
 
@@ -33,8 +46,15 @@ def measure_models(
         texts: rows of each evaluation text; none: quality is not measured.
         events: gets an entry for what could not be measured.
         progress: told of the steps.
+        economy: how much is in memory at a time while texts are scored.
+        folder: for hidden states, where the economy keeps them on disk.
     """
-    scores = _scores(recipe, list(models.values()), texts, events, progress)
+
+    def score(base: StreamedModel, compared: StreamedModel | None, economy: Economy) -> Pair:
+        packed = recipe.evaluation.packed
+        return score_texts(base, compared, texts, packed=packed, economy=economy, folder=folder, progress=progress)
+
+    scores = _scores(score, list(models.values()), economy, events) if texts else [[] for _ in models]
     prompt = texts[0].tokens[0][:PROMPT].tolist() if texts else None
     readings = [_read(m, prompt, events, progress) if recipe.evaluation.speed else None for m in models.values()]
     return {
@@ -43,34 +63,44 @@ def measure_models(
     }
 
 
-def _scores(
-    recipe: Recipe, models: list[StreamedModel], texts: list[Rows], events: list[Event], progress: Progress
-) -> list[list[TextScore]]:
+def _scores(score: Score, models: list[StreamedModel], economy: Economy, events: list[Event]) -> list[list[TextScore]]:
     """Scores of each model. Where both cannot be scored, those of the original alone: compression took hours, it stays.
 
     Raises:
         InputError: the only model cannot be scored.
+        ResourceError: not enough memory to score the only model.
     """
-    if not texts:
-        return [[] for _ in models]
     base, others = models[0], models[1:]
     for compared in dict.fromkeys([*others, None]):
         try:
-            found = score_texts(
-                base,
-                compared,
-                texts,
-                packed=recipe.evaluation.packed,
-                batch_tokens=base.batch_tokens(recipe.run.batch_tokens),
-                progress=progress,
-            )
-            return list(found)[: len(models)]
-        except InputError as error:
+            return list(_score_in_memory(score, base, compared, economy, events))[: len(models)]
+        except (InputError, ResourceError) as error:
             if not others:
                 raise
             what = "of the result" if compared else "of the original"
             events.append(Event("not_measured", f"quality {what}: {error}"))
     return [[] for _ in models]
+
+
+def _score_in_memory(
+    score: Score, base: StreamedModel, compared: StreamedModel | None, economy: Economy, events: list[Event]
+) -> Pair:
+    """Score with ever smaller batches where memory runs out.
+
+    Raises:
+        ResourceError: it runs out with the smallest too.
+    """
+    for smaller in economy.thriftier(row=1, statistics=0, batches=True):
+        try:
+            return score(base, compared, smaller)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        release(base.device)
+        events.append(
+            Event("out_of_memory", f"memory ran out while {smaller.batch_tokens} tokens at a time were scored")
+        )
+    raise ResourceError("Memory ran out, however few tokens were scored at a time.")
 
 
 def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], progress: Progress) -> Found | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,9 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.memory import trim
-from llmshrink.model.streamed import LOGITS, StreamedModel
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import Task
+from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TextScore
 
@@ -22,12 +25,22 @@ def score_texts(
     texts: list[Rows],
     *,
     packed: bool,
-    batch_tokens: int,
+    economy: Economy,
+    folder: Path,
     progress: Progress,
 ) -> tuple[list[TextScore], list[TextScore]]:
     """Perplexity of `base`, and of `model` with its divergence from `base`, on each text.
 
     Models that predict no next token have no perplexity: `model` is compared with `base`, which has no score itself.
+
+    Args:
+        base: the original.
+        model: what is compared with it, if anything.
+        texts: rows of each text.
+        packed: how the rows were filled, for the protocol.
+        economy: how much is in memory at a time.
+        folder: for hidden states, where the economy keeps them on disk.
+        progress: told of the steps.
 
     Returns:
         The scores of `base` and those of `model` (empty where it is None), in the order of the texts.
@@ -38,26 +51,26 @@ def score_texts(
     progress.start("evaluate", sum(text.count for text in texts) * len(base.anatomy.blocks) * len(models))
     made: list[list[TextScore]] = [[] for _ in models]
     for text in texts:  # one after another: the states of all would be in memory together
-        batches = text.batches(batch_tokens)
-        states = [_last_states(one, batches, progress) for one in models]
+        batches = text.batches(economy.batch_tokens)
+        states = [_last_states(one, batches, folder if economy.on_disk else None, progress) for one in models]
         if base.task.causal:
             scores = [Scores() for _ in models]
             for tokens, *ends in zip(batches, *states, strict=True):
-                _score(models, ends, tokens, scores)
+                _score(models, ends, tokens, scores, economy.logits)
             for row, found in zip(made, scores, strict=True):
                 row.append(_perplexity(found, text, packed))
         else:
             agreement = Agreement(distribution=base.distribution)
             for tokens, *ends in zip(batches, *states, strict=True):
-                _compare(models, ends, tokens, agreement)
+                _compare(models, ends, tokens, agreement, economy.logits)
             made[1].append(_agreement(agreement, text, packed, base.task))
     progress.finish()
     return made[0], made[1] if model is not None else []
 
 
-def _last_states(model: StreamedModel, batches: list[Tensor], progress: Progress) -> list[Tensor]:
+def _last_states(model: StreamedModel, batches: list[Tensor], folder: Path | None, progress: Progress) -> list[Tensor]:
     """What leaves the last block, for each batch."""
-    hidden = Hidden(model, batches)
+    hidden = Hidden(model, batches, folder=folder)
     for block in model.anatomy.blocks:
         model.load_block(block.index)
         hidden.advance(block.index, progress.advance)
@@ -67,9 +80,9 @@ def _last_states(model: StreamedModel, batches: list[Tensor], progress: Progress
 
 
 @torch.no_grad()
-def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores]) -> None:
+def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores], logits: int) -> None:
     """Add a batch to the scores, a stretch of positions at a time; the first model is the others' reference."""
-    stretch = max(1, LOGITS // (len(tokens) * models[0].vocabulary * 4))
+    stretch = max(1, logits // (len(tokens) * models[0].vocabulary * 4))
     for one in scores:
         one.begin(len(tokens))
     for start in range(0, tokens.shape[1] - 1, stretch):
@@ -82,11 +95,13 @@ def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scor
 
 
 @torch.no_grad()
-def _compare(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, agreement: Agreement) -> None:
+def _compare(
+    models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, agreement: Agreement, logits: int
+) -> None:
     """Add a batch of the second model's output beside the first's; a stretch at a time, where tokens have results."""
     original, model = models
     length = tokens.shape[1]
-    stretch = length if model.task.by_row else max(1, LOGITS // (len(tokens) * model.width * 4))
+    stretch = length if model.task.by_row else max(1, logits // (len(tokens) * model.width * 4))
     agreement.begin(len(tokens))
     for start in range(0, length, stretch):
         part = slice(start, start + stretch)

@@ -172,7 +172,7 @@ class StreamedModel:
     def output(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows."""
         self._load_outside()
-        tokens = tokens.to(self.device)
+        tokens, hidden = tokens.to(self.device), hidden.to(self.device)
         if not self.task.by_row:
             return self.task.output(self._recorder.finish(tokens, hidden))
         # One by one: a decoder without a token for padding cannot tell where several rows end.

@@ -16,6 +16,7 @@ from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Slot
 from llmshrink.forms import Form, check_blocks, decode
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
+from llmshrink.memory import out_of_memory
 
 
 class Weights:
@@ -85,7 +86,7 @@ class Weights:
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, re.error) as error:
-            if "memory" in str(error):
+            if out_of_memory(error):
                 raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(

@@ -10,11 +10,20 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.plan.loading import stored
 from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
 from llmshrink.plan.work import Work, main_method, method_name
-from llmshrink.recipe.schema import Recipe
 
 
-def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: int) -> Plan:
-    """The plan as data."""
+def describe(
+    work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_bytes: int, max_bytes: int | None
+) -> Plan:
+    """The plan as data.
+
+    Args:
+        work: what is done.
+        memory_bytes: that the compress step takes.
+        evaluation_bytes: that the comparison of both models takes; 0: there is none.
+        scratch_bytes: on disk beside the output, until the run ends.
+        max_bytes: what the recipe allows for all files that hold tensors; None: any size.
+    """
     model, infos = work.model, work.model.weights.infos
     blocks, compressed = [], 0
     after = sum(t.numel() * t.itemsize for t in work.meta_others().values())
@@ -52,7 +61,6 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         if k not in inside
     ]
     parameters = model.parameters
-    hidden = recipe.calibration.samples * work.length * model.hidden * 4
     first = main_method(work.methods)
     return Plan(
         model=model.source.id,
@@ -66,21 +74,16 @@ def describe(work: Work, recipe: Recipe, memory_bytes: int, evaluation_bytes: in
         bytes_before=model.source.checkpoint.bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
-        max_bytes=_max_bytes(recipe, model.source.checkpoint.file_bytes),
+        max_bytes=max_bytes,
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
-        disk_bytes=sum(work.file_bytes.values()) + (2 * hidden if work.needs_data else 0) - _already(work.output),
+        disk_bytes=sum(work.file_bytes.values()) + scratch_bytes - _already(work.output),
         disk_free=shutil.disk_usage(_existing(work.output)).free,
         output=str(work.output),
         loads_in=[_load_plan(stored(work), runtime) for runtime in RUNTIMES],
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
     )
-
-
-def _max_bytes(recipe: Recipe, original: int) -> int | None:
-    limits = [stage.gate.max_size.of(original) for stage in recipe.stages if stage.gate.max_size is not None]
-    return min(limits, default=None)
 
 
 def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:

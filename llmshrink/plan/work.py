@@ -14,7 +14,8 @@ from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Block, Group, Matrix
-from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
+from llmshrink.plan.economy import Economy
 from llmshrink.statistics import NoStatistic, Statistic
 
 
@@ -33,6 +34,7 @@ class Work:
     shards: dict[int, str] = field(default_factory=dict)  # block index -> file name; -1: all other tensors
     file_bytes: dict[str, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # how much is in memory at a time
 
     @property
     def needs_data(self) -> bool:

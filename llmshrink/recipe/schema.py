@@ -9,7 +9,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails
 
 from llmshrink.formats import format_names as format_names
@@ -218,6 +227,13 @@ class RunSpec(Section):
 
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as torch takes")
+    memory: ByteSize | None = Field(
+        None,
+        ge=1,
+        description="what the run may hold in memory, its libraries (about 0.3 GiB) counted, e.g. 6GiB: hidden states "
+        "go to disk, batches get smaller, statistics are gathered in several passes; null: what is available, without "
+        "smaller batches",
+    )
     sequential: Literal["block", "subset"] = Field(
         "block",
         description="when later layers see compressed inputs: after each block, or within it too (q,k,v, then o, then "

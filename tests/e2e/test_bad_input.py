@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmshrink import run
+from llmshrink import preflight
 from llmshrink.cli import main
 
 Harm = Callable[[Path], None]
@@ -154,6 +154,6 @@ def test_no_room_on_the_disk(
 def test_no_memory(
     refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1 << 20)
     found, said, left = refused(smallest)
     assert (found, left) == (6, set()) and "of memory" in said

@@ -23,6 +23,13 @@ from llmshrink.report.schema import Check
 
 pytestmark = pytest.mark.usefixtures("without_reader")
 
+
+@pytest.fixture(autouse=True)
+def _without_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = Check(name="reader", passed=True, detail="left out")
+    monkeypatch.setattr(finished, "check_reader", lambda *_: left_out)
+
+
 NAMES = ["manifest", "files", "hashes", "documents", "decode", "reader"]
 DOCUMENTS = {"README.md", "recipe.yaml", "report.json"}
 
@@ -200,6 +207,21 @@ def test_what_is_not_finished(folder: Path, capsys: pytest.CaptureFixture[str], 
         assert main(["verify", str(path)]) == 8
         err = capsys.readouterr().err
         assert f"{partial} is the work of a run that has not finished" in err and "command of that run again" in err
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "./config.json"])
+def test_names_that_no_file_can_have(folder: Path, name: str) -> None:
+    entries = json.loads((folder / MANIFEST).read_bytes())
+    entries["files"][name] = entries["files"]["config.json"]
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+    assert set(failed(folder)) == {"files", "hashes"}
+
+
+def test_a_name_that_is_not_utf8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(os.fsdecode(bytes(folder) + b"/\xff.json")).write_text("{}")
+    for more in ([], ["--json"]):
+        assert main(["verify", str(folder), *more]) == 9
+        assert "not listed: ?.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..\\secret"])

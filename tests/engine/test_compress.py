@@ -24,6 +24,7 @@ from llmshrink.methods import load_method
 from llmshrink.model import streamed
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.economy import Economy
 from llmshrink.plan.resolve import resolve
 from llmshrink.progress import Silent
 from llmshrink.report.schema import Check
@@ -125,7 +126,7 @@ def test_planned_memory_does_not_grow_with_depth(
         wanted = recipe(folder, tmp_path / "out", text_file, GPTQ)
         model = StreamedModel(open_source(str(folder)), CPU)
         work = resolve(wanted, wanted.stages[0], model)  # type: ignore[arg-type]
-        planned[folder.name] = [planned_memory(work, rows=8, batch_tokens=192, subset=s) for s in (False, True)]
+        planned[folder.name] = [planned_memory(work, Economy(192), rows=8, subset=s) for s in (False, True)]
     assert planned["deep"] == planned[models_folder("llama").name]
     whole, subset = planned["deep"]
     assert subset <= whole
@@ -162,6 +163,12 @@ def test_a_comparison_that_does_not_fit_is_refused_before_compute(
 ) -> None:
     evaluation = {"data": [str(text_file)], "rows": 10**7, "length": 32}
     wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, GPTQ, evaluation=evaluation)
+    with pytest.raises(ResourceError, match=r"MiB of disk") as caught:  # hidden states go there first
+        run.execute(wanted, progress=Silent())
+    assert caught.value.exit_code == 6 and list(tmp_path.iterdir()) == []
+    evaluation["rows"] = 10**5
+    batches = {"batch_tokens": 10**9}
+    wanted = recipe(models_folder("llama"), tmp_path / "out", text_file, GPTQ, evaluation=evaluation, run=batches)
     with pytest.raises(ResourceError, match=r"compare both models.*\n.*evaluation\.rows") as caught:
         run.execute(wanted, progress=Silent())
     assert caught.value.exit_code == 6 and list(tmp_path.iterdir()) == []

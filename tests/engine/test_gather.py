@@ -79,7 +79,7 @@ def gathered(
         hidden.advance(index)
         model.drop_block(index)
     model.load_block(block.index)
-    return gather(model, block, list(groups), dict.fromkeys(groups, kind), hidden, len(hidden.states))
+    return gather(model, block, list(groups), dict.fromkeys(groups, kind), hidden)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
@@ -126,9 +126,10 @@ def test_nothing_behind_the_last_wanted_input_is_run(models_folder: Models) -> N
 
 def test_only_the_calibration_batches_count(models_folder: Models) -> None:
     model = StreamedModel(open_source(str(models_folder("llama"))), CPU)
-    block, hidden = model.anatomy.blocks[0], Hidden(model, batches())
+    calibration, probe = batches()
+    block, hidden = model.anatomy.blocks[0], Hidden(model, [calibration], probe)
     model.load_block(0)
-    found = gather(model, block, [block.groups[0]], {block.groups[0]: Hessian}, hidden, 1)
+    found = gather(model, block, [block.groups[0]], {block.groups[0]: Hessian}, hidden)
     assert found[block.groups[0]].tokens == 60
 
 

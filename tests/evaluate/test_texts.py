@@ -16,21 +16,24 @@ from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.economy import Economy
 from llmshrink.progress import Silent
 
 
 @pytest.mark.parametrize("logits", [1, 1 << 26])
+@pytest.mark.parametrize("on_disk", [False, True])
 def test_scores_equal_those_of_the_whole_model(
-    models_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, logits: int
+    models_folder: Callable[..., Path], tmp_path: Path, logits: int, on_disk: bool
 ) -> None:
     """Whether the logits of all positions are computed together, or of one position after another."""
-    monkeypatch.setattr(texts, "LOGITS", logits)
     folder = models_folder("llama")
     generator = torch.Generator().manual_seed(0)
     found = [Rows(tuple(torch.randint(90, (3, 12), generator=generator)), name, name) for name in ("one", "two")]
     streamed = StreamedModel(open_source(str(folder)), torch.device("cpu"))
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    first, second = texts.score_texts(streamed, streamed, found, packed=True, batch_tokens=24, progress=Silent())
+    settings = {"packed": True, "economy": Economy(24, logits, on_disk), "folder": tmp_path, "progress": Silent()}
+    first, second = texts.score_texts(streamed, streamed, found, **settings)
+    assert not any(tmp_path.iterdir())
     for text, score, same in zip(found, first, second, strict=True):
         expected = Scores()
         tokens = torch.stack(list(text.tokens))
@@ -44,9 +47,8 @@ def test_scores_equal_those_of_the_whole_model(
 @pytest.mark.parametrize("logits", [1, 1 << 26])
 @pytest.mark.parametrize("family", ["bert", "bert-masked", "bert-classes", "xlm-roberta-tokens"])
 def test_encoders_are_compared_as_whole_models_would_be(
-    models_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, logits: int
+    models_folder: Callable[..., Path], tmp_path: Path, family: str, logits: int
 ) -> None:
-    monkeypatch.setattr(texts, "LOGITS", logits)
     rows = Rows(tuple(torch.randint(5, 160, (3, 12), generator=torch.Generator().manual_seed(0))), "t", "t")
     original, moved = load(models_folder(family))[0], load(models_folder(family))[0]
     with torch.no_grad():
@@ -56,7 +58,7 @@ def test_encoders_are_compared_as_whole_models_would_be(
     base, model = (
         StreamedModel(open_source(str(folder)), torch.device("cpu")) for folder in (models_folder(family), tmp_path)
     )
-    settings = {"packed": True, "batch_tokens": 24, "progress": Silent()}
+    settings = {"packed": True, "economy": Economy(24, logits), "folder": tmp_path, "progress": Silent()}
     none, (score,) = texts.score_texts(base, model, [rows], **settings)
     assert none == [] and texts.score_texts(base, None, [rows], **settings) == ([], [])
     tokens = torch.stack(list(rows.tokens))

@@ -1,0 +1,190 @@
+"""A run that is short of memory: what it does about it changes no byte, or is told; and it never loses what is done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SMALL, SMALL_METHOD, content, recipe
+from tiny import build_model, config
+from torch import Tensor
+
+from llmshrink import run
+from llmshrink.engine import budget, compress
+from llmshrink.engine.gather import gather
+from llmshrink.engine.hidden import Hidden
+from llmshrink.errors import ResourceError
+from llmshrink.evaluate import measure
+from llmshrink.evaluate.texts import score_texts
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan import economy
+from llmshrink.plan.economy import Economy
+from llmshrink.progress import Silent
+from llmshrink.recipe.schema import ModelSpec, Recipe
+from llmshrink.report.schema import Report
+
+pytestmark = pytest.mark.usefixtures("without_reader")
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.fixture
+def small(smallest: Path, text_file: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """Recipes of a run that takes a second."""
+
+    def make(**more: Any) -> Recipe:
+        sections = {name: {**SMALL.get(name, {}), **more.get(name, {})} for name in {*SMALL, *more}}
+        return recipe(smallest, tmp_path / "out", text_file, SMALL_METHOD, **sections)
+
+    return make
+
+
+def result(wanted: Recipe) -> tuple[dict[str, str], Report]:
+    """What a run gives; its output is removed."""
+    report = run.execute(wanted, progress=Silent())
+    assert wanted.output is not None
+    found = content(Path(wanted.output))
+    shutil.rmtree(wanted.output)
+    return found, report
+
+
+def kinds(report: Report) -> list[str]:
+    return [event.kind for event in report.events]
+
+
+class Failing:
+    """A function that fails while `fails` says so of its arguments; `calls` counts."""
+
+    def __init__(self, function: Callable[..., Any], fails: Callable[..., bool], error: Exception = FULL) -> None:
+        self._function, self._fails, self._error, self.calls = function, fails, error, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self._fails(self.calls, *args):
+            raise self._error
+        return self._function(*args, **kwargs)
+
+
+def has_batches(_: int, *args: Any) -> bool:
+    return any(isinstance(a, Hidden) and a.most_tokens() > 0 for a in args)
+
+
+# --- known beforehand
+
+
+def test_states_on_disk_and_several_passes_change_no_byte(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = result(small())
+    counted = Failing(gather, lambda *_: False)
+    states: list[Path | None] = []
+    begin = Hidden.__init__
+
+    def noted(self: Hidden, model: StreamedModel, batches: list[Tensor], *more: Any, **named: Any) -> None:
+        states.append(more[1] if len(more) > 1 else named.get("folder"))
+        begin(self, model, batches, *more, **named)
+
+    monkeypatch.setattr(Hidden, "__init__", noted)
+    monkeypatch.setattr(compress, "gather", counted)
+    monkeypatch.setattr(budget, "available_memory", lambda: 0)
+    monkeypatch.setattr(economy, "LEAST_STATISTICS", 1 << 10)
+    found, report = result(small())
+    assert found == expected
+    assert counted.calls == 8  # four groups of two blocks, one by one
+    assert states[0] is not None
+    assert kinds(report) == ["economy"]
+
+
+def test_a_budget_is_kept_by_smaller_batches_too(small: Callable[..., Recipe]) -> None:
+    plan = run.make_plan(small(run={"memory": 1, "batch_tokens": 10**6}, calibration={"samples": 12}))
+    assert "16 tokens in a forward pass" in next(e.message for e in plan.events if e.kind == "economy")
+    with pytest.raises(ResourceError, match=r"less 320 MiB for libraries.*\n.*larger --memory") as caught:
+        run.execute(small(run={"memory": 1}), progress=Silent())
+    assert caught.value.exit_code == 6
+
+
+def test_a_run_may_go_on_within_less_memory(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out for a run that the system killed for its memory: what is finished stays."""
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *_: n > 1))
+        with pytest.raises(ResourceError, match=r"same command again with --memory") as caught:
+            run.execute(small(), progress=Silent())
+        assert caught.value.exit_code == 6 and not (tmp_path / "out").exists()
+    shard = tmp_path / "out.partial" / "model-00001-of-00003.safetensors"
+    before = shard.stat().st_mtime_ns, shard.read_bytes()
+    report = run.execute(small(run={"batch_tokens": 16}), progress=Silent())
+    written = tmp_path / "out" / shard.name
+    assert (written.stat().st_mtime_ns, written.read_bytes()) == before
+    assert report.stages[0].resumed_blocks == 1
+
+
+# --- found out on the way
+
+
+@pytest.mark.parametrize("error", [FULL, HOST, MemoryError()])
+@pytest.mark.parametrize("where", ["gather", "_compress"])
+def test_memory_that_ran_out_once_changes_no_byte(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    expected, report = result(small())
+    assert kinds(report) == []
+    monkeypatch.setattr(compress, where, Failing(getattr(compress, where), lambda n, *_: n == 2, error))
+    found, report = result(small())
+    assert found == expected and kinds(report) == ["out_of_memory"]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_batches_get_smaller_where_memory_runs_out_again(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """And a run that is killed later goes on with them: the journal says how large they were for each block."""
+    build_model(tmp_path / "deep", config("llama", num_hidden_layers=3, hidden_size=32, intermediate_size=64))
+    wanted = small().model_copy(update={"model": ModelSpec(id=str(tmp_path / "deep"))})
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and has_batches(n, *a)))
+        found, report = result(wanted)
+        assert kinds(report) == ["out_of_memory"] * 2
+        assert "going on with 16 tokens in a forward pass" in report.events[1].message
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and (has_batches(n, *a) or n > 4)))
+        with pytest.raises(ResourceError):
+            run.execute(wanted, progress=Silent())
+    seen = Failing(gather, has_batches)
+    monkeypatch.setattr(compress, "gather", seen)
+    again, report = result(wanted)
+    assert report.stages[0].resumed_blocks == 2 and kinds(report) == ["out_of_memory"] * 2
+    assert again == found and seen.calls == 1
+
+
+def test_memory_that_always_runs_out_ends_the_run(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = result(small())
+    for where in ("gather", "_compress"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, where, Failing(gather, lambda *_: True))
+            with pytest.raises(ResourceError, match="Memory ran out: CUDA out of memory") as caught:
+                run.execute(small(), progress=Silent())
+        assert caught.value.exit_code == 6 and not (tmp_path / "out").exists()
+        assert result(small())[0] == expected
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_result_whose_score_does_not_fit_is_kept(
+    small: Callable[..., Recipe], text_file: Path, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    def scored(*args: Any, economy: Economy, **more: Any) -> Any:
+        if always or economy.batch_tokens > 16:
+            raise FULL
+        return score_texts(*args, economy=economy, **more)
+
+    monkeypatch.setattr(measure, "score_texts", scored)
+    _, report = result(small(evaluation={"data": [str(text_file)], "rows": 4, "length": 16}))
+    assert "out_of_memory" in kinds(report)
+    assert ("not_measured" in kinds(report)) == always
+    assert report.after is not None and bool(report.after.scores) != always

@@ -23,7 +23,9 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
+from llmshrink.finished import verify_folder
 from llmshrink.forms import Event
+from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
 from llmshrink.io.files import copy_file, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -41,9 +43,9 @@ from llmshrink.plan.work import Work
 from llmshrink.preflight import check_finite, check_room
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
-from llmshrink.recipe.schema import ExportStage, QuantizeStage, Recipe
+from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
 from llmshrink.report.card import model_card
-from llmshrink.report.schema import Check, ModelMeasure, Report
+from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.verify import (
     check_blocks,
@@ -51,26 +53,12 @@ from llmshrink.verify import (
     check_layers,
     check_reader,
     probe_tokens,
-    verify_folder,
 )
 
-__all__ = ["check_strict", "environment", "execute", "make_plan", "smoke", "verify"]
+__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH = 8, 64
-# Events that --strict lets pass: nothing was degraded.
-NOTICES = {
-    "left_dense",
-    "default_method",
-    "length_cut",
-    "unused_tensors",
-    "related_corpus",
-    "requantized",
-    "decompressed",
-    "loaded_dense",
-    "economy",
-    "out_of_memory",
-}
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -122,19 +110,6 @@ def execute(
         return run.write(overwrite) if writes else run.evaluate()
 
 
-def check_strict(report: Report) -> None:
-    """What `run.strict` asks for, once the report is shown.
-
-    Raises:
-        GateError: the recipe is strict and an event says that something was degraded; the result is kept.
-    """
-    degraded = [event for event in report.events if event.kind not in NOTICES]
-    if report.recipe["run"]["strict"] and degraded:
-        shown = "\n".join(f"  - {event.message}" for event in degraded[:10])
-        where = f"; the result is in {report.output}" if report.output else ""
-        raise GateError(f"--strict: {len(degraded)} events{where}:\n{shown}")
-
-
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     """Compress the first block that the recipe treats in a temporary folder, reload, verify: seconds, not hours."""
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
@@ -150,7 +125,11 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
 
 
 def verify(folder: Path, *, progress: Progress) -> list[Check]:
-    """Check a finished folder: hashes, every tensor decoded, a foreign reader's logits."""
+    """Check a finished folder: its files as they were written, every tensor decoded, a foreign reader's logits.
+
+    Raises:
+        InputError: it is no output of llmshrink, or not finished.
+    """
     with quiet_libraries():
         return verify_folder(folder, progress=progress)
 
@@ -166,6 +145,7 @@ class _Run:
 
     def evaluate(self) -> Report:
         """Measure the model as it is, beside another one where the recipe names it."""
+        refuse_unanswerable(self.recipe, self.model)
         models = {"before": self.model}
         if self.recipe.evaluation.baseline is not None:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
@@ -175,8 +155,9 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
             measures, seconds = self._measure(models, texts, economy, Path(folder))
         self._tell(self.loader.events)
+        stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
         return self.facts.report(
-            stages=[eval_stage(self.model, seconds)],
+            stages=self._judged(stages, models, measures),
             calibration=None,
             measures=measures,
             events=self.loader.events,
@@ -206,6 +187,7 @@ class _Run:
         if self.recipe.evaluation.baseline is not None:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
+        check_size(plan)
         check_room(plan, work.output, self.facts.source, self.recipe.run.memory)
         with Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
@@ -233,7 +215,7 @@ class _Run:
             measures, seconds = self._measure(models, texts, economy, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
-                stages=stages,
+                stages=self._judged(stages, models, measures),
                 calibration=rows,
                 measures=measures,
                 events=[*work.events, *self.loader.events, *result.events],
@@ -252,6 +234,17 @@ class _Run:
         clock, events = time.perf_counter(), self.loader.events
         measures = measure_models(self.recipe, models, texts, events, self.progress, economy=economy, folder=folder)
         return measures, time.perf_counter() - clock
+
+    def _judged(
+        self, stages: list[StageReport], models: dict[str, StreamedModel], measures: dict[str, ModelMeasure]
+    ) -> list[StageReport]:
+        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first."""
+        missing = [event.message for event in self.loader.events if event.kind == "not_measured"]
+        sizes = [model.source.checkpoint.file_bytes for model in models.values()]
+        outcome = Outcome(measures, sizes[0], sizes[-1], "; ".join(m for m in missing if m.startswith("quality")))
+        wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
+        gates = [judge(stage.gate, outcome) for stage in wanted]
+        return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
     def _calibration(self, work: Work, workspace: Workspace) -> Rows:
         """The rows that an unfinished run of this output began with, else new ones.
@@ -336,6 +329,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     stage = _writing_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
+    refuse_unanswerable(recipe, model)
     work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
     work.economy, memory = compress_economy(work, recipe)
     work.events += work.economy.told("compress")
@@ -345,7 +339,10 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         economy, evaluation = evaluation_economy(model, recipe, length)
         work.events += economy.told("compare both models")
         scratch = max(scratch, evaluation_states(model, recipe.evaluation.rows, length) if economy.on_disk else 0)
-    return work, describe(work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch)
+    limit = size_limit(recipe, model.source.checkpoint.file_bytes)
+    return work, describe(
+        work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
+    )
 
 
 def _save_companions(work: Work, folder: Path) -> dict[str, str]:
@@ -396,10 +393,11 @@ def _shareable(recipe: Recipe) -> Recipe:
 
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:
-    """The same recipe on the truncated model: few short rows, no evaluation, expressions for other blocks left out."""
+    """The same recipe on the truncated model: few short rows, nothing measured or gated, no other block's patterns."""
     names = [m.name for block in work.model.anatomy.blocks[: last + 1] for m in block.matrices]
     data = json.loads(recipe.model_dump_json())
     for stage in data["stages"]:
+        stage["gate"] = {}
         if stage["task"] == "quantize":
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(re.fullmatch(p, n) for n in names)}
             stage["ignore"] = [p for p in stage["ignore"] if any(re.fullmatch(p, n) for n in names)]

@@ -19,7 +19,7 @@ from llmshrink.model.task import task_of
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
-from llmshrink.recipe.load import dump, recipe_hash
+from llmshrink.recipe.load import decisive, dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import (
     BY_RULE,
@@ -60,10 +60,10 @@ class RunFacts:
         Not the size of batches, which the journal holds for each block: a run that was short of memory may go on with
         smaller ones.
         """
-        recipe = self.resolved
+        decides = decisive(self.recipe)
         return {
-            "recipe": {k: recipe[k] for k in ("stages", "calibration")},
-            "run": {"sequential": recipe["run"]["sequential"]},
+            "recipe": {k: decides[k] for k in ("stages", "calibration")},
+            "run": {"sequential": decides["run"]["sequential"]},
             "model": self.source.hashes,
             "calibration": rows.fingerprint if rows is not None else None,
             "versions": versions(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,17 +10,13 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
-from llmshrink.engine.workspace import MANIFEST
-from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import relative_error
 from llmshrink.io.files import sha256
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
-from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.progress import Progress
 from llmshrink.report.schema import Check, LayerReport
 
 ROOM = 1.2  # what a reader needs to load a model in float32, as a multiple of its weights
@@ -135,36 +130,3 @@ def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]
         f"allowed {limit:.0e}"
     )
     return Check(name="reader", passed=difference <= limit, detail=detail, value=difference)
-
-
-def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
-    """Everything that can be checked on a finished folder without its source.
-
-    Raises:
-        InputError: the folder is not an output of llmshrink.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise InputError(f"{folder} has no {MANIFEST}: it is not a finished output of llmshrink.")
-    try:
-        entries = json.loads(manifest.read_bytes())["files"]
-        expected = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{manifest} is damaged: {error}.") from error
-    if escaped := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise InputError(f"{manifest} names a file outside its folder: {escaped[0]!r}.")
-    progress.start("verify", 0)
-    checks = [check_hashes(folder, expected)]
-    if checks[0].passed:
-        written = StreamedModel(Source(str(folder), folder, None), torch.device("cpu"))
-        broken = [key for key in written.weights.infos if not _finite(written.weights.get(key))]
-        detail = f"{len(written.weights.infos)} tensors" if not broken else f"not finite: {', '.join(broken[:3])}"
-        checks.append(Check(name="decode", passed=not broken, detail=detail))
-        tokens = probe_tokens(written)
-        checks.append(check_reader(written, tokens, written.anatomy.unused))
-    progress.finish()
-    return checks
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 recipe or plan refused, 4 model not found, 5 refused for safety, "
-    "6 not enough memory or disk, 7 output exists or is locked, 8 bad input, 9 a check or --strict failed, "
+    "6 not enough memory or disk, 7 output exists or is locked, 8 bad input, 9 a check, a gate or --strict failed, "
     "12 interrupted and resumable, 130 interrupted."
 )
 
@@ -68,6 +68,10 @@ def quantize(
     length: opt.Length = None,
     seed: opt.Seed = None,
     evaluation: opt.Evaluation = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
     device: opt.Device = None,
     threads: opt.Threads = None,
     memory: opt.Memory = None,
@@ -105,6 +109,10 @@ def export(
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
     evaluation: opt.Evaluation = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
     device: opt.Device = None,
     threads: opt.Threads = None,
     memory: opt.Memory = None,
@@ -122,6 +130,8 @@ def export(
     if recipe is None and to is None:
         raise UsageError("say which format to write: --to dense, gptq, awq, compressed-tensors or bnb")
     wanted = opt.build_recipe("export", ctx.params)
+    if recipe is None and not evaluation and wanted.evaluation.data and not quiet:
+        console.say("a gate asks for measures: evaluated on `auto` text (--evaluation names another)")
     if plan:
         _plan(wanted, json=json)
     else:
@@ -140,6 +150,10 @@ def evaluate(
     baseline: opt.Baseline = None,
     rows: opt.Rows = None,
     row_length: opt.RowLength = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
     device: opt.Device = None,
     threads: opt.Threads = None,
     memory: opt.Memory = None,
@@ -172,6 +186,10 @@ def plan(
     length: opt.Length = None,
     seed: opt.Seed = None,
     evaluation: opt.Evaluation = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
     device: opt.Device = None,
     threads: opt.Threads = None,
     memory: opt.Memory = None,
@@ -193,7 +211,7 @@ def verify(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Check a result's files again: hashes, shapes, and that it loads."""
+    """Check a finished result: every file as it was written, every tensor decoded, and that transformers loads it."""
     from llmshrink import run
 
     with listener(quiet=quiet, verbose=verbose) as progress:
@@ -258,6 +276,7 @@ def _plan(wanted: Recipe, *, json: bool) -> None:
         console.show_json(found.model_dump(mode="json"))
     else:
         console.show(table.render_plan(found))
+    run.check_size(found)
 
 
 def _smoke(wanted: Recipe, *, json: bool, quiet: bool, verbose: bool) -> None:
@@ -277,7 +296,7 @@ def _execute(wanted: Recipe, *, quiet: bool, verbose: bool, overwrite: bool = Fa
 
 
 def _finish(report: Report, *, json: bool, table: bool = True, path: bool = False) -> None:
-    """Show the report and, as the last line, where the result is; then fail if the recipe is strict."""
+    """Show the report and, as the last line, where the result is; then fail by its gates, or if it is strict."""
     from llmshrink import run
     from llmshrink.report.table import render
 
@@ -287,7 +306,7 @@ def _finish(report: Report, *, json: bool, table: bool = True, path: bool = Fals
         console.show(render(report))
     if path and not json:
         print(report.output)
-    run.check_strict(report)
+    run.check_gates(report)
 
 
 def _show_checks(checks: Sequence[Check], *, json: bool) -> None:

@@ -27,6 +27,10 @@ RECIPE_KEYS = {
     "rows": "evaluation.rows",
     "row_length": "evaluation.length",
     "baseline": "evaluation.baseline",
+    "max_ppl_increase": "gate.max_ppl_increase",
+    "max_kl": "gate.max_kl",
+    "min_top1": "gate.min_top1",
+    "max_size": "gate.max_size",
     "device": "run.device",
     "threads": "run.threads",
     "memory": "run.memory",
@@ -35,7 +39,8 @@ RECIPE_KEYS = {
     "resume": "run.resume",
     "output": "output",
 }
-_WHAT, _TEXT, _HOW, _SHOW = "What", "Text", "How", "Show"  # panels of the help page
+QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
+_WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
@@ -112,6 +117,22 @@ Baseline = Annotated[
     str | None, typer.Option(help="A model to compare with: KL to it.", metavar="MODEL", rich_help_panel=_TEXT)
 ]
 RowLength = Annotated[int | None, typer.Option("--length", help="Tokens in a row.", rich_help_panel=_TEXT)]
+MaxPplIncrease = Annotated[
+    str | None, typer.Option(help="How much perplexity may grow.", metavar="3%", rich_help_panel=_GATES)
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Largest KL to the original, nats per token.", metavar="0.02", rich_help_panel=_GATES),
+]
+MinTop1 = Annotated[
+    str | None, typer.Option(help="Share of tokens with the same first choice.", metavar="97%", rich_help_panel=_GATES)
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Size of the weights' files: 3.5GiB, or 30% of the original.", metavar="SIZE", rich_help_panel=_GATES
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_HOW)]
 Memory = Annotated[
@@ -159,11 +180,12 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     name = values.get("recipe")
     data: dict[str, Any] = load.read(name) if name else {"version": 1, "stages": [{"task": task}]}
     if task == "export" and not name:  # the same codes: nothing to measure unless it is asked for
-        data["evaluation"] = {"data": [], "speed": False}
+        asked = any(values.get(flag) is not None for flag in QUALITY_GATES)
+        data["evaluation"] = {"data": ["auto"] if asked else [], "speed": False}
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):
-            data = load.override(data, key, list(value) if isinstance(value, tuple) else value)
+            data = load.override(data, key, list(value) if isinstance(value, tuple) else value, task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
     command = next((name for name in ("quantize", "export") if name in tasks), "eval")

@@ -161,6 +161,11 @@ class Checkpoint:
         """Names of the files that hold tensors."""
         return sorted({info.file for info in self.infos.values()})
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of these files, headers counted."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
 
 def _read_index(folder: Path) -> dict[str, TensorInfo]:
     path = _inside(folder, INDEX)

@@ -12,7 +12,9 @@ from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEven
 from llmshrink.plan.work import Work, main_method, method_name
 
 
-def describe(work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_bytes: int) -> Plan:
+def describe(
+    work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_bytes: int, max_bytes: int | None
+) -> Plan:
     """The plan as data.
 
     Args:
@@ -20,6 +22,7 @@ def describe(work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_by
         memory_bytes: that the compress step takes.
         evaluation_bytes: that the comparison of both models takes; 0: there is none.
         scratch_bytes: on disk beside the output, until the run ends.
+        max_bytes: what the recipe allows for all files that hold tensors; None: any size.
     """
     model, infos = work.model, work.model.weights.infos
     blocks, compressed = [], 0
@@ -71,6 +74,7 @@ def describe(work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_by
         bytes_before=model.source.checkpoint.bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
+        max_bytes=max_bytes,
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,

@@ -72,6 +72,7 @@ class Plan(_Part):
     bytes_before: int
     bytes_after: int  # of all tensors
     file_bytes: dict[str, int]  # every safetensors file of the output, with its header
+    max_bytes: int | None  # what all of them together may have by `gate.max_size`; None: no limit
     bits_per_weight: float  # of the whole file over all parameters
     memory_bytes: int  # peak anonymous memory of the compress step above the level after the imports
     evaluation_bytes: int  # the same of the comparison of both models; 0: none is asked for

@@ -105,20 +105,21 @@ def validate(data: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     raise RecipeError(f"{origin}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
 
 
-def override(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+def override(data: Mapping[str, Any], path: str, value: Any, *, task: str | None = None) -> dict[str, Any]:
     """A copy of a recipe's data with one value changed; a mapping that is missing on the way is made.
 
     Args:
         data: plain data, not validated; the result is not validated either.
         path: such as `calibration.data`; where one stage alone has the key, `stages.N.` may be left out.
         value: plain data.
+        task: of the stage that is meant where several have the key; None: that is a fault.
 
     Raises:
         RecipeError: no recipe has this path.
     """
     result = copy.deepcopy(dict(data))
     place: Any = result
-    keys = _full_path(path, result)
+    keys = _full_path(path, result, task)
     for depth, key in enumerate(keys):
         index: str | int = key
         if isinstance(place, list):
@@ -162,16 +163,20 @@ def dump(recipe: Recipe) -> str:
     return text.write(data)
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 (hex) of what decides the compressed weights: not of the output, the evaluation, or the machine."""
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """What decides the compressed weights: not the output, the evaluation, the gates, or the machine."""
     data = text.parse(dump(recipe), "recipe")
-    decisive = {
+    return {
         "model": data["model"],
-        "stages": data["stages"],
+        "stages": [{key: value for key, value in stage.items() if key != "gate"} for stage in data["stages"]],
         "calibration": data["calibration"],
         "run": {key: data["run"][key] for key in ("sequential", "batch_tokens")},
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 (hex) of what is decisive."""
+    return hashlib.sha256(json.dumps(decisive(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def _problem(found: ErrorDetails) -> str:
@@ -191,16 +196,18 @@ def _dotted(at: KeyPath) -> str:
     return words
 
 
-def _full_path(path: str, data: Mapping[str, Any]) -> list[str]:
+def _full_path(path: str, data: Mapping[str, Any], task: str | None) -> list[str]:
     keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
     if keys[0] in Recipe.model_fields:
         return keys
     stages = data.get("stages")
     tasks = [s.get("task") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
-    known = {name for task, names in _STAGE_KEYS.items() if task in tasks for name in names}
+    known = {name for stage, names in _STAGE_KEYS.items() if stage in tasks for name in names}
     if keys[0] not in known:
         raise RecipeError(f"{path}: unknown key{did_you_mean(keys[0], known | set(Recipe.model_fields))}")
-    having = [i for i, task in enumerate(tasks) if keys[0] in _STAGE_KEYS.get(str(task), ())]
+    having = [i for i, stage in enumerate(tasks) if keys[0] in _STAGE_KEYS.get(str(stage), ())]
+    if tasks.count(task) == 1:
+        having = [i for i in having if tasks[i] == task] or having
     if len(having) > 1:
         shown = ", ".join(f"stages.{i}.{path}" for i in having)
         raise RecipeError(f"{path}: several stages have this key; write {shown}")

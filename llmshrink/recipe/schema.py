@@ -24,11 +24,13 @@ from pydantic_core import InitErrorDetails
 from llmshrink.formats import format_names as format_names
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
+from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
 
 OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
+Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
 
 
 class ModelSpec(Section):
@@ -114,6 +116,7 @@ class QuantizeStage(Section):
         "skip the layer, or take one group for each output channel; null: refuse where the recipe names a group_size, "
         "else smaller_group",
     )
+    gate: Gate = GateSpec()
 
     @property
     def indivisible(self) -> OnIndivisible:
@@ -172,12 +175,14 @@ class ExportStage(Section):
 
     task: Literal["export"] = Field(description="what this stage does")
     format: FormatSpec = Field(description="checkpoint format to write; dense: decoded weights")
+    gate: Gate = GateSpec()
 
 
 class EvalStage(Section):
     """Measure a model without changing it."""
 
     task: Literal["eval"] = Field(description="what this stage does")
+    gate: Gate = GateSpec()
 
 
 Stage = Annotated[QuantizeStage | ExportStage | EvalStage, Field(discriminator="task")]

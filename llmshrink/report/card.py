@@ -15,6 +15,7 @@ from llmshrink.formats.runtimes import PACKAGES
 from llmshrink.report.rows import (
     clean,
     comparison,
+    gate_line,
     grouped_events,
     protocols,
     source_name,
@@ -73,6 +74,10 @@ def model_card(report: Report, recipe_yaml: str) -> str:
     checks = [check for stage in report.stages for check in stage.checks]
     if checks:
         parts += ["## Verified\n", *(_check(check) for check in checks), ""]
+    gates = [gate for stage in report.stages for gate in stage.gates]
+    if gates:
+        lines = [f"- {'passed' if gate.passed else '**FAILED**'}: {escape(gate_line(gate))}" for gate in gates]
+        parts += ["## Gates\n", *lines, ""]
     if report.events:
         parts += ["## Worth knowing\n", *(f"- {escape(line)}" for line in grouped_events(report.events)), ""]
     return "\n".join([*parts, "## Recipe\n", fenced(recipe_yaml, "yaml"), ""])

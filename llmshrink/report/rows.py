@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from llmshrink.progress import seconds
-from llmshrink.report.schema import EventRecord, ModelInfo, ModelMeasure, Report, StageReport, TextScore
+from llmshrink.report.schema import EventRecord, GateReport, ModelInfo, ModelMeasure, Report, StageReport, TextScore
 
 NOT_MEASURED = "not measured"
 NOTHING = "-"  # where a number makes no sense, such as the original's divergence from itself
@@ -155,6 +155,27 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def gate_cells(gate: GateReport) -> tuple[str, str, str]:
+    """A gate's name, limit and value in words."""
+    forms: dict[str, Callable[..., str]] = {
+        "max_kl": _divergence,
+        "max_size": lambda size: decimal(int(size), precision=3),
+    }
+    form = forms.get(gate.name, _percent)
+    limit = f"at {'least' if gate.name.startswith('min') else 'most'} {form(gate.limit)}"
+    return clean(gate.name), limit, _or(gate.value, form)
+
+
+def gate_line(gate: GateReport) -> str:
+    """A gate in one line."""
+    name, limit, value = gate_cells(gate)
+    return f"{name}: {value}, asked {limit}" + (f" ({clean(gate.detail)})" if gate.detail else "")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
 def count(number: int, thing: str) -> str:
     """A number of things: 1 layer, 2 layers."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
@@ -218,6 +239,8 @@ __all__ = [
     "clean",
     "comparison",
     "count",
+    "gate_cells",
+    "gate_line",
     "grouped_events",
     "protocols",
     "share",

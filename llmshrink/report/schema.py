@@ -31,6 +31,16 @@ class Check(Record):
     value: float | None = None
 
 
+class GateReport(Record):
+    """One gate of a stage: what the recipe asks for beside what was measured."""
+
+    name: str = Field(description="its key in the recipe")
+    limit: float = Field(description="shares as fractions, KL in nats, sizes in bytes")
+    value: float | None = Field(description="the worst of all texts; None: not measured, which fails")
+    passed: bool
+    detail: str = Field(default="", description="on which text, or why there is no value")
+
+
 class EventRecord(Record):
     """Something that a run did differently from what its recipe says, or that its reader should know."""
 
@@ -145,6 +155,7 @@ class StageReport(Record):
     resumed_blocks: int = Field(default=0, description="taken over from an interrupted run")
     memory: MemoryReport = MemoryReport()
     checks: list[Check] = Field(default_factory=list)
+    gates: list[GateReport] = Field(default_factory=list)
     loads_in: list[RuntimeSupport] = Field(default_factory=list)
 
 
@@ -201,6 +212,7 @@ __all__ = [
     "CalibrationReport",
     "Check",
     "EventRecord",
+    "GateReport",
     "LayerReport",
     "MemoryReport",
     "ModelInfo",

@@ -18,13 +18,14 @@ from llmshrink.report.rows import (
     clean,
     comparison,
     count,
+    gate_cells,
     grouped_events,
     protocols,
     share,
     source_name,
     stage_lines,
 )
-from llmshrink.report.schema import Check, EventRecord, Report, Support
+from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
 if TYPE_CHECKING:
     from llmshrink.plan.schema import LayerPlan, Plan, TensorPlan
@@ -41,6 +42,8 @@ def render(report: Report) -> Group:
         parts += [_heading("What was done"), *(_line(text) for text in stage_lines(stage))]
         if stage.checks:
             parts += [_heading("Verified"), _checks_in_short(stage.checks)]
+        if stage.gates:
+            parts += [_heading("Gates"), _gates(stage.gates)]
     parts += _samples(report)
     parts += _events(report.events)
     runtimes = [line for stage in report.stages for line in stage.loads_in]
@@ -71,6 +74,10 @@ def render_plan(plan: Plan) -> Group:
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
+    if plan.max_bytes is not None:
+        size = sum(plan.file_bytes.values())
+        verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"
+        lines.append(f"files {size:,} bytes, max_size allows {plan.max_bytes:,}: {verdict}")
     reasons = sorted({layer.reason for block in plan.blocks for layer in block.layers if layer.reason})
     title = f"{plan.model}: {_method(plan.method)} -> {plan.format}, {count(len(plan.blocks), 'block')}"
     return Group(
@@ -163,6 +170,14 @@ def _checks_in_short(checks: Sequence[Check]) -> RenderableType:
     lines = [_line(f"{count(len(passed), 'check')} passed: {', '.join(passed)}", "green")]
     lines += [_line(f"{clean(check.name)} was not run: {clean(check.detail)}", "yellow") for check in skipped]
     return Group(*lines)
+
+
+def _gates(gates: Sequence[GateReport]) -> RenderableType:
+    table = _table("", "gate", "asked", "measured", "where", right=("measured",))
+    for gate in gates:
+        name, limit, value = gate_cells(gate)
+        table.add_row(_verdict(gate.passed), Text(name), limit, value, Text(clean(gate.detail)))
+    return table
 
 
 def _events(events: Sequence[EventRecord]) -> list[RenderableType]:

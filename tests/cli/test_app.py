@@ -46,7 +46,7 @@ def library(monkeypatch):
     checks = [Check(name="hashes", passed=True, detail="3 files"), Check(name="logits", passed=True, detail="0")]
     for name, value in (("execute", Answer()), ("make_plan", Answer()), ("smoke", checks), ("verify", checks)):
         answers(name, value)
-    run.check_strict = lambda report: None
+    run.check_gates = run.check_size = lambda answer: None
     run.environment = lambda: {"torch": "2.13", "device": "cpu"}
     table.render = lambda report: "REPORT TABLE"
     table.render_plan = lambda plan: "PLAN TABLE"
@@ -89,6 +89,10 @@ FLAGS = [
     ("--device cpu", lambda r: r.run.device, "cpu"),
     ("--threads 2", lambda r: r.run.threads, 2),
     ("--sequential subset", lambda r: r.run.sequential, "subset"),
+    ("--max-ppl-increase 3%", lambda r: r.stages[0].gate.max_ppl_increase, 0.03),
+    ("--max-kl 0.02", lambda r: r.stages[0].gate.max_kl, 0.02),
+    ("--min-top1 97%", lambda r: r.stages[0].gate.min_top1, 0.97),
+    ("--max-size 3.5GiB", lambda r: r.stages[0].gate.max_size.bytes, 3_758_096_384),
     ("-o here", lambda r: r.output, "here"),
     ("--revision abc", lambda r: r.model.revision, "abc"),
     ("--set method.damp=1e-3", lambda r: r.stages[0].method.settings["damp"], 1e-3),
@@ -104,14 +108,29 @@ def test_flags_are_names_for_recipe_keys(library, command, flags, look, expected
     assert last_recipe(library).model.id == "some/model"
 
 
-def test_strict_shows_the_report_before_it_fails(library, monkeypatch, capsys):
-    def fail(report):
-        raise errors.GateError("--strict: 1 event")
+@pytest.mark.parametrize(
+    ("command", "check", "words"),
+    [
+        ("quantize", "check_gates", "REPORT TABLE\nout/model-gptq4\n"),
+        ("export some/model --to dense", "check_gates", "REPORT TABLE\nout/model-gptq4\n"),
+        ("eval", "check_gates", "REPORT TABLE\n"),
+        ("plan", "check_size", "PLAN TABLE\n"),
+        ("quantize --plan", "check_size", "PLAN TABLE\n"),
+        ("quantize --json", "check_gates", None),
+        ("plan --json", "check_size", None),
+    ],
+)
+def test_everything_is_shown_before_a_gate_fails(library, monkeypatch, capsys, command, check, words):
+    def fail(answer):
+        raise errors.GateError("1 gate failed")
 
-    monkeypatch.setattr(library, "check_strict", fail)
-    assert main(["quantize", "--strict"]) == 9
+    monkeypatch.setattr(library, check, fail)
+    assert main(command.split()) == 9
     shown = capsys.readouterr()
-    assert "REPORT TABLE" in shown.out and "out/model-gptq4" in shown.out and "--strict: 1 event" in shown.err
+    assert json.loads(shown.out) == {"kind": "answer"} if words is None else shown.out == words
+    assert "1 gate failed" in shown.err
+    if words is None:
+        assert json.loads(shown.err.splitlines()[-1]) == {"code": 9, "error": "GateError", "message": "1 gate failed"}
 
 
 def test_strict_and_resume(library):
@@ -181,6 +200,14 @@ def test_export(library, capsys):
     assert recipe.evaluation.data == [] and not recipe.evaluation.speed, "the codes are the same"
     assert main(["export", "some/model", "--to", "dense", "--evaluation", "a.txt"]) == 0
     assert last_recipe(library).evaluation.data == ["a.txt"]
+    assert "auto" not in capsys.readouterr().err
+    assert main(["export", "some/model", "--to", "dense", "--max-size", "30%"]) == 0
+    assert last_recipe(library).evaluation.data == []
+    assert main(["export", "some/model", "--to", "dense", "--max-kl", "0.01"]) == 0
+    assert last_recipe(library).evaluation.data == ["auto"] and not last_recipe(library).evaluation.speed
+    assert "evaluated on `auto` text" in capsys.readouterr().err
+    assert main(["export", "some/model", "--to", "dense", "--max-kl", "0.01", "--evaluation", "a.txt"]) == 0
+    assert last_recipe(library).evaluation.data == ["a.txt"] and "auto" not in capsys.readouterr().err
     assert main(["export", "some/model", "--to", "dense", "--plan"]) == 0
     assert library.calls[-1][0] == "make_plan"
     capsys.readouterr()

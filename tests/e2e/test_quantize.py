@@ -250,7 +250,7 @@ def test_strict_fails_on_events_and_keeps_the_result(
     wanted = recipe(models_folder("qwen3-moe"), tmp_path / "out", text_file, {"bits": 4}, run={"strict": True})
     report = run.execute(wanted, progress=Silent())
     with pytest.raises(GateError, match="groups of 32"):
-        run.check_strict(report)
+        run.check_gates(report)
     assert (tmp_path / "out" / "report.json").exists()
 
 

@@ -135,6 +135,11 @@ def test_another_recipe_is_refused_with_the_difference(
     assert {p: p.read_bytes() for p in partial.rglob("*") if p.is_file()} == files
 
 
+def test_another_gate_is_no_other_run(small: Callable[..., Recipe], expected: dict[str, str]) -> None:
+    interrupted(small(stage={"gate": {"max_size": "3GB"}}))
+    assert finished(small(stage={"gate": {"max_size": "200%"}})) == (expected, ["block 1"])
+
+
 def test_a_run_goes_on_with_the_text_it_began_with(
     small: Callable[..., Recipe], expected: dict[str, str], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def test_all_problems_at_once():
         "stages[4].layers['(']: not a regular expression: missing ), unterminated subpattern at position 0",
         r"stages[4].layers['.*x\\.y'].bitz: unknown key; did you mean 'bits'?",
         "stages[4].ignore[1]: not a regular expression: nothing to repeat at position 0",
-        "stages[5].method: unknown key; known: task",
+        "stages[5].method: unknown key; known: gate, task",
         "calibration.sample: unknown key; did you mean 'samples'?",
         "calibration.length: Input should be a valid integer; got 'x'",
         "run.sequential: Input should be 'block' or 'subset'; got 'layer'",

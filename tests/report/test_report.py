@@ -19,6 +19,7 @@ from llmshrink.report.schema import (
     CalibrationReport,
     Check,
     EventRecord,
+    GateReport,
     LayerReport,
     MemoryReport,
     ModelInfo,
@@ -163,6 +164,7 @@ def evil_report() -> Report:
     stage = stage.model_copy(
         update={
             "checks": [Check(name=EVIL, passed=False, detail=EVIL)],
+            "gates": [GateReport(name=EVIL, limit=1, value=None, passed=False, detail=EVIL)],
             "method": {"name": EVIL, "bits": EVIL},
             "format": EVIL,
             "loads_in": [RuntimeSupport(runtime=EVIL, support="no", reason=EVIL, proof=EVIL)],
@@ -331,9 +333,43 @@ def plan(blocks: int = 3) -> Any:
         ],
         parameters=10_000_000, parameters_compressed=9_000_000, bytes_before=20_000_000, bytes_after=6_000_000,
         bits_per_weight=4.8, memory_bytes=50_000_000, evaluation_bytes=0, disk_bytes=7_000_000, disk_free=10**9,
+        file_bytes={"a.safetensors": 5_000_000, "b.safetensors": 2_000_000}, max_bytes=None,
         loads_in=[SimpleNamespace(runtime="vllm", support="no", reason="fused [red]", source="its rules")],
         events=[SimpleNamespace(kind="group_size", message="groups of 64", layer=None, data=None)],
     )  # fmt: skip
+
+
+def test_a_plan_says_whether_the_files_fit() -> None:
+    assert "max_size" not in shown(render_plan(plan()))
+    for limit, words in ((7_000_000, "max_size allows 7,000,000: it fits"), (6_999_999, "6,999,999: TOO LARGE")):
+        made = plan()
+        made.max_bytes = limit
+        assert words in shown(render_plan(made))
+
+
+def test_gates_are_shown_on_the_terminal_and_in_the_card() -> None:
+    gates = [
+        GateReport(name="max_ppl_increase", limit=0.03, value=0.0523, passed=False, detail="stories"),
+        GateReport(name="max_kl", limit=0.02, value=0.00278, passed=True, detail="stories"),
+        GateReport(name="min_top1", limit=0.97, value=None, passed=False, detail="not measured"),
+        GateReport(name="max_size", limit=3758096384, value=3758096385, passed=False),
+    ]
+    assert Report.model_validate_json(gated(gates).model_dump_json()) == gated(gates)
+    text = shown(render(gated(gates)))
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"FAILED +max_ppl_increase +at most 3\.00 % +5\.23 % +stories", text)
+    assert re.search(r"ok +max_kl +at most 0\.02000 +0\.00278 +stories", text)
+    assert re.search(r"FAILED +min_top1 +at least 97\.00 % +not measured", text)
+    assert re.search(r"FAILED +max_size +at most 3\.758 GB +3\.758 GB", text)
+    card = model_card(gated(gates), "")
+    assert (
+        "## Gates\n\n- **FAILED**: max\\_ppl\\_increase: 5.23 %, asked at most 3.00 % \\(stories\\)\n- passed" in card
+    )
+    assert "Gates" not in shown(render(report())) and "## Gates" not in model_card(report(), "")
+
+
+def gated(gates: list[GateReport]) -> Report:
+    return report(stages=[report().stages[0].model_copy(update={"gates": gates})])
 
 
 def test_plan_is_grouped_by_kind_of_layer() -> None:

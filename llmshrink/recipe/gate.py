@@ -1,103 +1,11 @@
-"""What a result must keep to: limits of quality and size, and the words they are written in: `3%`, `3.5GiB`."""
+"""What a result must keep to: limits of quality and size."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from llmshrink.recipe.section import Section
-
-_NUMBER = r"[0-9]{1,15}(?:\.[0-9]+)?"
-_PERCENT = rf"{_NUMBER}\s*%"
-_AMOUNT = rf"{_NUMBER}\s*[A-Za-z]*"
-_LARGEST = 2**63
-_bytes = TypeAdapter(ByteSize)
-
-
-def _share(value: Any) -> float:
-    """A share from `3%` or 0.03; numbers of 1 and above are refused, because most people mean percent by them."""
-    if isinstance(value, str):
-        text = value.strip()
-        if re.fullmatch(_PERCENT, text):
-            return float(f"{text.rstrip('%').strip()}e-2")
-        value = float(text) if re.fullmatch(_NUMBER, text) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PydanticCustomError("recipe", "Input should be a share such as 3%")
-    if value >= 1:
-        message = "Input should be below 1, or have a percent sign: write {said}%"
-        raise PydanticCustomError("recipe", message, {"said": f"{value:g}"})
-    return float(value)
-
-
-def _percent(share: float) -> str:
-    """`0.03` as `3%`, without a digit lost or made up."""
-    percent = f"{Decimal(repr(share)) * 100:f}"
-    return f"{percent.rstrip('0').rstrip('.') if '.' in percent else percent}%"
-
-
-Share = Annotated[
-    float,
-    BeforeValidator(_share),
-    PlainSerializer(_percent, return_type=str, when_used="json"),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "pattern": rf"^\s*{_PERCENT}\s*$"},
-                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-            ]
-        }
-    ),
-]
-"""A part of a whole: `3%` or 0.03, held as 0.03."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A size in bytes, or as a share of the original's; exactly one of them is given."""
-
-    bytes: int | None = None
-    share: float | None = None
-
-    def of(self, original: int) -> int:
-        """The size in bytes, given that of the original."""
-        return self.bytes if self.bytes is not None else int((self.share or 0.0) * original)
-
-
-def _size(value: Any) -> Size:
-    if isinstance(value, str):
-        text = value.strip()
-        if re.fullmatch(_PERCENT, text):
-            return Size(share=_share(text))
-        if re.fullmatch(_AMOUNT, text):
-            value = int(_bytes.validate_python(text))
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
-        raise PydanticCustomError("recipe", "Input should be bytes, or a size such as 3.5GiB, 500MB or 30%")
-    return Size(bytes=value)
-
-
-def _plain_size(size: Size) -> int | str | None:
-    return size.bytes if size.share is None else _percent(size.share)
-
-
-Bytes = Annotated[
-    Size,
-    PlainValidator(_size),
-    PlainSerializer(_plain_size, when_used="json"),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "pattern": rf"^\s*(?:{_PERCENT}|{_AMOUNT})\s*$"},
-                {"type": "integer", "minimum": 1},
-            ]
-        }
-    ),
-]
-"""Bytes, `3.5GiB`, `500MB`, or a share of the original such as `30%`."""
+from llmshrink.recipe.units import Share, SizeLimit
 
 
 class GateSpec(Section):
@@ -115,7 +23,7 @@ class GateSpec(Section):
     min_top1: Share | None = Field(
         None, ge=0, le=1, description="smallest share of tokens (rows) with the original's first choice, on any text"
     )
-    max_size: Bytes | None = Field(
+    max_size: SizeLimit | None = Field(
         None, description="largest size of the files that hold tensors: bytes, 3.5GiB, 500MB, or 30% of the original's"
     )
 
@@ -123,6 +31,3 @@ class GateSpec(Section):
     def quality(self) -> list[str]:
         """The gates that are asked for and need text to be measured on."""
         return [name for name in ("max_ppl_increase", "max_kl", "min_top1") if getattr(self, name) is not None]
-
-
-__all__ = ["GateSpec", "Share", "Size"]

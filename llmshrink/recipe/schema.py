@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -26,6 +25,7 @@ from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
+from llmshrink.recipe.units import Bytes
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
 
@@ -227,9 +227,8 @@ class RunSpec(Section):
 
     device: str = Field("auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: as many as torch takes")
-    memory: ByteSize | None = Field(
+    memory: Bytes | None = Field(
         None,
-        ge=1,
         description="what the run may hold in memory, its libraries (about 0.3 GiB) counted, e.g. 6GiB: hidden states "
         "go to disk, batches get smaller, statistics are gathered in several passes; null: what is available, without "
         "smaller batches",

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llmshrink.errors import RecipeError
 from llmshrink.recipe import load
-from llmshrink.recipe.gate import Size
 from llmshrink.recipe.json_schema import json_schema
+from llmshrink.recipe.units import Size
 
 
 def gated(**keys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import relative_error
-from llmshrink.io.files import sha256
+from llmshrink.io.files import parse_json, sha256
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.source import Source
@@ -57,13 +56,10 @@ def _as_read(model: StreamedModel, block: Block) -> dict[str, Callable[[], Tenso
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:
     """Whether files on disk have the SHA-256 they were written with."""
-    wrong = [name for name, digest in expected.items() if not _has_hash(folder / name, digest)]
+    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    wrong = [name for name, digest in expected.items() if name not in present or sha256(present[name]) != digest]
     detail = f"{len(expected)} files re-read" if not wrong else f"changed or missing: {', '.join(sorted(wrong)[:3])}"
     return Check(name="hashes", passed=not wrong, detail=detail)
-
-
-def _has_hash(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest
 
 
 def check_layers(source: StreamedModel, written: StreamedModel, layers: list[LayerReport]) -> list[Check]:
@@ -147,7 +143,7 @@ def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
     if not manifest.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is not a finished output of llmshrink.")
     try:
-        entries = json.loads(manifest.read_bytes())["files"]
+        entries = parse_json(manifest.read_bytes())["files"]
         expected = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{manifest} is damaged: {error}.") from error

@@ -47,7 +47,9 @@ def scaled(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) 
 
 
 def test_what_float16_does_not_hold_is_refused_with_its_block(scaled: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"block 1 gives activations up to 7\d{4}, and float16 ends at 65504") as caught:
+    with pytest.raises(
+        InputError, match=r"block 1 gives activations up to 7\d{4}, and float16 ends at 65504"
+    ) as caught:
         scaled(torch.float16, LARGE)
     assert caught.value.exit_code == 8 and "bfloat16" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -56,7 +58,10 @@ def test_what_float16_does_not_hold_is_refused_with_its_block(scaled: Run, tmp_p
 def test_what_comes_near_is_told(scaled: Run) -> None:
     told = [event for event in scaled(torch.float16, HALF_AS_LARGE).events if event.kind == "near_fp16_limit"]
     assert [event.data["block"] for event in told if event.data] == [0, 1]
-    assert all(event.data and abs(event.data["largest"] / size - 1) < 0.05 for event, size in zip(told, [17500, 35000]))
+    assert all(
+        event.data and abs(event.data["largest"] / size - 1) < 0.05
+        for event, size in zip(told, [17500, 35000], strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -86,4 +86,3 @@ def test_what_is_no_file_of_its_kind_is_refused(target: Target, data: bytes) -> 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name, found in FOUND.items() for i in range(len(found))])
 def test_what_once_broke_a_reader(tmp_path: Path, name: str, number: int) -> None:
     TARGETS[name](tmp_path).run(FOUND[name][number])
-

@@ -35,6 +35,7 @@ from llmshrink.model.weights import Weights
 from llmshrink.progress import Silent
 from llmshrink.recipe import load, text
 from llmshrink.report.schema import EventRecord, LayerReport, ModelInfo, Report, StageReport
+from llmshrink.verify import verify_folder
 
 CPU = torch.device("cpu")
 KEY = "model.layers.0.mlp.up_proj.weight"
@@ -52,6 +53,7 @@ class Target:
     seeds: list[bytes]
     plain: Callable[[bytes], Any] = json.loads
     written: Callable[[Any], bytes] = as_json
+    accepted: bool = True  # whether the seeds are: a manifest without its model is not
 
     def run(self, data: bytes) -> bool:
         """Read; whether the bytes were accepted."""
@@ -215,11 +217,9 @@ def manifest(folder: Path) -> Target:
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        from llmshrink.verify import verify_folder
-
         verify_folder(folder, progress=Silent())
 
-    return Target(read, [path.read_bytes()])
+    return Target(read, [path.read_bytes()], accepted=False)
 
 
 def seal(lines: Any) -> bytes:

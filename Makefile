@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-oldest test-readers check fmt bench clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-readers fuzz check fmt bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test-oldest: ## the default tests with the oldest releases that pyproject.toml a
 test-readers: $(STAMP) .venv-readers/.installed ## gptq and awq in optimum and gptqmodel: an environment of 6 GB, minutes
 	LLMSHRINK_READERS_PYTHON=$(CURDIR)/.venv-readers/bin/python $(BIN)/python -m pytest -m readers
 
+fuzz: $(STAMP) ## fuzz the readers of foreign files for SECONDS (60) each; TARGETS names some of them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	PYTHONPATH=tests:. $(BIN)/python -m fuzz.run --seconds $(or $(SECONDS),60) $(TARGETS)
+
 check: $(STAMP) ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,5 +60,5 @@ bench: $(STAMP) ## the benches of bench/results.md that need nothing but this pr
 	$(BIN)/python -m bench.startup
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-oldest .venv-readers build dist out/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-readers build dist out/demo out/fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,11 +73,14 @@ class Rows:
     def load(cls, path: Path, key: dict[str, Any]) -> tuple[Rows, list[Event]] | None:
         """What `save` kept for this key, or None where it is missing, damaged, or kept for another."""
         kept = unsealed(path.read_bytes()) if path.is_file() else None
-        if kept is None or kept["key"] != key:
+        try:
+            if kept is None or kept["key"] != key:
+                return None
+            tokens = tuple(torch.tensor([*row], dtype=torch.long) for row in kept["tokens"])
+            rows = cls(tokens, kept["data"], kept["origin"], kept["split"])
+            return rows, [Event(**event) for event in kept["events"]]
+        except (LookupError, TypeError, ValueError, RuntimeError):  # whole, but laid out by another release
             return None
-        tokens = tuple(torch.tensor(row) for row in kept["tokens"])
-        rows = cls(tokens, kept["data"], kept["origin"], kept["split"])
-        return rows, [Event(**event) for event in kept["events"]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ A text is named by one string: `generator`, a path ending in .txt, .json, .jsonl
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.errors import InputError, LlmshrinkError, ModelNotFoundError, UnsafeError
+from llmshrink.io.files import parse_json
 from llmshrink.model.hub import check_token
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
@@ -56,7 +56,7 @@ def _read(path: Path, column: str | None) -> Iterator[str]:
         if path.suffix == ".txt":
             yield from _paragraphs(path)
         elif path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(values, list):
                 raise InputError(f"{path} must hold a JSON list of strings or objects.")
             yield from (_text_of(v, column, path, i) for i, v in enumerate(values))
@@ -64,7 +64,7 @@ def _read(path: Path, column: str | None) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _text_of(json.loads(line), column, path, number)
+                        yield _text_of(parse_json(line), column, path, number)
         else:
             yield from _parquet(path, column)
     except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.engine.workspace import Workspace
+from llmshrink.errors import InputError
 from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.io import safetensors
@@ -32,6 +33,8 @@ from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import NoStatistic, Statistic
 
+FP16_MAX = torch.finfo(torch.float16).max
+NEAR = 0.25  # of it: another text may well give activations four times as large
 STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
 SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
 SAVE_EVERY = 60.0  # seconds between two savings of the hidden states: a run that goes on repeats at most their forwards
@@ -186,7 +189,7 @@ class Compressor:
                 clock.lap("compress")
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
-        self._forward(block, made.decoded)
+        made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
         order = {m.name: i for i, m in enumerate(block.matrices)}
         layers = sorted(made.layers, key=lambda layer: order[layer.name])
@@ -208,14 +211,31 @@ class Compressor:
         left = [m for m in block.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
         return {matrix.key: partial(read, matrix) for matrix in left}
 
-    def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> None:
-        """Take all states through a compressed block."""
+    def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> float:
+        """Take all states through a compressed block; the largest magnitude that comes out."""
         if block is self._model.anatomy.blocks[-1]:
             self._hidden.forget()  # nothing follows that calibration rows could calibrate
         self._model.load_block(block.index, decoded)
-        self._hidden.advance(block.index)
+        largest = self._hidden.advance(block.index)
         self._model.drop_block(block.index)
         trim()
+        return largest
+
+    def _range(self, block: Block, largest: float) -> list[Event]:
+        """What to tell of a block whose outputs come near the end of float16, where loaders compute in that dtype.
+
+        Raises:
+            InputError: they lie beyond it. Here it is not seen, because a CPU computes in float32.
+        """
+        if self._model.source.config.dtype != torch.float16 or largest <= NEAR * FP16_MAX:
+            return []
+        message = f"block {block.index} gives activations up to {largest:.0f}, and float16 ends at {FP16_MAX:.0f}"
+        if largest > FP16_MAX:
+            raise InputError(
+                f"{self._model.source.id}: {message}: computed in the checkpoint's dtype they are infinite.",
+                hint="Give the model in bfloat16 or float32: convert its weights, and `dtype` in config.json.",
+            )
+        return [Event("near_fp16_limit", message, block.prefix, {"block": float(block.index), "largest": largest})]
 
     def _steps(self, block: Block) -> Iterator[list[Group]]:
         """Groups that are calibrated together: all, or one stretch of the forward pass after another."""

@@ -80,30 +80,37 @@ class Hidden:
         """The output of block `index` for one batch; the state stays as it is."""
         return self._model.run(index, self._records[batch], self.states[batch].to(self._model.device))
 
-    def advance(self, index: int, done: Callable[[int], None] | None = None) -> None:
+    def advance(self, index: int, done: Callable[[int], None] | None = None) -> float:
         """Replace every state by the output of the loaded block.
 
         Args:
             index: which block.
             done: told of the rows x length of each batch.
 
+        Returns:
+            The largest magnitude in these outputs.
+
         Raises:
             InputError: the outputs are not finite.
         """
 
-        def run(batch: int) -> int:
+        def run(batch: int) -> tuple[int, float]:
             out = self.run(index, batch)
-            if not torch.isfinite(out.sum()):
+            low, high = (float(value) for value in torch.aminmax(out))
+            if not abs(low) + abs(high) < float("inf"):
                 raise InputError(
                     f"Block {index} gives infinite or undefined activations on batch {batch}.",
                     hint="The weights overflow the compute dtype, or are damaged.",
                 )
             self.states[batch].copy_(out)  # in place: states that wander through the heap leave holes in it
-            return out.shape[0] * out.shape[1]
+            return out.shape[0] * out.shape[1], max(-low, high)
 
-        for size in side_by_side(self._model.device, run, len(self.states)):
+        largest = 0.0
+        for size, found in side_by_side(self._model.device, run, len(self.states)):
+            largest = max(largest, found)
             if done:
                 done(size)
+        return largest
 
     def forget(self) -> None:
         """Drop all but the probe."""

@@ -154,14 +154,15 @@ class Workspace:
         if not self._journal.exists():
             return lines
         for raw in self._journal.read_bytes().split(b"\n"):
-            if (line := unsealed(raw)) is None:
+            line = unsealed(raw)
+            if not isinstance(line, dict) or not isinstance(line.get("files", {}), dict):
                 break
             lines.append(line)
         return lines
 
     def _held(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Entries in order up to the first whose files are not what the journal says."""
-        return list(itertools.takewhile(lambda entry: self.holds(entry["files"]), entries))
+        return list(itertools.takewhile(lambda entry: "files" in entry and self.holds(entry["files"]), entries))
 
     def holds(self, files: dict[str, str]) -> bool:
         """Whether files {path below the folder: SHA-256} are there and whole."""

@@ -122,6 +122,18 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON text of a stranger says.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python's stack.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def sealed(value: Any) -> bytes:
     """A line that says whether it is whole: the SHA-256 of the JSON text, a space, the JSON text; no line break."""
     text = json.dumps(value).encode()
@@ -132,7 +144,7 @@ def unsealed(line: bytes) -> Any:
     """What `sealed` was given, or None where the line is torn or changed."""
     digest, _, text = line.partition(b" ")
     whole = digest.decode(errors="replace") == hashlib.sha256(text).hexdigest()
-    return json.loads(text) if whole else None
+    return parse_json(text) if whole else None
 
 
 def copy_file(source: Path, target: Path) -> str:

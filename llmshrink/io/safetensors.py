@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmshrink.errors import InputError, UnsafeError
-from llmshrink.io.files import atomic_file
+from llmshrink.io.files import atomic_file, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,9 +79,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(_broken(path, f"its header claims {length} bytes and the file has {size}"))
         raw = file.read(length)
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, Any] = parse_json(raw)
         header.pop("__metadata__", None)
-        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        spans = sorted((*_span(entry["data_offsets"]), name) for name, entry in header.items())
         infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], tuple(map(index, e["shape"]))) for n, e in header.items()}
     except KeyError as error:
         raise InputError(_broken(path, f"its header has an unknown or missing entry {error}")) from error
@@ -89,12 +89,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise InputError(_broken(path, "its header cannot be parsed")) from error
     position = 0
     for begin, end, name in spans:
-        if begin != position or end - begin != infos[name].bytes:
+        if min(infos[name].shape, default=0) < 0 or begin != position or end - begin != infos[name].bytes:
             raise InputError(_broken(path, f"tensor {name!r} does not lie where its shape says"))
         position = end
     if 8 + length + position != size:
         raise InputError(_broken(path, f"the header describes {8 + length + position} bytes and the file has {size}"))
     return infos
+
+
+def _span(offsets: Any) -> tuple[int, int]:
+    begin, end = map(index, offsets)
+    return begin, end
 
 
 def _broken(path: Path, why: str) -> str:
@@ -172,7 +177,7 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
     if path.stat().st_size > MAX_INDEX:
         raise InputError(f"{path} is larger than any real index ({path.stat().st_size} bytes).")
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a valid index: no JSON object with a 'weight_map'.") from error

@@ -120,7 +120,8 @@ def choose_grid(weight: Tensor, config: GridConfig, dtype: torch.dtype, importan
     """
     out, width = weight.shape
     group = config.group(width)
-    cost = weight.new_ones(width) if importance is None else importance
+    # By a power of two, which changes no digit: squares of the importance must neither overflow nor vanish.
+    cost = weight.new_ones(width) if importance is None else importance.ldexp(-importance.mean().frexp().exponent)
     parts = [
         _choose(rows.reshape(len(rows), -1, group), cost.view(-1, group), config, dtype)
         for rows in torch.split(weight, max(1, CHUNK // width))

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmshrink.errors import PlanError
+from llmshrink.model.source import FOREIGN
 from llmshrink.model.task import task_of
 
 EXPERTS = "llmshrink"  # our implementation of fused experts, which lets an observer see each expert's inputs
@@ -52,7 +53,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = Fals
     try:
         with torch.device("meta") if all_meta else _parameters_on_meta():
             model: PreTrainedModel = task.loader.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
+    except FOREIGN as error:
         reason = str(error).partition("\n")[0]
         if reason.startswith("Unrecognized configuration class"):
             reason = "it has no such class"  # in place of a list of all it has

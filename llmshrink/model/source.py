@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError, UsageError
-from llmshrink.io.files import sha256
+from llmshrink.io.files import parse_json, sha256
 from llmshrink.io.safetensors import Checkpoint, refuse_outside
 from llmshrink.model.hub import download
 
@@ -27,6 +27,14 @@ COMPANIONS = re.compile(
 )
 
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
+
+
+# What transformers raises on settings and files that it was not made for.
+FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
+DEEPEST = 64  # levels of a configuration
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,13 @@ class Source:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (*FOREIGN, OSError) as error:
             raise InputError(
                 f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}"
             ) from error
+        names = config.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise InputError(f"{self.folder / 'config.json'}: architectures must be a list of names.")
         return config
 
     @cached_property
@@ -81,7 +92,7 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        except (*FOREIGN, OSError) as error:
             raise InputError(
                 f"{self.folder} has no tokenizer that transformers can load: {error}",
                 hint="Calibration and evaluation text must be tokenized; copy the tokenizer files into the folder.",
@@ -141,14 +152,21 @@ def _content_hash(path: Path) -> str:
 def _read_object(path: Path, absent: str = "") -> dict[str, Any]:
     refuse_outside(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} has no {path.name}: {absent}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object.")
+    if _deeper(value, DEEPEST):
+        raise InputError(f"{path} is nested deeper than {DEEPEST} levels.")
     return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(part, levels - 1) for part in below)
 
 
 def open_source(model_id: str, revision: str | None = None) -> Source:
@@ -180,12 +198,13 @@ def _refuse_remote_code(source: Source) -> None:
     """A model with `auto_map` is used only where transformers has its own class for the same `model_type`."""
     config = source.config_dict
     model_type = config.get("model_type")
-    if _has_key(config, "auto_map") and model_type not in CONFIG_MAPPING:
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if _has_key(config, "auto_map") and not known:
         raise UnsafeError(
             f"{source.id} brings its own Python code (auto_map in config.json) and transformers has no class of its "
             f"own for model_type {model_type!r}; llmshrink does not run code from a model.",
         )
-    if model_type not in CONFIG_MAPPING:
+    if not known:
         raise InputError(f"{source.folder / 'config.json'}: transformers knows no model_type {model_type!r}.")
 
 

@@ -31,6 +31,7 @@ class StreamedModel:
         self.source = source
         self.device = device
         config = source.config
+        self._refuse_more_blocks()
         self.task: Task = task_of(config)
         self._stored: torch.dtype | None = config.dtype
         # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
@@ -49,6 +50,15 @@ class StreamedModel:
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
         self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
+
+    def _refuse_more_blocks(self) -> None:
+        """Nothing is built from a number of blocks that the tensors on disk cannot fill."""
+        blocks = getattr(self.source.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        tensors = len(self.source.checkpoint.infos)
+        if isinstance(blocks, int) and blocks > tensors:
+            raise InputError(
+                f"{self.source.folder / 'config.json'} says {blocks} blocks, and there are {tensors} tensors on disk."
+            )
 
     def _refuse_ignored(self) -> None:
         """Tensors of compressed layers that no parameter takes, and that say something.

@@ -48,6 +48,8 @@ class Weights:
         for key, names in self._parts.items():
             with self._reading(key):
                 shape, own = found.dense_info(key, checkpoint.get, quantization)
+                if len(shape) != 2 or min(shape) < 1 or not isinstance(own, torch.dtype):
+                    raise ValueError(f"it is said to have the shape {list(shape)} and the dtype {own}")
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype or own, shape)
         self.compressed = frozenset(compressed)
         self._modules: Mapping[str, str] = {}
@@ -85,7 +87,7 @@ class Weights:
         """Say which folder is at fault where settings and tensors, both of strangers, do not fit each other."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, re.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
             if out_of_memory(error):
                 raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -103,7 +105,8 @@ class Weights:
         """A tensor as stored, or decoded to float32 where it is compressed."""
         if key not in self.compressed:
             return self._checkpoint.get(key)
-        weight = decode(self.form(key))
+        with self._reading(key):
+            weight = decode(self.form(key))
         return weight.T if key in self._transposed else weight
 
     def dense(self, key: str) -> Tensor:

@@ -49,11 +49,29 @@ def truncate_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def put_nan(folder: Path) -> None:
+def put(name: str, value: float) -> Harm:
+    """Spoil one value of a tensor."""
+
+    def harm(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors[name].view(-1)[5] = value
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return harm
+
+
+def weights_of_another(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(tensors, path, metadata={"format": "pt"})
+    wider = {name: torch.cat([t, t]) if "up_proj" in name else t for name, t in tensors.items()}
+    save_file(wider, path, metadata={"format": "pt"})
+
+
+def index_of_another(folder: Path) -> None:
+    names = [*load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def only_pickle(folder: Path) -> None:
@@ -75,6 +93,8 @@ def drop_tokenizer(folder: Path) -> None:
 SPOILED: dict[str, tuple[Harm, int, str]] = {
     "truncated": (truncate_weights, 8, "model.safetensors is truncated or damaged"),
     "mismatched": (lambda f: edit_config(f, intermediate_size=48), 8, "mlp"),
+    "shard of another model": (weights_of_another, 8, "up_proj"),
+    "index of another model": (index_of_another, 8, "'model.layers.2.mlp.up_proj.weight' is in"),
     "incomplete": (drop_a_tensor, 8, "model.layers.1.mlp.up_proj.weight"),
     "pickle": (only_pickle, 5, "pytorch_model.bin"),
     "remote code": (
@@ -85,7 +105,6 @@ SPOILED: dict[str, tuple[Harm, int, str]] = {
     "unknown type": (lambda f: edit_config(f, model_type="surprise"), 8, "'surprise'"),
     "no config": (lambda f: (f / "config.json").unlink(), 8, "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), 8, "config.json"),
-    "nan": (put_nan, 8, "'model.layers.1.mlp.up_proj.weight' has 1 values"),
     "no tokenizer": (drop_tokenizer, 8, "no tokenizer"),
     "quantized elsewhere": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), 3, "awq"),
 }
@@ -99,6 +118,32 @@ def test_a_spoiled_model(
     found, said, left = refused(model)
     assert (found, left) == (code, set())
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_value_that_is_not_finite(
+    models_folder: Callable[..., Path],
+    refused: Callable[..., tuple[int, str, set[str]]],
+    tmp_path: Path,
+    name: str,
+    value: float,
+) -> None:
+    folder = shutil.copytree(models_folder("qwen2"), tmp_path / "model")
+    put(name, value)(folder)
+    found, said, left = refused(folder)
+    assert (found, left) == (8, set())
+    assert f"{name!r} has 1 values that are NaN or infinite (the first at index 5)" in said
 
 
 def test_code_of_a_model_type_that_transformers_knows_is_not_needed(

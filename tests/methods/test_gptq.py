@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracles import coordinate_descent, optimal_brain_quantizer
@@ -192,6 +194,50 @@ def test_an_unusable_hessian_falls_back_to_rounding_with_an_event(fault: str) ->
     rtn = Rtn(RtnConfig(bits=4, group_size=16))
     plain = rtn.compress(weight, rtn.prepare(statistic))
     assert torch.equal(decode(method.compress(weight, factors).weight), decode(plain.weight))
+
+
+def rank_one(x: Tensor) -> Tensor:
+    return x[:1].T @ x[:1]
+
+
+def with_negative_eigenvalues(x: Tensor) -> Tensor:
+    """As sums in half precision give them: the least one a thousandth of the mean below zero."""
+    H = x.T @ x / len(x)
+    values, vectors = torch.linalg.eigh(H)
+    return H - (values[0] + 1e-3 * values.mean()) * torch.outer(vectors[:, 0], vectors[:, 0])
+
+
+def with_an_outlier(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 7] *= 1e4
+    return x.T @ x / len(x)
+
+
+STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "rank one": rank_one,
+    "zero": lambda x: torch.zeros(WIDTH, WIDTH),
+    "negative eigenvalues": with_negative_eigenvalues,
+    "outlier": with_an_outlier,
+    "tiny": lambda x: 1e-30 * x.T @ x,
+    "huge": lambda x: 1e30 * x.T @ x,
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strange_hessian_gives_a_finite_result_no_worse_than_rounding(kind: str, bits: int) -> None:
+    statistic, weight = hessian(), matrix()
+    x = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(3))
+    statistic.matrix = STRANGE[kind](x)
+    method, rtn = Gptq(GptqConfig(bits=bits, group_size=16)), Rtn(RtnConfig(bits=bits, group_size=16))
+    found = method.prepare(statistic)
+    layer, plain = method.compress(weight, found), rtn.compress(weight, rtn.prepare(statistic))
+    assert decode(layer.weight).isfinite().all()
+    assert isinstance(layer.weight, Quantized) and isinstance(plain.weight, Quantized)
+    mine, theirs = (objective(weight, form, statistic.matrix).sum() for form in (layer.weight, plain.weight))
+    assert mine <= theirs.abs() * (1 + 1e-4)
+    told = {"zero": ["dead_columns"]}.get(kind, [])
+    assert [event.kind for event in found.events] == told
 
 
 def test_all_inputs_zero_is_rounding_to_nearest() -> None:

@@ -1,0 +1,341 @@
+"""No option is dead: each leaf of the recipe and each flag changes the plan, the report or the bytes.
+
+A new leaf is in neither table below, so `test_a_leaf_changes_something` fails with its name: add a line to TRIALS, or,
+where what it does cannot be seen in one run, a reason and the test that shows it to ELSEWHERE.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+import typer.core
+import typer.main
+from helpers import content
+from pydantic import BaseModel
+from tiny import TEXT, build_model, config
+
+from llmshrink import cli, run
+from llmshrink.cli.options import RECIPE_KEYS
+from llmshrink.errors import LlmshrinkError
+from llmshrink.evaluate import measure
+from llmshrink.evaluate.reader import Found, ReadResult
+from llmshrink.methods import load_method, method_names
+from llmshrink.progress import Silent
+from llmshrink.recipe.load import apply_overrides, validate
+from llmshrink.recipe.schema import MethodSpec, Recipe
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("without_reader")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Another value of a leaf, and what else the recipe must say for it to matter; {names} are those of `places`."""
+
+    value: Any
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+DENSE = {"stages.0.format": {"name": "dense"}}
+NF4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "nf4"}}]}
+FP4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "fp4"}}]}
+RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
+RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
+EXPORT = {"model.id": "{quantized}", "stages": [{"task": "export", "format": {"name": "compressed-tensors"}}]}
+EVAL = {"stages": [{"task": "eval"}], "evaluation.data": ["{text}"]}
+SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
+
+TRIALS = {
+    "model.id": Trial("{other_model}"),
+    "stages.quantize.method.name": Trial("rtn"),
+    "stages.quantize.method.gptq.bits": Trial(3),
+    "stages.quantize.method.gptq.group_size": Trial(16),
+    "stages.quantize.method.gptq.symmetric": Trial(False, DENSE),
+    "stages.quantize.method.gptq.scales": Trial("minmax"),
+    "stages.quantize.method.gptq.act_order": Trial(False),
+    "stages.quantize.method.gptq.damp": Trial(0.5),
+    "stages.quantize.method.gptq.refine": Trial(0),
+    "stages.quantize.method.rtn.bits": Trial(3, RTN_32),
+    "stages.quantize.method.rtn.group_size": Trial(16, RTN_32),
+    "stages.quantize.method.rtn.symmetric": Trial(False, {**RTN_32, **DENSE}),
+    "stages.quantize.method.rtn.scales": Trial("minmax", RTN_32),
+    "stages.quantize.method.nf4.block_size": Trial(32, NF4),
+    "stages.quantize.method.nf4.double_quant": Trial(True, NF4),
+    "stages.quantize.method.fp4.block_size": Trial(32, FP4),
+    "stages.quantize.method.fp4.double_quant": Trial(True, FP4),
+    "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
+    "stages.quantize.ignore": Trial([".*k_proj"]),
+    "stages.quantize.format.name": Trial("dense"),
+    "stages.quantize.on_indivisible": Trial("channel", RTN),
+    "stages.export.format.name": Trial("dense", EXPORT),
+    "calibration.data": Trial("{other_text}"),
+    "calibration.split": Trial("test", {"calibration.data": "generator"}),
+    "calibration.column": Trial("answer", {"calibration.data": "{columns}"}),
+    "calibration.samples": Trial(5),
+    "calibration.length": Trial(12),
+    "calibration.seed": Trial(1),
+    "calibration.packed": Trial(False),
+    "evaluation.data": Trial(["{text}"], RTN_32),
+    "evaluation.baseline": Trial("{other_model}", EVAL),
+    "evaluation.split": Trial("train", {**SCORED, "evaluation.data": ["generator"]}),
+    "evaluation.column": Trial("answer", {**SCORED, "evaluation.data": ["{columns}"]}),
+    "evaluation.rows": Trial(3, SCORED),
+    "evaluation.length": Trial(12, SCORED),
+    "evaluation.packed": Trial(False, SCORED),
+    "evaluation.speed": Trial(True, RTN_32),
+    "run.threads": Trial(2),
+    "run.sequential": Trial("subset"),
+    "run.batch_tokens": Trial(64),
+    "run.memory": Trial("1MiB"),
+    "output": Trial("{elsewhere}"),
+}
+GATES = {"max_ppl_increase": "50%", "max_kl": 5, "min_top1": "1%", "max_size": "90%"}
+JUDGED = {"quantize": SCORED, "export": {**EXPORT, "evaluation.data": ["{text}"]}}
+JUDGED["eval"] = {**EVAL, "evaluation.baseline": "{other_model}"}
+TRIALS |= {f"stages.{task}.gate.{n}": Trial(v, context) for task, context in JUDGED.items() for n, v in GATES.items()}
+ELSEWHERE = {
+    "model.revision": "only on the Hub: tests/model/test_hub.py::test_a_branch_is_resolved_once_to_its_commit",
+    "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
+    "run.resume": "how, not what: tests/e2e/test_resume.py::test_no_resume_starts_anew",
+    "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
+}
+
+
+# --- the leaves of the schema
+
+
+def branches(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is Annotated:
+        yield from branches(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType, list):
+        for part in get_args(annotation):
+            yield from branches(part)
+
+
+def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
+    """Paths of all that a recipe may say; a stage is named by its task, a setting by its method."""
+    for name, info in model.model_fields.items():
+        below = list(branches(info.annotation))
+        for branch in below:
+            task = branch.model_fields.get("task")
+            tag = f".{get_args(task.annotation)[0]}" if task else ""
+            yield from leaves(branch, f"{at}{name}{tag}.")
+            if branch is MethodSpec:
+                for method in method_names():
+                    yield from leaves(load_method(method).Config, f"{at}{name}.{method}.")
+        one_value = get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
+        if not below and not one_value:
+            yield f"{at}{name}"
+
+
+LEAVES = sorted(leaves(Recipe))
+
+
+def key_of(leaf: str) -> str:
+    """The leaf's path in a recipe: stages by number, settings without their method."""
+    methods = "|".join(method_names())
+    return re.sub(rf"\.method\.({methods})\.", ".method.", re.sub(r"^stages\.\w+", "stages.0", leaf))
+
+
+# --- what a recipe leads to
+
+
+@pytest.fixture(scope="module")
+def places(
+    smallest: Path,
+    models_folder: Callable[..., Path],
+    text_file: Path,
+    other_text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """Files and folders by the names that trials use."""
+    folder = tmp_path_factory.mktemp("leaves")
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    build_model(folder / "other-model", config("llama", **shape))
+    columns = [{"text": question, "answer": answer} for question, answer in zip(TEXT, reversed(TEXT), strict=True)]
+    (folder / "columns.json").write_text(json.dumps(columns))
+    found = {
+        "model": smallest,
+        "text": text_file,
+        "other_text": other_text,
+        "other_model": folder / "other-model",
+        "wide_model": models_folder("llama"),
+        "columns": folder / "columns.json",
+        "quantized": folder / "quantized",
+        "output": folder / "output",
+        "elsewhere": folder / "elsewhere",
+    }
+    run.execute(validate({**base(found), "output": str(found["quantized"])}), progress=Silent())
+    return found
+
+
+def base(places: dict[str, Path]) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "model": {"id": str(places["model"])},
+        "stages": [{"task": "quantize", "method": {"name": "gptq", "bits": 4, "group_size": 32}}],
+        "calibration": {"data": str(places["text"]), "samples": 4, "length": 16},
+        "evaluation": {"data": [], "rows": 2, "length": 16, "speed": False},
+        "run": {"threads": 1, "batch_tokens": 32},
+        "output": str(places["output"]),
+    }
+
+
+def filled(value: Any, places: dict[str, Path]) -> Any:
+    """A value with the places it names."""
+    return json.loads(re.sub(r"\{(\w+)\}", lambda m: str(places[m[1]]), json.dumps(value)))
+
+
+Outcome = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def outcome(places: dict[str, Path]) -> Iterator[Outcome]:
+    """What a recipe's data leads to: the plan alone, or all that can be seen of a run; each recipe runs once."""
+    known: dict[str, Any] = {}
+
+    def find(data: dict[str, Any], *, plan: bool) -> Any:
+        key = f"{plan} {json.dumps(data, sort_keys=True)}"
+        if key not in known:
+            wanted = validate(data)
+            known[key] = planned(wanted) if plan else made(wanted)
+        return known[key]
+
+    nothing: dict[str, Any] = {"missing": [], "unexpected": [], "mismatched": []}
+    found = Found(class_name="Llama", loaded_bytes=1, load_seconds=1, peak_bytes=1, **nothing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "measure", lambda *_: [ReadResult(found=found)])  # a process of its own takes seconds
+        yield find
+
+
+def planned(recipe: Recipe) -> Any:
+    if recipe.stages[0].task == "eval":
+        return None
+    return run.make_plan(recipe).model_dump(mode="json", exclude={"disk_free"})
+
+
+# Of a report: what the clock says, and what only repeats the recipe.
+UNTOLD = {"recipe", "recipe_hash", "command", "created", "seconds", "memory", "seed", "output"}
+
+
+def made(recipe: Recipe) -> Any:
+    report = run.execute(recipe, progress=Silent())
+    told = without(report.model_dump(mode="json"), UNTOLD)
+    for stage in told["stages"]:
+        del stage["method"]
+    written = content(Path(report.output)) if report.output else {}
+    if report.output:
+        shutil.rmtree(report.output)
+    return told, written
+
+
+def without(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: without(v, keys) for k, v in value.items() if k not in keys}
+    return [without(v, keys) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf not in ELSEWHERE])
+def test_a_leaf_changes_something(leaf: str, places: dict[str, Path], outcome: Outcome) -> None:
+    assert leaf in TRIALS, f"{leaf} is new: does it change anything? Say how in TRIALS, or where in ELSEWHERE."
+    trial, key = TRIALS[leaf], key_of(leaf)
+    before = base(places)
+    for path, value in trial.context.items():
+        before = apply_overrides(before, [f"{path}={json.dumps(filled(value, places))}"])
+    after = apply_overrides(before, [f"{key}={json.dumps(filled(trial.value, places))}"])
+    assert validate(before) != validate(after)
+    if outcome(before, plan=True) == outcome(after, plan=True):
+        assert outcome(before, plan=False) != outcome(after, plan=False), f"{leaf} changes nothing"
+
+
+def test_the_tables_name_leaves_and_tests_that_are_there() -> None:
+    assert sorted(TRIALS.keys() | ELSEWHERE.keys()) == LEAVES
+    assert not TRIALS.keys() & ELSEWHERE.keys()
+    for reason in (*ELSEWHERE.values(), *FLAGS_ELSEWHERE.values()):
+        path, name = re.findall(r"(tests/\S+\.py)::(\w+)", reason)[0]
+        assert f"def {name}(" in (ROOT / path).read_text(), reason
+
+
+# --- flags
+
+APP = "tests/cli/test_app.py"
+FLAGS_ELSEWHERE = {
+    "recipe": f"another base for all keys: {APP}::test_recipe_then_flags_then_set",
+    "set": f"any key: {APP}::test_recipe_then_flags_then_set",
+    "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",
+    "plan": f"{APP}::test_plan",
+    "smoke": f"{APP}::test_smoke_and_verify",
+    "json": f"{APP}::test_json_alone_on_stdout",
+    "quiet": f"{APP}::test_quiet_prints_only_the_path",
+    "verbose": "tests/cli/test_progress.py::test_verbose_tells_every_note",
+    "version": f"{APP}::test_version_and_no_arguments",
+    "folder": f"what is verified: {APP}::test_smoke_and_verify",
+    "recipes ls as_json": f"{APP}::test_json_alone_on_stdout",
+    "recipes show name": "tests/cli/test_recipes.py::test_show",
+    "recipes show full": "tests/cli/test_recipes.py::test_show",
+    "recipes cp name": "tests/cli/test_recipes.py::test_copy",
+    "recipes cp target": "tests/cli/test_recipes.py::test_copy",
+    "recipes cp overwrite": "tests/cli/test_recipes.py::test_copy",
+    "recipes validate names": "tests/cli/test_recipes.py::test_validate",
+    "recipes validate quiet": "tests/cli/test_recipes.py::test_validate",
+}
+
+
+def flags(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every parameter of every command, below the command's name."""
+    for parameter in command.params:
+        if parameter.name not in ("help", "install_completion", "show_completion"):
+            yield name, parameter
+    for below, inner in getattr(command, "commands", {}).items():
+        yield from flags(inner, f"{name} {below}".strip())
+
+
+FLAGS = list(flags(typer.main.get_command(cli.app.app)))
+FOR_RECIPES = [(name, p) for name, p in FLAGS if p.name in RECIPE_KEYS]
+
+
+def test_every_flag_is_a_key_or_is_shown_elsewhere() -> None:
+    others = [(name, p.name) for name, p in FLAGS if p.name not in RECIPE_KEYS]
+    unknown = [f"{name} {flag}" for name, flag in others if {flag, f"{name} {flag}"}.isdisjoint(FLAGS_ELSEWHERE)]
+    assert not unknown, f"{unknown}: new flags belong into RECIPE_KEYS, or with their test into FLAGS_ELSEWHERE"
+
+
+@pytest.mark.parametrize(("command", "flag"), FOR_RECIPES, ids=[f"{name} {p.name}" for name, p in FOR_RECIPES])
+def test_a_flag_for_a_key_reaches_it(
+    command: str, flag: Any, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def look(recipe: Recipe, **_: object) -> None:
+        seen.append(recipe)
+        raise LlmshrinkError("seen")
+
+    monkeypatch.setattr(run, "execute", look)
+    monkeypatch.setattr(run, "make_plan", look)
+    key = RECIPE_KEYS[flag.name]
+    leaf = next(leaf for leaf in LEAVES if key_of(leaf).removeprefix("stages.0.") == key)
+    base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]
+    value = {"revision": "main", "device": "cpu", "to": "dense"}.get(flag.name)
+    value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
+    if flag.param_type_name == "argument":
+        base, given = [command, *base[2:]], [str(value)]
+    elif flag.is_flag:
+        given = [(flag.secondary_opts or flag.opts)[0]]
+    else:
+        given = [flag.opts[0], str(value[0] if isinstance(value, list) else value)]
+    plain = [*base, "somewhere"] if flag.param_type_name == "argument" else base
+    for arguments in (plain, [*base, *given]):
+        cli.main(arguments)
+    one, other = (found.model_dump(mode="json") for found in seen)
+    assert one != other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,10 @@ from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import relative_error
-from llmshrink.io.files import sha256
+from llmshrink.io.files import parse_json, sha256
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
-from llmshrink.model.source import Source
+from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.report.schema import Check, LayerReport
@@ -147,7 +146,7 @@ def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
     if not manifest.is_file():
         raise InputError(f"{folder} has no {MANIFEST}: it is not a finished output of llmshrink.")
     try:
-        entries = json.loads(manifest.read_bytes())["files"]
+        entries = parse_json(manifest.read_bytes())["files"]
         expected = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{manifest} is damaged: {error}.") from error
@@ -156,7 +155,7 @@ def verify_folder(folder: Path, *, progress: Progress) -> list[Check]:
     progress.start("verify", 0)
     checks = [check_hashes(folder, expected)]
     if checks[0].passed:
-        written = StreamedModel(Source(str(folder), folder, None), torch.device("cpu"))
+        written = StreamedModel(open_source(str(folder)), torch.device("cpu"))
         broken = [key for key in written.weights.infos if not _finite(written.weights.get(key))]
         detail = f"{len(written.weights.infos)} tensors" if not broken else f"not finite: {', '.join(broken[:3])}"
         checks.append(Check(name="decode", passed=not broken, detail=detail))

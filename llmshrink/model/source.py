@@ -216,7 +216,7 @@ def open_source(model_id: str, revision: str | None = None) -> Source:
 
 
 def forget_kernels(config: PretrainedConfig) -> None:
-    """Compute with what fits this machine: transformers may fetch a kernel, which is code, for a named implementation."""
+    """Compute with what fits this machine: transformers may fetch a kernel for a named implementation."""
     config._attn_implementation = None
     config._experts_implementation = None
 

@@ -118,7 +118,7 @@ def parse(text: str, origin: str) -> Any:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = ", ".join(part for part in (error.context, error.problem) if part)
         raise (UnsafeError if isinstance(error, _Attack) else RecipeError)(f"{origin}{where}: {what}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise RecipeError(f"{origin}: not YAML: {error}") from None
 
 

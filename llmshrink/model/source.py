@@ -89,6 +89,7 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
+            tokenizer("a")  # some faults show only then
         except Exception as error:  # noqa: BLE001 - the tokenizers of Rust raise this very class
             if "trust_remote_code" in str(error):
                 raise UnsafeError(
@@ -121,7 +122,9 @@ class Source:
         """
         path = self.folder / "config.json"
         config = _read_object(path, "it is not a Hugging Face model folder")
-        model_type = config.get("model_type")
+        model_type, architectures = config.get("model_type"), config.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(n, str) for n in (model_type, *architectures)):
+            raise InputError(f"{path} must name its model_type, and a list of architectures.")
         for key, value in _entries(config):
             if key == "auto_map" and model_type not in CONFIG_MAPPING:
                 raise UnsafeError(

@@ -83,7 +83,7 @@ class Weights:
         """Say which folder is at fault where settings and tensors, both of strangers, do not fit each other."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
             if "memory" in str(error):
                 raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)

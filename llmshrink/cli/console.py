@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from llmshrink.redact import redact
+from llmshrink.redact import redact, redact_data
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,7 +66,7 @@ def show(table: RenderableType) -> None:
 
 def show_json(data: Any) -> None:
     """JSON on stdout."""
-    print(json.dumps(data, indent=2))
+    print(json.dumps(redact_data(data), indent=2))
 
 
 def say(message: str) -> None:
@@ -84,9 +84,5 @@ def report_error(error: BaseException, code: int, message: str, *, as_json: bool
     say(f"llmshrink: {message}")
     if as_json:
         problems = getattr(error, "problems", None)
-        say(
-            json.dumps(
-                {"code": code, "error": type(error).__name__, "message": message}
-                | ({"problems": problems} if problems else {})
-            )
-        )
+        told = {"code": code, "error": type(error).__name__, "message": message}
+        say(json.dumps(redact_data(told | ({"problems": problems} if problems else {}))))

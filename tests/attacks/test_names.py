@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -62,8 +63,8 @@ def test_a_tensor_with_an_evil_name(
         shown = capsys.readouterr()
         assert is_only_text(shown.out + shown.err), arguments
     check_output(tmp_path / "out")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file({f"{evil}.weight": tensors["model.norm.weight"], **tensors}, path, metadata={"format": "pt"})
+    bad = torch.full((3,), float("nan"))
+    save_file({f"{evil}.weight": bad, **tensors}, path, metadata={"format": "pt"})
     shutil.rmtree(tmp_path / "out")
     for more in ([], ["--verbose"]):
         code, said, _ = refused(model, *more)
@@ -74,7 +75,7 @@ def test_a_tensor_with_an_evil_name(
 def test_a_folder_and_a_text_with_evil_names(
     without_reader: None, model: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], evil: str
 ) -> None:
-    """A name that llmshrink would have to repeat to a terminal or a shell is refused, and told in visible characters."""
+    """What has control characters in its name is refused, and told in visible ones."""
     name = evil.replace("/", "\u2215")
     folder, text = model.rename(tmp_path / name), tmp_path / f"{name}.json"
     shutil.copy(text_file, text)

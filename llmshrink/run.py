@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import tempfile
 import time
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink import patterns
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.demo import MODEL_DIR, NAME
@@ -44,6 +44,7 @@ from llmshrink.preflight import check_finite, check_room
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
+from llmshrink.redact import redact
 from llmshrink.report.card import model_card
 from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
@@ -373,9 +374,9 @@ def _write_index(work: Work, folder: Path) -> str:
 
 
 def _write_report(folder: Path, report: Report, recipe: Recipe) -> None:
-    write_bytes(folder / "recipe.yaml", dump(recipe).encode())
-    write_bytes(folder / "README.md", model_card(report, dump(_shareable(recipe))).encode())
-    write_bytes(folder / "report.json", (report.model_dump_json(indent=2) + "\n").encode())
+    write_bytes(folder / "recipe.yaml", redact(dump(recipe)).encode())
+    write_bytes(folder / "README.md", model_card(report, redact(dump(_shareable(recipe)))).encode())
+    write_bytes(folder / "report.json", (report.model_dump_json(indent=2, ensure_ascii=True) + "\n").encode())
 
 
 def _shareable(recipe: Recipe) -> Recipe:
@@ -399,8 +400,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
     for stage in data["stages"]:
         stage["gate"] = {}
         if stage["task"] == "quantize":
-            stage["layers"] = {p: v for p, v in stage["layers"].items() if any(re.fullmatch(p, n) for n in names)}
-            stage["ignore"] = [p for p in stage["ignore"] if any(re.fullmatch(p, n) for n in names)]
+            stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
+            stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
     calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
     if calibration["data"] == "auto" and recipe.model.id in (None, NAME):
         calibration["data"] = "generator"

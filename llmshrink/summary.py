@@ -21,6 +21,7 @@ from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe import text
 from llmshrink.recipe.load import decisive, dump, recipe_hash
 from llmshrink.recipe.schema import Recipe
+from llmshrink.redact import redact_data
 from llmshrink.report.schema import (
     BY_RULE,
     CalibrationReport,
@@ -50,8 +51,8 @@ class RunFacts:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out."""
-        data: dict[str, Any] = text.parse(dump(self.recipe), "recipe")
+        """The recipe with every default written out, without secrets."""
+        data: dict[str, Any] = redact_data(text.parse(dump(self.recipe), "recipe"))
         return data
 
     def identity(self, rows: Rows | None) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class RunFacts:
     ) -> Report:
         """The report of the whole run; `measures` holds `before` and, after a compression, `after`."""
         task = task_of(self.source.config)
-        return Report(
+        report = Report(
             llmshrink_version=__version__,
             command=self.command,
             recipe=self.resolved,
@@ -112,6 +113,7 @@ class RunFacts:
             output=output,
             seconds=seconds,
         )
+        return Report.model_validate(redact_data(report.model_dump(mode="json")))
 
 
 def _calibration(rows: Rows | None) -> CalibrationReport | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from hub import Hub, point_here
 from huggingface_hub import close_session
 from tiny import TEXT, build_model, config
 from transformers.utils import logging
+
+from llmshrink import run
+from llmshrink.cli import main
+from llmshrink.report.schema import Check
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +52,46 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the smallest Llama, quantized in a second; tests spoil only copies of it."""
+    folder = tmp_path_factory.mktemp("smallest") / "model"
+    build_model(
+        folder, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
+    )
+    return folder
+
+
+@pytest.fixture
+def model(smallest: Path, tmp_path: Path) -> Path:
+    """A copy of the smallest Llama that a test may spoil."""
+    return shutil.copytree(smallest, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def without_reader() -> Iterator[None]:
+    """Leave out the check that loads the output with plain transformers, whose imports take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        yield
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, set[str]]]:
+    """Run `llmshrink quantize` on arguments; gives its exit code, what it said, and what it left beside."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, set[str]]:
+        before = set(tmp_path.iterdir())
+        settings = ["--output", tmp_path / "out", "--calibration", text_file, "--samples", "4", "--length", "16"]
+        more = ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false", "--group-size", "32"]
+        code = main([str(argument) for argument in ["quantize", *settings, *more, *arguments]])
+        return code, capsys.readouterr().err, {p.name for p in set(tmp_path.iterdir()) - before}
+
+    return call
 
 
 @pytest.fixture

@@ -241,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as in `llmshrink.errors`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with console.redacted_streams():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(given: list[str]) -> int:
     as_json = "--json" in given
     verbose = "--verbose" in given or "-v" in given
     try:

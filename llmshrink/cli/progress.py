@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from llmshrink.cli.console import visible
 from llmshrink.progress import Progress, Silent, seconds
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Lines:
         self._events.close()
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(visible(line), file=self._stream, flush=True)
 
 
 class Bars:
@@ -119,7 +120,7 @@ class Bars:
 
     def advance(self, amount: int, note: str = "") -> None:
         """Move the bar; with `verbose` every note stays on the screen."""
-        self._bars.update(self._steps[-1], advance=amount, note=note)
+        self._bars.update(self._steps[-1], advance=amount, note=visible(note))
         if self._verbose and note:
             self._write(note)
 
@@ -139,7 +140,7 @@ class Bars:
         self._events.close()
 
     def _write(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(visible(line), markup=False, highlight=False)
 
 
 def _share(step: _Step, elapsed: float) -> str:

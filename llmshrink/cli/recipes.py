@@ -44,7 +44,7 @@ def show(
     """Print a recipe."""
     from llmshrink.recipe import load
 
-    print(load.dump(load.load(name)) if full else load.resolve_name(name).read_text(encoding="utf-8"), end="")
+    print(load.dump(load.load(name)) if full else console.visible(load.read_text(load.resolve_name(name))), end="")
 
 
 @app.command("cp")
@@ -60,7 +60,7 @@ def copy(
     source = load.resolve_name(name)
     path = target or Path()
     path = path / source.name if path.is_dir() else path
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = load.read_text(source).splitlines(keepends=True)
     # The schema lies beside the built-in recipes, not beside the copy.
     content = "".join(line for line in lines if not line.startswith("# yaml-language-server:"))
     try:

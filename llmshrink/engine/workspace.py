@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from llmshrink.errors import OutputError
+from llmshrink.errors import OutputError, UnsafeError
 from llmshrink.io.files import room_for, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
@@ -44,6 +44,7 @@ class Workspace:
         self._holder = self.output.with_name(f".{self.output.name}.lock.json")
 
     def __enter__(self) -> Self:
+        self._refuse_links()
         self._refuse_strangers()
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,9 @@ class Workspace:
             self._check_free()
             # Only a courtesy to whoever finds the lock held: it need not survive a power cut.
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
-            with room_for(self._holder):
-                self._holder.write_text(json.dumps(holder), encoding="utf-8")
+            self._holder.unlink(missing_ok=True)  # of a dead run
+            with room_for(self._holder), self._holder.open("x", encoding="utf-8") as file:
+                json.dump(holder, file)
         except BaseException:
             self._release()
             raise
@@ -90,6 +92,17 @@ class Workspace:
         if (self.output / MANIFEST).is_file() and (self.output / WORK).is_dir():
             shutil.rmtree(self.output / WORK)
 
+    def _refuse_links(self) -> None:
+        """Links in the places of a run's own files would have it write, or delete, where they point to."""
+        own = [self.folder, self._replaced, self._holder, Path(self._lock.lock_file), self.output / WORK]
+        for top, folders, files in os.walk(self.folder):
+            own += [Path(top, name) for name in (*folders, *files)]
+        if links := [path for path in own if path.is_symlink()]:
+            raise UnsafeError(
+                f"{links[0]} is a link, and no run makes one there: nothing is written through it.",
+                hint="Look who put it there and remove it, or choose another --output.",
+            )
+
     def _refuse_strangers(self) -> None:
         """Never replace or empty a folder that llmshrink did not make."""
         for folder, mark in ((self.output, MANIFEST), (self.folder, WORK)):
@@ -102,9 +115,9 @@ class Workspace:
 
     def _who(self) -> str:
         try:
-            holder = json.loads(self._holder.read_bytes())
+            holder = json.loads(self._holder.read_bytes()) if self._holder.is_file() else {}
             return f" (process {holder['pid']} on {holder['host']})"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     def _check_free(self) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.llama import modeling_llama
 
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
 from llmshrink.memory import PeakMonitor, resident_bytes
+from llmshrink.model.source import forget_kernels
 from llmshrink.model.task import Task, positions, task_of
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
@@ -34,15 +35,17 @@ def read(request: ReadRequest) -> ReadResult:
     """Load a folder offline, without remote code, and measure what the request asks for."""
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
-    task = _prepare(request.folder)
+    config, task = _prepare(request.folder)
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
         start = time.perf_counter()
         model, info = task.loader.from_pretrained(
             request.folder,
+            config=config,
             dtype=request.dtype,
             device_map={"": request.device},  # bitsandbytes would take a GPU by itself
             local_files_only=True,
             trust_remote_code=False,
+            use_safetensors=True,  # never the pickle that may lie beside
             output_loading_info=True,
         )
         model.eval()
@@ -98,8 +101,8 @@ def _tables(state: Any) -> list[Tensor]:
     return [*(value for value in vars(state).values() if isinstance(value, Tensor)), *_tables(state.state2)]
 
 
-def _prepare(folder: str) -> Task:
-    """What the folder's model is for; imports what loading it needs, whose time and memory are not the model's."""
+def _prepare(folder: str) -> tuple[PretrainedConfig, Task]:
+    """What the folder's model is, and is for; imports what loading it needs, whose time and memory are not its own."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in QUANTIZERS:
@@ -107,7 +110,8 @@ def _prepare(folder: str) -> Task:
     task = task_of(config)
     if type(config) in task.loader._model_mapping:
         _ = task.loader._model_mapping[type(config)]
-    return task
+    forget_kernels(config)
+    return config, task
 
 
 def _names(keys: Any) -> list[str]:

@@ -132,8 +132,10 @@ def _answer(sender: Connection, request: str, threads: int) -> None:
     os.dup2(silence, 2)
     torch.set_num_threads(threads)
     try:
+        from huggingface_hub import constants
         from transformers.utils import logging
 
+        constants.HF_HUB_OFFLINE = True  # kernels are fetched without asking whether files are local
         logging.disable_progress_bar()  # a bar makes a semaphore, which a killed child would leave behind
         result = read(ReadRequest.model_validate_json(request))
     except Exception as error:  # whatever a library raises is the answer

@@ -13,6 +13,7 @@ that does not depend on the offset's digits: the plan knows the file's size exac
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -128,7 +129,10 @@ class BitsAndBytes(Format):
     ) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype from the state."""
         state = _read_state(key, get, None)
-        return tuple(state["shape"]), getattr(torch, state["dtype"])
+        shape, dtype = tuple(operator.index(n) for n in state["shape"]), getattr(torch, state["dtype"])
+        if not isinstance(dtype, torch.dtype) or len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"no matrix is {list(shape)} of {state['dtype']!r}")
+        return shape, dtype
 
 
 def _forms(layers: Iterable[tuple[Slot, Layer]]) -> Iterable[tuple[Slot, Quantized]]:

@@ -13,13 +13,13 @@ linears of a class of their own, load only with `"dequantize": true`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from llmshrink import patterns
 from llmshrink.errors import InputError
 from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Format, Kind, Slot
@@ -183,7 +183,7 @@ def _find_weights(config: dict[str, Any], *names: str) -> dict[str, Any]:
         for target in group["targets"]:
             if target in names:
                 ranked.append((0, group))
-            elif target.startswith("re:") and any(re.match(target[3:], name) for name in names):
+            elif target.startswith("re:") and any(patterns.matches(target[3:], name, whole=False) for name in names):
                 ranked.append((1, group))
             elif target == "Linear":
                 ranked.append((2, group))

@@ -14,7 +14,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 from llmshrink.errors import ResourceError
 
 CHUNK = 1 << 22
+MAX_NESTING = 64  # levels of JSON
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KILLED = 137  # the exit code of a process that got SIGKILL, as a shell reports it
 
@@ -122,16 +124,34 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What JSON text of a stranger says.
+def parse_json(raw: str | bytes, *, unique: bool = False) -> Any:
+    """Data from the JSON of a stranger; with `unique`, no object may hold a key twice.
 
     Raises:
-        ValueError: it is not JSON, or nested deeper than Python's stack.
+        ValueError: not JSON, or nested deeper than anything real.
     """
     try:
-        return json.loads(text)
+        data = json.loads(raw, object_pairs_hook=_unique if unique else None)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels") from None
+    level, depth = [data], 0
+    while level := [below for value in level for below in _below(value)]:
+        depth += 1
+        if depth > MAX_NESTING:  # who walks it later may recurse
+            raise ValueError(f"nested deeper than {MAX_NESTING} levels")
+    return data
+
+
+def _below(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {name[:100]!r} is there twice")
+    return data
 
 
 def sealed(value: Any) -> bytes:

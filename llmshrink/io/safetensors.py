@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_INDEX = 100_000_000
+MAX_TENSORS = 500_000  # the largest models of experts, in packed codes, have about half as many
+MAX_NUMBER = 1 << 53
+MAX_RANK = 16
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,27 +81,42 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(_broken(path, f"its header claims {length} bytes and the file has {size}"))
         raw = file.read(length)
     try:
-        header: dict[str, Any] = parse_json(raw)
+        header: dict[str, Any] = parse_json(raw, unique=True)
         header.pop("__metadata__", None)
-        spans = sorted((*_span(entry["data_offsets"]), name) for name, entry in header.items())
-        infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], tuple(map(index, e["shape"]))) for n, e in header.items()}
+        spans = {name: _numbers(entry["data_offsets"]) for name, entry in header.items()}
+        infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], _shape(e["shape"])) for n, e in header.items()}
     except KeyError as error:
         raise InputError(_broken(path, f"its header has an unknown or missing entry {error}")) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(_broken(path, "its header cannot be parsed")) from error
+        raise InputError(_broken(path, f"its header cannot be parsed ({error})")) from error
+    _refuse_many(path, infos)
     position = 0
-    for begin, end, name in spans:
-        if min(infos[name].shape, default=0) < 0 or begin != position or end - begin != infos[name].bytes:
+    for name, span in sorted(spans.items(), key=lambda item: item[1]):
+        if span != (position, position + infos[name].bytes):
             raise InputError(_broken(path, f"tensor {name!r} does not lie where its shape says"))
-        position = end
+        position = span[1]
     if 8 + length + position != size:
         raise InputError(_broken(path, f"the header describes {8 + length + position} bytes and the file has {size}"))
     return infos
 
 
-def _span(offsets: Any) -> tuple[int, int]:
-    begin, end = map(index, offsets)
-    return begin, end
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Sizes or offsets; true, 1.0 and -1 are numbers for torch, or worse."""
+    if not (isinstance(values, list) and all(type(n) is int and 0 <= n < MAX_NUMBER for n in values)):
+        raise ValueError(f"{str(values)[:100]} is not a list of whole numbers")
+    return tuple(values)
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    shape = _numbers(values)
+    if len(shape) > MAX_RANK or math.prod(n or 1 for n in shape) > MAX_NUMBER:
+        raise ValueError(f"no tensor has the shape {str(values)[:100]}")
+    return shape
+
+
+def _refuse_many(path: Path, names: Sized) -> None:
+    if len(names) > MAX_TENSORS:
+        raise InputError(f"{path} names {len(names):,} tensors: no model has so many.")
 
 
 def _broken(path: Path, why: str) -> str:
@@ -177,10 +194,11 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
     if path.stat().st_size > MAX_INDEX:
         raise InputError(f"{path} is larger than any real index ({path.stat().st_size} bytes).")
     try:
-        weight_map = parse_json(path.read_bytes())["weight_map"]
+        weight_map: dict[str, Any] = parse_json(path.read_bytes(), unique=True)["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a valid index: no JSON object with a 'weight_map'.") from error
+        raise InputError(f"{path} is not a valid index: no JSON object with a 'weight_map' ({error}).") from error
+    _refuse_many(path, weight_map)
     infos: dict[str, TensorInfo] = {}
     for name in names:
         shard = _inside(folder, name)
@@ -207,21 +225,28 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def refuse_outside(path: Path) -> None:
-    """Raise UnsafeError where a file of a model folder is a link to somewhere else."""
-    if path.is_symlink() and not _in_cache(path):
+    """Raise UnsafeError where a file of a model folder is a link to somewhere else, or would block who opens it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UnsafeError(f"{path} is neither a file nor a folder.")
+    if leads_outside(path):
         raise UnsafeError(f"{path} is a link out of the model's folder ({path.resolve()}).")
 
 
-def _in_cache(path: Path) -> bool:
-    """Whether a link is one of the Hub cache's own: <repository>/snapshots/<commit>/file -> <repository>/blobs/<hash>.
+def leads_outside(path: Path) -> bool:
+    """Whether a path is a link out of its folder, and not one of the Hub's cache.
+
+    Those are <repository>/snapshots/<commit>/file -> <repository>/blobs/<hash>.
 
     That blob may be a link in turn, to the blobs/ that all repositories of the cache share.
     """
     target, folder = path.resolve(), path.parent.resolve()
-    return target.is_relative_to(folder) or any(
-        parent.name == "snapshots"
-        and any(target.is_relative_to(root / "blobs") for root in (parent.parent, parent.parent.parent))
-        for parent in folder.parents
+    return path.is_symlink() and not (
+        target.is_relative_to(folder)
+        or any(
+            parent.name == "snapshots"
+            and any(target.is_relative_to(root / "blobs") for root in (parent.parent, parent.parent.parent))
+            for parent in folder.parents
+        )
     )
 
 

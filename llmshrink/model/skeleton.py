@@ -7,8 +7,9 @@ next to no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -17,20 +18,29 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from llmshrink.errors import PlanError
-from llmshrink.model.source import FOREIGN
+from llmshrink.errors import InputError, LlmshrinkError, PlanError
+from llmshrink.io.safetensors import TensorInfo
 from llmshrink.model.task import task_of
 
+TENSOR = 1000  # weights that a tensor counts for whatever its size: a million empty layers take their time too
 EXPERTS = "llmshrink"  # our implementation of fused experts, which lets an observer see each expert's inputs
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(room: float) -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        nonlocal room
+        if parameter is not None:
+            room -= parameter.numel() + TENSOR
+            if room < 0:
+                raise InputError(
+                    "config.json describes a model many times larger than the weights beside it.",
+                    hint="The weights and config.json do not belong together.",
+                )
+            if parameter.device.type != "meta":
+                parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
@@ -40,24 +50,43 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, *, all_meta: bool = False) -> PreTrainedModel:
+def room_of(infos: Mapping[str, TensorInfo]) -> int:
+    """More weights than these tensors can hold: 16 for each byte, one bit for each and tied ones counted twice."""
+    return sum(16 * info.bytes + 4 * TENSOR for info in infos.values())
+
+
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, *, room: float = math.inf, all_meta: bool = False
+) -> PreTrainedModel:
     """A model in eval mode whose parameters lie on `meta`; with `all_meta`, the buffers too.
+
+    Args:
+        config: what to build; a stranger wrote it.
+        dtype: of the parameters.
+        room: weights that it may have at most, as `room_of` gives them.
+        all_meta: take no memory at all.
 
     Raises:
         PlanError: what the model is for is not supported, or transformers has no class for it.
+        InputError: the configuration describes no model, or not this one.
     """
     task = task_of(config)
     config = deepcopy(config)  # it is changed by what is built from it
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the dense model
     try:
-        with torch.device("meta") if all_meta else _parameters_on_meta():
+        with _parameters_on_meta(room), torch.device("meta") if all_meta else nullcontext():
             model: PreTrainedModel = task.loader.from_config(config, dtype=dtype, trust_remote_code=False)
-    except FOREIGN as error:
+    except LlmshrinkError:
+        raise
+    except (ValueError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         if reason.startswith("Unrecognized configuration class"):
             reason = "it has no such class"  # in place of a list of all it has
         raise PlanError(f"transformers builds no {task.name} model of {config.model_type!r}: {reason}.") from error
+    except Exception as error:  # noqa: BLE001 - constructors of 400 families, given any numbers
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"config.json describes no model that can be built ({reason}).") from error
     fused = [module for module in model.modules() if hasattr(module, "is_transposed")]
     if any(module.is_transposed or module.has_bias or module.has_post_expert_norm for module in fused):
         what = "transposed, or have biases or norms"

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError, UsageError
 from llmshrink.io.files import parse_json, sha256
-from llmshrink.io.safetensors import Checkpoint, refuse_outside
+from llmshrink.io.safetensors import Checkpoint, leads_outside, refuse_outside
 from llmshrink.model.hub import download
 
 COMPANIONS = re.compile(
-    r"tokenizer.*\.(json|model)|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|added_tokens\.json"
-    r"|special_tokens_map\.json|generation_config\.json|chat_template.*|(LICENSE|LICENCE|NOTICE|USE_POLICY).*"
+    r"tokenizer[^/]*\.(json|model)|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece[^/]*\.model|added_tokens\.json"
+    r"|special_tokens_map\.json|generation_config\.json|chat_template[^/]*\.(json|jinja)"
+    r"|(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/.]*(\.(txt|md|rst|html|pdf))?"
     # sentence-transformers: how token vectors become one, in folders such as 1_Pooling
     r"|modules\.json|(config_sentence_transformers|sentence_\w+_config)\.json|\d+_\w+/(config\.json|model\.safetensors)"
 )
 
+IMPLEMENTATION = "_implementation"  # of attention and experts, in all spellings of its key
+MAX_SETTINGS = 10_000_000  # bytes of config.json
+MAX_CARD = 1_000_000  # characters in which the licence stands, if it does
+MANY = 1_000_000  # of anything that a configuration makes a list of
+COUNTED = re.compile(r"layer|block|label|dense|stage|depth|expert|head")
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
 
 
-# What transformers raises on settings and files that it was not made for.
-FOREIGN = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
-    StrictDataclassError,
-)
 DEEPEST = 64  # levels of a configuration
 
 
@@ -47,8 +47,10 @@ class Source:
 
     @cached_property
     def config_dict(self) -> dict[str, Any]:
-        """config.json as it is on disk."""
-        return _read_object(self.folder / "config.json", "it is not a Hugging Face model folder")
+        """config.json as it is on disk, but for what it says of the machine: see `forget_kernels`."""
+        path = self.folder / "config.json"
+        found: dict[str, Any] = _without_kernels(_read_object(path, "it is not a Hugging Face model folder"))
+        return found
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -58,13 +60,11 @@ class Source:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except (*FOREIGN, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - constructors of 400 families, given what a stranger wrote
             raise InputError(
                 f"{self.folder / 'config.json'} is not a configuration transformers accepts: {error}"
             ) from error
-        names = config.architectures
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise InputError(f"{self.folder / 'config.json'}: architectures must be a list of names.")
+        forget_kernels(config)
         return config
 
     @cached_property
@@ -92,7 +92,13 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=False, local_files_only=True
             )
-        except (*FOREIGN, OSError) as error:
+            tokenizer("a")  # some faults show only then
+        except Exception as error:  # noqa: BLE001 - the tokenizers of Rust raise this very class
+            if "trust_remote_code" in str(error):
+                raise UnsafeError(
+                    f"{self.id} brings its own Python code (auto_map in tokenizer_config.json) and transformers has no "
+                    "tokenizer of its own for it; llmshrink does not run code from a model."
+                ) from error
             raise InputError(
                 f"{self.folder} has no tokenizer that transformers can load: {error}",
                 hint="Calibration and evaluation text must be tokenized; copy the tokenizer files into the folder.",
@@ -110,6 +116,32 @@ class Source:
             refuse_outside(path)
         return found
 
+    def refuse_unsafe(self) -> None:
+        """Look for what would run code that is not in transformers, or take all memory, before anything is loaded.
+
+        Raises:
+            UnsafeError: code of the model's own, or kernels from a repository.
+            InputError: transformers does not know the model, or it has billions of layers.
+        """
+        path = self.folder / "config.json"
+        config = _read_object(path, "it is not a Hugging Face model folder")
+        model_type, architectures = config.get("model_type"), config.get("architectures") or []
+        known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+        for key, value in _entries(config):
+            if key == "auto_map" and not known:
+                raise UnsafeError(
+                    f"{self.id} brings its own Python code (auto_map in config.json) and transformers has no class of "
+                    f"its own for model_type {model_type!r}; llmshrink does not run code from a model.",
+                )
+            if IMPLEMENTATION in key and "/" in str(value):
+                raise UnsafeError(f"{path} asks for code from the Hub: {key} is {str(value)[:100]!r}.")
+            if COUNTED.search(key) and isinstance(value, int | float) and not value <= MANY:
+                raise InputError(f"{path}: {key} is {value}: no model has so many.")
+        if not known:
+            raise InputError(f"{path}: transformers knows no model_type {model_type!r}.")
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise InputError(f"{path}: architectures must be a list of names.")
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that decides the result."""
@@ -121,9 +153,10 @@ class Source:
     def licence(self) -> str | None:
         """The licence its model card declares."""
         card = self.folder / "README.md"
-        if not card.is_file():
+        if not card.is_file() or leads_outside(card):
             return None
-        found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.\-]+)", card.read_text(encoding="utf-8", errors="replace"))
+        with card.open(encoding="utf-8", errors="replace") as file:
+            found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.\-]+)", file.read(MAX_CARD))
         return found.group(1) if found else None
 
 
@@ -151,10 +184,12 @@ def _content_hash(path: Path) -> str:
 
 def _read_object(path: Path, absent: str = "") -> dict[str, Any]:
     refuse_outside(path)
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}: {absent}.")
+    if path.stat().st_size > MAX_SETTINGS:
+        raise InputError(f"{path} is larger than any real one ({path.stat().st_size:,} bytes).")
     try:
         value = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} has no {path.name}: {absent}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -190,25 +225,29 @@ def open_source(model_id: str, revision: str | None = None) -> Source:
         source = Source(model_id, folder, folder.name)
     else:
         raise ModelNotFoundError(f"There is no folder {model_id!r}, and it is not a Hub id (owner/name) either.")
-    _refuse_remote_code(source)
+    source.refuse_unsafe()
     return source
 
 
-def _refuse_remote_code(source: Source) -> None:
-    """A model with `auto_map` is used only where transformers has its own class for the same `model_type`."""
-    config = source.config_dict
-    model_type = config.get("model_type")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    if _has_key(config, "auto_map") and not known:
-        raise UnsafeError(
-            f"{source.id} brings its own Python code (auto_map in config.json) and transformers has no class of its "
-            f"own for model_type {model_type!r}; llmshrink does not run code from a model.",
-        )
-    if not known:
-        raise InputError(f"{source.folder / 'config.json'}: transformers knows no model_type {model_type!r}.")
+def forget_kernels(config: PretrainedConfig) -> None:
+    """Compute with what fits this machine: transformers may fetch a kernel for a named implementation."""
+    config._attn_implementation = None
+    config._experts_implementation = None
 
 
-def _has_key(value: Any, key: str) -> bool:
-    if isinstance(value, Mapping):
-        return key in value or any(_has_key(v, key) for v in value.values())
-    return isinstance(value, list) and any(_has_key(v, key) for v in value)
+def _without_kernels(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_kernels(below) for key, below in value.items() if IMPLEMENTATION not in key}
+    return [_without_kernels(below) for below in value] if isinstance(value, list) else value
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth; those of a list have the list's key."""
+    left = [("", config)]
+    while left:
+        key, value = left.pop()
+        yield key, value
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]

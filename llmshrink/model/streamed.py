@@ -13,7 +13,7 @@ from llmshrink.errors import InputError, PlanError
 from llmshrink.model.anatomy import Anatomy, Matrix, block_list, dissect
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
-from llmshrink.model.skeleton import build, drop_parameters, set_parameter
+from llmshrink.model.skeleton import build, drop_parameters, room_of, set_parameter
 from llmshrink.model.source import Source
 from llmshrink.model.task import Task, positions, task_of
 from llmshrink.model.weights import Weights
@@ -36,7 +36,9 @@ class StreamedModel:
         self._stored: torch.dtype | None = config.dtype
         # A CPU computes fastest and most exactly in float32; a GPU in what the checkpoint is stored in.
         self.dtype = torch.float32 if device.type == "cpu" or self._stored is None else self._stored
-        self.model = build(config, self.dtype)
+        self._room = room_of(source.checkpoint.infos)
+        meta = build(config, self.dtype, room=self._room, all_meta=True)  # first: whatever it asks for takes no memory
+        self.model = build(config, self.dtype, room=self._room)
         self.weights = Weights(source.checkpoint, source.quantization, self._stored)
         self.map = WeightMap(self.model, self.weights.infos)
         modules = {
@@ -44,7 +46,6 @@ class StreamedModel:
         }
         conv1d = [key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys]
         self.weights.place(modules, conv1d)
-        meta = build(config, self.dtype, all_meta=True)
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._refuse_ignored()
         self._blocks = list(block_list(self.model)[1])
@@ -123,7 +124,7 @@ class StreamedModel:
     def whole(self) -> PreTrainedModel:
         """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed."""
         dtype = self._stored or self.dtype
-        model = build(self.source.config, dtype)
+        model = build(self.source.config, dtype, room=self._room)
 
         def get(key: str) -> Tensor:
             tensor = self.weights.get(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,7 +86,7 @@ class Weights:
         """Say which folder is at fault where settings and tensors, both of strangers, do not fit each other."""
         try:
             yield
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if out_of_memory(error):
                 raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
+from llmshrink import patterns
 from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
@@ -171,7 +171,7 @@ def _fit(
 
 def _check_patterns(stage: QuantizeStage, matrices: list[Matrix]) -> None:
     for pattern in (*stage.layers, *stage.ignore):
-        if not any(re.fullmatch(pattern, m.name) for m in matrices):
+        if not any(patterns.matches(pattern, m.name) for m in matrices):
             some = ", ".join(m.name for m in matrices[:3])
             raise PlanError(f"The expression {pattern!r} matches no layer.", hint=f"Layers are named like: {some}")
 

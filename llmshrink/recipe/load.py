@@ -9,15 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmshrink.errors import RecipeError, UsageError
+from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.recipe import text
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.recipe.section import KeyPath, did_you_mean
+from llmshrink.recipe.section import KeyPath, did_you_mean, unknown_key
 
+LONG = 100  # characters of a value or key that a message repeats
 _STAGE_KEYS = {
     "quantize": set(QuantizeStage.model_fields),
     "export": set(ExportStage.model_fields),
@@ -62,22 +64,34 @@ def resolve_name(path_or_name: str) -> Path:
     raise RecipeError(f"{path_or_name}: {what}{did_you_mean(path.stem, known)}", hint="llmshrink recipes ls shows all")
 
 
+def read_text(path: Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RecipeError: not readable, or not UTF-8.
+        UnsafeError: megabytes.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(text.MAX_BYTES + 1)
+        if len(content) > text.MAX_BYTES:
+            raise UnsafeError(f"{path}: larger than {text.MAX_BYTES:,} bytes; a recipe is a page of text")
+        return content.decode()
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+
+
 def read(path_or_name: str) -> dict[str, Any]:
     """The plain data of a recipe, not validated yet.
 
     Raises:
         RecipeError: no such recipe, not readable, not YAML, or not a mapping.
+        UnsafeError: tags, or more than the limits of `text` allow.
     """
     path = resolve_name(path_or_name)
-    try:
-        if path.stat().st_size > text.MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {text.MAX_BYTES:,} bytes; a recipe is a page of text")
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None
-    data = text.parse(content, str(path))
+    data = text.parse(read_text(path), str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping that begins with `version: 1`")
     return data
@@ -97,7 +111,9 @@ def validate(data: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 
     Raises:
         RecipeError: `problems` holds one line for each fault, with its path and the nearest known word.
+        UnsafeError: a text holds control characters, which a terminal or a path could take for something else.
     """
+    _refuse_controls(data, (), origin)
     try:
         return Recipe.model_validate(dict(data))
     except ValidationError as error:
@@ -148,8 +164,8 @@ def apply_overrides(data: Mapping[str, Any], settings: Sequence[str]) -> dict[st
     for setting in settings:
         path, equals, value = setting.partition("=")
         if not (equals and path):
-            raise UsageError(f"--set {setting}: write it as path=value, e.g. --set method.bits=3")
-        result = override(result, path, text.parse(value, f"--set {setting}"))
+            raise UsageError("--set: write it as path=value, e.g. --set method.bits=3")
+        result = override(result, path, text.parse(value, f"--set {path}"))
     return result
 
 
@@ -179,12 +195,24 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(decisive(recipe), sort_keys=True).encode()).hexdigest()
 
 
+def _refuse_controls(value: Any, at: KeyPath, origin: str) -> None:
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _refuse_controls(str(key), (*at, key), origin)
+            _refuse_controls(below, (*at, key), origin)
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            _refuse_controls(below, (*at, index), origin)
+    elif isinstance(value, str) and any(category(c) in ("Cc", "Cs") and c not in "\n\t" for c in value):
+        raise UnsafeError(f"{origin}: {_dotted(at)}: control characters in {value[:LONG]!r}")
+
+
 def _problem(found: ErrorDetails) -> str:
     """One line: path, what is wrong, and the value where that helps."""
     at, value = found["loc"], found["input"]
     if at[:1] == ("stages",) and len(at) > 2 and at[2] in _STAGE_KEYS:  # the union's branch, which pydantic adds
         at = (*at[:2], *at[3:])
-    got = f"; got {value!r}" if "Input" in found["msg"] and isinstance(value, int | float | str) else ""
+    got = f"; got {_short(repr(value))}" if "Input" in found["msg"] and isinstance(value, int | float | str) else ""
     return f"{_dotted(at)}: {found['msg']}{got}" if at else found["msg"]
 
 
@@ -192,8 +220,12 @@ def _dotted(at: KeyPath) -> str:
     words = ""
     for key in at:
         plain = isinstance(key, str) and re.fullmatch(r"[\w-]+", key)
-        words += (f".{key}" if words else f"{key}") if plain else f"[{key!r}]"
+        words += (f".{_short(str(key))}" if words else f"{_short(str(key))}") if plain else f"[{_short(repr(key))}]"
     return words
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
 def _full_path(path: str, data: Mapping[str, Any], task: str | None) -> list[str]:
@@ -204,7 +236,7 @@ def _full_path(path: str, data: Mapping[str, Any], task: str | None) -> list[str
     tasks = [s.get("task") for s in stages if isinstance(s, dict)] if isinstance(stages, list) else []
     known = {name for stage, names in _STAGE_KEYS.items() if stage in tasks for name in names}
     if keys[0] not in known:
-        raise RecipeError(f"{path}: unknown key{did_you_mean(keys[0], known | set(Recipe.model_fields))}")
+        raise RecipeError(f"{path}: {unknown_key(keys[0], known | set(Recipe.model_fields))}")
     having = [i for i, stage in enumerate(tasks) if keys[0] in _STAGE_KEYS.get(str(stage), ())]
     if tasks.count(task) == 1:
         having = [i for i in having if tasks[i] == task] or having

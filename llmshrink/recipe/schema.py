@@ -5,7 +5,6 @@ Nothing here imports torch until a method's settings are validated, because the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from llmshrink import patterns
 from llmshrink.formats import format_names as format_names
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
@@ -134,9 +134,9 @@ class QuantizeStage(Section):
             layer: the layer's name in the checkpoint, without `.weight`.
             method: the stage's method, or the one chosen for the model where the recipe leaves it out.
         """
-        if any(re.fullmatch(pattern, layer) for pattern in self.ignore):
+        if any(patterns.matches(pattern, layer) for pattern in self.ignore):
             return None
-        found = [keys for pattern, keys in self.layers.items() if re.fullmatch(pattern, layer)]
+        found = [keys for pattern, keys in self.layers.items() if patterns.matches(pattern, layer)]
         if not found:
             return method
         return None if found[-1] is None else method.override(found[-1])
@@ -163,11 +163,11 @@ class QuantizeStage(Section):
 
     @field_validator("ignore")
     @classmethod
-    def _check_ignore(cls, patterns: list[str]) -> list[str]:
-        faults = _pattern_faults({p: (i,) for i, p in enumerate(patterns)})
+    def _check_ignore(cls, ignore: list[str]) -> list[str]:
+        faults = _pattern_faults({p: (i,) for i, p in enumerate(ignore)})
         if faults:
             raise refuse(faults)
-        return patterns
+        return ignore
 
 
 class ExportStage(Section):
@@ -263,11 +263,9 @@ class Recipe(Section):
     )
 
 
-def _pattern_faults(patterns: Mapping[str, tuple[str | int, ...]]) -> list[InitErrorDetails]:
-    faults = []
-    for pattern, at in patterns.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            faults.append(fault(at, f"not a regular expression: {error}", pattern))
-    return faults
+def _pattern_faults(places: Mapping[str, tuple[str | int, ...]]) -> list[InitErrorDetails]:
+    return [
+        fault(at, f"not a regular expression: {why}", pattern)
+        for pattern, at in places.items()
+        if (why := patterns.fault(pattern)) is not None
+    ]

@@ -12,7 +12,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 
-_SECRET = re.compile(r"(^|[_-])(token|secret|password|api[_-]?key)s?($|[_-])", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_-]|(?<=[a-z])(?=[A-Z]))(?i:token|secret|passw(or)?d|passphrase|credential|(api|access|private)[_-]?key)s?"
+    r"($|[_-]|(?=[A-Z]))"
+)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -42,7 +45,7 @@ def faults_of(error: ValidationError, known: Iterable[str], at: KeyPath = ()) ->
     for found in error.errors(include_url=False):
         message, place, context = found["msg"], (*at, *found["loc"]), found.get("ctx", {})
         if found["type"] == "extra_forbidden" and len(found["loc"]) == 1:
-            message = _unknown_key(str(found["loc"][0]), known)
+            message = unknown_key(str(found["loc"][0]), known)
         elif found["type"] == "union_tag_invalid":
             tags = context["expected_tags"].replace("'", "").split(", ")
             message, place = (
@@ -55,7 +58,8 @@ def faults_of(error: ValidationError, known: Iterable[str], at: KeyPath = ()) ->
     return faults
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What is wrong with a key that nothing knows: the word it may be meant for, or where a secret belongs."""
     hint = did_you_mean(key, known)
     if _SECRET.search(key) and "did you mean" not in hint:
         return "no keys or passwords in a recipe: set HF_TOKEN, or run `hf auth login`"

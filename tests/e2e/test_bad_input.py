@@ -12,41 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmshrink import preflight
-from llmshrink.cli import main
 
 Harm = Callable[[Path], None]
-
-
-@pytest.fixture
-def model(smallest: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return shutil.copytree(smallest, tmp_path / "model")
-
-
-@pytest.fixture
-def refused(
-    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, set[str]]]:
-    """Run `llmshrink quantize` on arguments; gives its exit code, what it said, and what it left beside."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, set[str]]:
-        before = set(tmp_path.iterdir())
-        settings = ["--output", tmp_path / "out", "--calibration", text_file, "--samples", "4", "--length", "16"]
-        more = ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false", "--group-size", "32"]
-        code = main([str(argument) for argument in ["quantize", *settings, *more, *arguments]])
-        return code, capsys.readouterr().err, {p.name for p in set(tmp_path.iterdir()) - before}
-
-    return call
 
 
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def truncate_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 def put(name: str, value: float) -> Harm:
@@ -74,10 +46,6 @@ def index_of_another(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def drop_a_tensor(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -91,17 +59,10 @@ def drop_tokenizer(folder: Path) -> None:
 
 
 SPOILED: dict[str, tuple[Harm, int, str]] = {
-    "truncated": (truncate_weights, 8, "model.safetensors is truncated or damaged"),
     "mismatched": (lambda f: edit_config(f, intermediate_size=48), 8, "mlp"),
     "shard of another model": (weights_of_another, 8, "up_proj"),
     "index of another model": (index_of_another, 8, "'model.layers.2.mlp.up_proj.weight' is in"),
     "incomplete": (drop_a_tensor, 8, "model.layers.1.mlp.up_proj.weight"),
-    "pickle": (only_pickle, 5, "pytorch_model.bin"),
-    "remote code": (
-        lambda f: edit_config(f, model_type="surprise", auto_map={"AutoConfig": "code.Surprise"}),
-        5,
-        "auto_map",
-    ),
     "unknown type": (lambda f: edit_config(f, model_type="surprise"), 8, "'surprise'"),
     "no config": (lambda f: (f / "config.json").unlink(), 8, "config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), 8, "config.json"),
@@ -144,14 +105,6 @@ def test_a_value_that_is_not_finite(
     found, said, left = refused(folder)
     assert (found, left) == (8, set())
     assert f"{name!r} has 1 values that are NaN or infinite (the first at index 5)" in said
-
-
-def test_code_of_a_model_type_that_transformers_knows_is_not_needed(
-    refused: Callable[..., tuple[int, str, set[str]]], model: Path, without_reader: None
-) -> None:
-    (model / "code.py").write_text("raise SystemExit('the code of a model was run')")
-    edit_config(model, auto_map={"AutoConfig": "code.Surprise"})
-    assert refused(model, "--method", "rtn")[0] == 0
 
 
 ARGUMENTS: dict[str, tuple[list[str], int, str]] = {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llmshrink.errors import RecipeError, UsageError
+from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.recipe import load
 from llmshrink.recipe.json_schema import json_schema
 
@@ -77,7 +77,7 @@ def test_all_problems_at_once():
         "stages[2].method.name: there is no method 'gtpq'; did you mean 'gptq'?",
         "stages[3].method.bits: Input should be 2, 3, 4 or 8; got 7",
         "stages[3].method.group_sise: unknown key; did you mean 'group_size'?",
-        "stages[4].layers['(']: not a regular expression: missing ), unterminated subpattern at position 0",
+        "stages[4].layers['(']: not a regular expression: missing ) at position 1",
         r"stages[4].layers['.*x\\.y'].bitz: unknown key; did you mean 'bits'?",
         "stages[4].ignore[1]: not a regular expression: nothing to repeat at position 0",
         "stages[5].method: unknown key; known: gate, task",
@@ -232,12 +232,13 @@ def test_files(tmp_path):
     assert load.load(written("version: 1\nstages: [{task: eval}]")).stages[0].task == "eval"
     for content, message in (
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"x" * 2_000_000, "larger"),
         (b"", "mapping"),
         (b"- 1", "mapping"),
     ):
         with pytest.raises(RecipeError, match=message):
             load.load(written(content, "b"))
+    with pytest.raises(UnsafeError, match="larger"):
+        load.load(written(b"x" * 2_000_000, "b"))
     with pytest.raises(RecipeError, match="no built-in recipe of this name; did you mean 'gptq-w4g128'"):
         load.load("gptq-w4g12")
     with pytest.raises(RecipeError, match="no such file"):

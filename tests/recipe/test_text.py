@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmshrink.errors import RecipeError
+from llmshrink.errors import RecipeError, UnsafeError
 from llmshrink.recipe import text
 
 SCALARS = {
@@ -55,29 +55,38 @@ def bomb():
     return "\n".join(lines)
 
 
-REFUSED = {
+MISTAKES = {
     "twice": ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' is there twice"),
     "twice below": ("x:\n  - {b: 1, b: 2}", "'b' is there twice"),
+    "two documents": ("a: 1\n---\nb: 2", "single document"),
+    "not yaml": ("a: [1", "line 1"),
+    "key": ("[1]: 2", "a key must be one word"),
+    "control": ("a: \x07", "not YAML"),
+    "digits": ("a: " + "9" * 10_000, "line 1, column 4: a number of 10,000 digits"),
+    "hexadecimal digits": ("a: 0x" + "f" * 10_000, "a number of 10,002 digits"),
+}
+ATTACKS = {
     "python": ("a: !!python/object/apply:os.system [echo]", "tag .* is not allowed"),
     "core tag": ("a: !!str 5", "tag .* is not allowed"),
     "own tag": ("a: !x 5", "tag .* is not allowed"),
     "deep": ("[" * 40 + "]" * 40, "deeper than 32"),
     "very deep": ("[" * 100_000, "deeper than 32"),
     "aliases": ("a: &a 1\nb: [" + "*a," * 101 + "]", "more than 100 aliases"),
-    "bomb": (bomb(), "100,000 values"),
+    "bomb": (bomb(), "stand for more than 20,000 values"),
+    "many": ("- a\n" * 30_000, "more than 20,000 values"),
     "itself": ("a: &a [*a]", "contains itself"),
     "large": ("# " + "x" * 1_000_001, "larger than"),
-    "two documents": ("a: 1\n---\nb: 2", "single document"),
-    "not yaml": ("a: [1", "line 1"),
-    "key": ("[1]: 2", "a key must be one word"),
-    "control": ("a: \x07", "not YAML"),
+}
+REFUSED = {
+    **{name: (RecipeError, *case) for name, case in MISTAKES.items()},
+    **{name: (UnsafeError, *case) for name, case in ATTACKS.items()},
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    written, message = REFUSED[case]
-    with pytest.raises(RecipeError, match=message):
+    kind, written, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
         text.parse(written, "here")
 
 

@@ -123,10 +123,9 @@ class Source:
         path = self.folder / "config.json"
         config = _read_object(path, "it is not a Hugging Face model folder")
         model_type, architectures = config.get("model_type"), config.get("architectures") or []
-        if not isinstance(architectures, list) or not all(isinstance(n, str) for n in (model_type, *architectures)):
-            raise InputError(f"{path} must name its model_type, and a list of architectures.")
+        known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
         for key, value in _entries(config):
-            if key == "auto_map" and model_type not in CONFIG_MAPPING:
+            if key == "auto_map" and not known:
                 raise UnsafeError(
                     f"{self.id} brings its own Python code (auto_map in config.json) and transformers has no class of "
                     f"its own for model_type {model_type!r}; llmshrink does not run code from a model.",
@@ -135,8 +134,10 @@ class Source:
                 raise UnsafeError(f"{path} asks for code from the Hub: {key} is {str(value)[:100]!r}.")
             if COUNTED.search(key) and isinstance(value, int | float) and not value <= MANY:
                 raise InputError(f"{path}: {key} is {value}: no model has so many.")
-        if model_type not in CONFIG_MAPPING:
-            raise InputError(f"{path}: transformers knows no model_type {model_type!r}.")
+        if not known:
+            raise InputError(f"{path}: transformers knows no model_type {str(model_type)[:100]!r}.")
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise InputError(f"{path}: its architectures must be a list of names.")
 
     @cached_property
     def hashes(self) -> dict[str, str]:

@@ -235,9 +235,8 @@ def refuse_outside(path: Path) -> None:
 def leads_outside(path: Path) -> bool:
     """Whether a path is a link out of its folder, and not one of the Hub's cache.
 
-    Those are <repository>/snapshots/<commit>/file -> <repository>/blobs/<hash>.
-
-    That blob may be a link in turn, to the blobs/ that all repositories of the cache share.
+    Those are <repository>/snapshots/<commit>/file -> <repository>/blobs/<hash>; that blob may be a link in turn, to the
+    blobs/ that all repositories of the cache share.
     """
     target, folder = path.resolve(), path.parent.resolve()
     return path.is_symlink() and not (

@@ -138,9 +138,9 @@ class Source:
             if COUNTED.search(key) and isinstance(value, int | float) and not value <= MANY:
                 raise InputError(f"{path}: {key} is {value}: no model has so many.")
         if not known:
-            raise InputError(f"{path}: transformers knows no model_type {model_type!r}.")
+            raise InputError(f"{path}: transformers knows no model_type {str(model_type)[:100]!r}.")
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-            raise InputError(f"{path}: architectures must be a list of names.")
+            raise InputError(f"{path}: its architectures must be a list of names.")
 
     @cached_property
     def hashes(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, OutputError, PlanError, ResourceError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
-from llmshrink.io.files import copy_file, write_bytes, write_json
+from llmshrink.io.files import copy_file, disk_faults, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import PeakMonitor, anonymous_bytes, available_memory, fix_malloc
@@ -66,6 +66,7 @@ NOTICES = {
     "requantized",
     "decompressed",
     "loaded_dense",
+    "work_lost",
 }
 
 
@@ -200,7 +201,7 @@ class _Run:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
         _check_room(plan, work.output, self.facts.source)
-        with Workspace(work.output, overwrite=overwrite) as workspace:
+        with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             _check_finite(self.model, self.progress)
             rows = self._calibration(work, workspace) if work.needs_data else None
             happened = list(self.loader.events)
@@ -209,7 +210,7 @@ class _Run:
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
-            known = self._tell(work.events, self.loader.events)
+            known = self._tell(workspace.events, work.events, self.loader.events)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 clock = time.perf_counter()
@@ -227,7 +228,7 @@ class _Run:
                 stages=stages,
                 calibration=rows,
                 measures=measures,
-                events=[*work.events, *self.loader.events, *result.events],
+                events=[*workspace.events, *work.events, *self.loader.events, *result.events],
                 output=str(work.output),
                 seconds=time.perf_counter() - self.start,
             )
@@ -342,7 +343,7 @@ def _check_room(plan: Plan, output: Path, source: Source) -> None:
         raise OutputError(f"The output {output} and the model {source.folder} lie within each other.")
     if plan.disk_bytes > plan.disk_free:
         raise ResourceError(
-            f"{output} needs {plan.disk_bytes / 2**20:.0f} MiB of disk, and {plan.disk_free / 2**20:.0f} are free.",
+            f"{output} needs {plan.disk_bytes / 2**20:.1f} MiB of disk, and {plan.disk_free / 2**20:.1f} are free.",
             hint="Free some, or choose an --output on another disk.",
         )
     needs = {

@@ -99,7 +99,7 @@ class Compressor:
         sizes = [sum(m.numel for m in block.matrices) for block in blocks]
         self._progress.start("compress", sum(sizes), sum(sizes[: len(done)]))
         saved = time.perf_counter()
-        self._restore(done)
+        self._restore(done, result)
         with ThreadPoolExecutor(1) as disk:
             for block in blocks[len(done) :]:
                 entry, tensors = self._block(block, result)
@@ -130,7 +130,7 @@ class Compressor:
         for event in result.events[known:]:
             self._progress.event(event)
 
-    def _restore(self, done: list[dict[str, Any]]) -> None:
+    def _restore(self, done: list[dict[str, Any]], result: Result) -> None:
         """Bring back the states behind the last finished block.
 
         They come from the newest file of them that is whole; what was compressed after it runs again on what was
@@ -138,11 +138,17 @@ class Compressor:
         """
         blocks = self._model.anatomy.blocks[: len(done)]
         missing = blocks
-        for entry in reversed(done):
-            if (states := entry.get("states")) and self._workspace.holds(states):
-                self._hidden.load(self._workspace.folder / next(iter(states)))
-                missing = blocks[entry["block"] + 1 :]
-                break
+        saved = [entry for entry in done if "states" in entry]
+        whole = next((entry for entry in reversed(saved) if self._workspace.holds(entry["states"])), None)
+        if whole is not None:
+            self._hidden.load(self._workspace.folder / next(iter(whole["states"])))
+            missing = blocks[whole["block"] + 1 :]
+        if (
+            saved and whole is not saved[-1] and not self._workspace.events
+        ):  # where a block was lost, so were its states
+            path = self._workspace.folder / next(iter(saved[-1]["states"]))
+            result.events.append(Event("work_lost", f"{path} is damaged or gone: {len(missing)} blocks run again"))
+            self._progress.event(result.events[-1])
         for block in missing:
             self._progress.advance(0, f"running block {block.index} again")
             self._forward(block, self._written(block))

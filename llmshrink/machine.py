@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import signal
@@ -17,6 +18,8 @@ from llmshrink.errors import InterruptedRun, ResourceError, UsageError
 from llmshrink.forms import Event
 from llmshrink.progress import Progress
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # schedulers send the last some time before they kill
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "can't start new thread")
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
 
 
@@ -107,20 +110,30 @@ def enough_memory() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own error, and what its CPU allocator raises
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
+    except Exception as error:  # noqa: BLE001 - libraries wrap it, and so do our own errors that name a file
+        first = memory_error(error)
+        if first is None or isinstance(error, ResourceError):
             raise
         raise ResourceError(
-            f"Memory ran out: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
+            f"Memory ran out: {str(first).splitlines()[0] if str(first) else 'an allocation failed'}",
             hint="Use fewer or shorter rows, or a smaller --set run.batch_tokens; what is finished is kept.",
         ) from error
 
 
-class StopSignal:
-    """SIGINT and SIGTERM: the first asks to stop at the next block, a second stops at once with exit code 130.
+def memory_error(error: BaseException | None) -> BaseException | None:
+    """The failed allocation that an error is or was caused by, or None."""
+    while error is not None:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if known or any(words in str(error) for words in NO_MEMORY):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
-    A run that cannot be resumed is stopped by the first.
+
+class StopSignal:
+    """SIGINT, SIGTERM and SIGUSR1: the first asks to stop at the next block, a second stops at once with code 130.
+
+    A run that cannot be resumed is stopped by the first. A signal that the process was started to ignore stays ignored.
     """
 
     def __init__(self, *, resumable: bool) -> None:
@@ -130,8 +143,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread: whoever owns the process handles its signals
             self._previous.clear()
         return self

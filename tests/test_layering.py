@@ -24,7 +24,7 @@ ALLOWED = {
     "memory": set(),
     "calibration": {"errors", "forms", "io", "memory", "model", "progress", "demo", "recipe"},
     "machine": {"errors", "forms", "progress"},
-    "plan": {"errors", "forms", "formats", "io", "methods", "model", "recipe", "statistics"},
+    "plan": {"errors", "forms", "formats", "io", "machine", "methods", "model", "recipe", "statistics"},
     "engine": {
         "errors",
         "formats",

@@ -36,27 +36,33 @@ class Case:
     """Runs one recipe again and again, each time into a folder of its own."""
 
     def __init__(self, server: CrashServer, wanted: Recipe, folder: Path) -> None:
-        self.server, self.folder, self._count = server, folder, 0
+        self._server, self._folder, self._count = server, folder, 0
         self._data = json.loads(wanted.model_dump_json(exclude_unset=True))
-        self.unbroken = self.run("unbroken", disk={}, memory={})
-        assert self.unbroken.code == 0, self.unbroken.message
-        assert not self.unbroken.events
-        self.seconds = self.run("timed").seconds
-        self.expected = content(folder / "unbroken")
-        assert content(folder / "timed") == self.expected
-        shutil.rmtree(folder / "timed")
         self.model = Path(self._data["model"]["id"])
         self._source = content(self.model)
+        out = self.new_folder() / "out"
+        self.unbroken = self.run(out, disk={}, memory={})
+        assert self.unbroken.code == 0, self.unbroken.message
+        assert not self.unbroken.events
+        self.expected = content(out)
+        self.seconds = self.run(out, overwrite=True).seconds
+        assert content(out) == self.expected
 
-    def run(self, name: str, **how: Any) -> Ended:
-        return self.server.run({**self._data, "output": str(self.folder / name)}, **how)
+    def new_folder(self) -> Path:
+        """An empty folder for an output."""
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        return folder
+
+    def run(self, out: Path, **how: Any) -> Ended:
+        """Carry out the recipe once."""
+        return self._server.run({**self._data, "output": str(out)}, **how)
 
     def survives(self, *codes: int, check: Callable[[Ended], None] | None = None, **how: Any) -> Ended:
         """A run that something happens to, which may end with `codes` or finish; then the same run again."""
-        self._count += 1
-        name = f"out{self._count}"
-        out = self.folder / name
-        ended = self.run(name, **how)
+        out = self.new_folder() / "out"
+        ended = self.run(out, **how)
         assert ended.code in (0, *codes), (how, ended)
         complete = out.exists()
         assert complete or ended.code != 0, (how, ended)
@@ -65,16 +71,22 @@ class Case:
         if ended.code not in (0, *KILLS):
             if check:
                 check(ended)
-            left = {path.name for path in self.folder.iterdir()} - {"unbroken", name, f"{name}.partial"}
-            assert not left or (how.get("disk") or {}).get("sticky"), (how, left)
-        again = self.run(name)
-        assert again.code == (7 if complete else 0), (how, ended, again)
+            left = {path.name for path in out.parent.iterdir()} - {"out", "out.partial"}
+            assert not left or how.get("disk", {}).get("sticky"), (how, left)
+        self.finishes(out, how)
+        return ended
+
+    def finishes(self, out: Path, how: object) -> Ended:
+        """The same command again: the bytes of an unbroken run, and nothing beside them."""
+        complete = out.exists()
+        again = self.run(out)
+        assert again.code == (7 if complete else 0), (how, again)
         assert_complete(out)
         assert content(out) == self.expected, how
-        assert {path.name for path in self.folder.iterdir()} == {"unbroken", name}, how
+        assert [path.name for path in out.parent.iterdir()] == ["out"], how
         assert content(self.model) == self._source, how
         shutil.rmtree(out)
-        return ended
+        return again
 
 
 def make_case(server: CrashServer, name: str, model: Path, text: Path, folder: Path) -> Case:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 
 import pytest
 from crash_case import CASES, KILLS, Case
-from helpers import assert_complete, content
 
+from llmshrink.engine.workspace import MANIFEST
 from llmshrink.io.files import KILLED
 
 SAMPLED, RANDOM_KILLS, ALL_RANDOM_KILLS = 4, 2, 30
@@ -54,17 +53,14 @@ def test_many_random_kills(cases: Callable[[str], Case], name: str) -> None:
 
 def test_a_kill_between_the_two_renames_of_overwrite_brings_the_old_output_back(cases: Callable[[str], Case]) -> None:
     case = cases("gptq-dense")
-    out = case.folder / "old"
+    out = case.new_folder() / "out"
     out.mkdir()
     (out / "precious").write_text("old")
-    (out / "llmshrink-manifest.json").touch()  # made by llmshrink: nothing else is ever replaced
-    ended = case.run("old", overwrite=True, crash_at=case.unbroken.steps - 1)  # the old output moved, the new one not
+    (out / MANIFEST).touch()  # made by llmshrink: nothing else is ever replaced
+    ended = case.run(out, overwrite=True, crash_at=case.unbroken.steps - 1)  # the old output moved, the new one not
     assert ended.code == KILLED and not out.exists()
-    refused = case.run("old")
+    refused = case.run(out)
     assert refused.code == 7 and "exists already" in refused.message
     assert (out / "precious").read_text() == "old"
-    assert case.run("old", overwrite=True).code == 0
-    assert_complete(out)
-    assert content(out) == case.expected
-    assert {p.name for p in case.folder.iterdir()} == {"unbroken", "old"}
-    shutil.rmtree(out)
+    assert case.run(out, overwrite=True).code == 0
+    case.finishes(out, "overwrite")

@@ -59,6 +59,10 @@ class Case:
         """Carry out the recipe once."""
         return self._server.run({**self._data, "output": str(out)}, **how)
 
+    def race(self, out: Path, racers: int) -> list[Ended]:
+        """Carry out the recipe several times at once."""
+        return self._server.race({**self._data, "output": str(out)}, racers=racers)
+
     def survives(self, *codes: int, check: Callable[[Ended], None] | None = None, **how: Any) -> Ended:
         """A run that something happens to, which may end with `codes` or finish; then the same run again."""
         out = self.new_folder() / "out"

@@ -6,6 +6,7 @@ so that its children find every table of the libraries made; it computes with on
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -18,6 +19,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+STUCK = 60.0  # seconds after which a child is ended with its traceback on stderr
 
 
 class Ended(NamedTuple):
@@ -40,7 +43,7 @@ class CrashServer:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", __file__]
         pipe = subprocess.PIPE
-        self._server = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self._server = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=None, text=True)
         return self
 
     def __exit__(
@@ -57,10 +60,14 @@ class CrashServer:
                 arguments of the faults of `injected`; `signals`, a list of [seconds, number]; `limits`, of
                 [name in `resource`, value], where the value of RLIMIT_AS counts from what the child holds; `umask`.
         """
+        return self.race(recipe, racers=1, **how)[0]
+
+    def race(self, recipe: dict[str, Any], *, racers: int, **how: Any) -> list[Ended]:
+        """The same recipe in several children that begin together."""
         assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps({"recipe": recipe, **how}) + "\n")
+        self._server.stdin.write(json.dumps({"recipe": recipe, "racers": racers, **how}) + "\n")
         self._server.stdin.flush()
-        return Ended(*json.loads(self._server.stdout.readline()))
+        return [Ended(*ended) for ended in json.loads(self._server.stdout.readline())]
 
 
 def _serve() -> None:
@@ -86,24 +93,39 @@ def _serve() -> None:
         if not warm:
             _warm(job["recipe"])
             warm = True
-        start = time.perf_counter()
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            _child(job, writer)
-        os.close(writer)
-        signals = [*job.get("signals", ()), *([[job["kill_after"], signal.SIGKILL]] if "kill_after" in job else ())]
-        timers = [threading.Timer(after, os.kill, (child, number)) for after, number in signals]
-        for timer in timers:
-            timer.start()
-        with os.fdopen(reader) as pipe:
-            answer = pipe.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for timer in timers:
-            timer.cancel()
-        ended = json.loads(answer) if answer else ("", 0, {}, [])
-        print(json.dumps([code, *ended, time.perf_counter() - start]), flush=True)
+        barrier, release = os.pipe()
+        begun = [_fork(job, barrier, release) for _ in range(job.get("racers", 1))]
+        os.close(barrier)
+        os.close(release)  # the children start
+        print(json.dumps([_ended(job, *child) for child in begun]), flush=True)
+
+
+def _fork(job: dict[str, Any], barrier: int, release: int) -> tuple[int, int]:
+    """A child that begins when all ends of `release` are closed, and the pipe that it answers on."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.close(release)
+        os.read(barrier, 1)
+        _child(job, writer)
+    os.close(writer)
+    return child, reader
+
+
+def _ended(job: dict[str, Any], child: int, reader: int) -> tuple[Any, ...]:
+    start = time.perf_counter()
+    signals = [*job.get("signals", ()), *([[job["kill_after"], signal.SIGKILL]] if "kill_after" in job else ())]
+    timers = [threading.Timer(after, os.kill, (child, number)) for after, number in signals]
+    for timer in timers:
+        timer.start()
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for timer in timers:
+        timer.cancel()
+    told = json.loads(answer) if answer else ("", 0, {}, [])
+    return (code, *told, time.perf_counter() - start)
 
 
 def _warm(recipe: dict[str, Any]) -> None:
@@ -122,6 +144,7 @@ def _child(job: dict[str, Any], writer: int) -> None:
         os.environ["LLMSHRINK_CRASH_AT"] = str(job["crash_at"])
     os.umask(job.get("umask", 0o022))
     code, message, events = 1, "", []
+    faulthandler.dump_traceback_later(STUCK, exit=True)
     try:
         import itertools
 

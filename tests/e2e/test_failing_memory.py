@@ -12,7 +12,9 @@ from injected import OUT_OF_MEMORY
 
 SAMPLED, MORE = 2, 60
 LEVELS = 10
-ENOUGH = 1 << 28  # bytes of address space beyond those of the process that waits: more than any run here takes
+# Bytes of address space beyond those of the process that waits: more than any run here takes. Less than a MiB is not
+# tried: CPython itself then waits for ever for a thread that died at its birth.
+ENOUGH = 16 << 20
 
 
 def told(ended: Ended) -> None:
@@ -37,13 +39,13 @@ def test_many_allocations_may_fail(cases: Callable[[str], Case], name: str, kind
     fail(cases(name), kind, MORE)
 
 
-@pytest.mark.parametrize("level", [1, 5])
+@pytest.mark.parametrize("level", [1, 3])
 def test_an_address_space_that_ends_costs_no_finished_work(cases: Callable[[str], Case], level: int) -> None:
     cases("gptq-dense").survives(6, check=told, limits=[["RLIMIT_AS", ENOUGH * level // LEVELS]])
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("level", range(LEVELS + 1))
+@pytest.mark.parametrize("level", range(1, LEVELS + 1))
 @pytest.mark.parametrize("name", CASES)
 def test_an_address_space_of_any_size(cases: Callable[[str], Case], name: str, level: int) -> None:
     ended = cases(name).survives(6, check=told, limits=[["RLIMIT_AS", ENOUGH * level // LEVELS]])

@@ -185,6 +185,7 @@ class _Watched:
 
     def finish(self) -> None:
         self._progress.finish()
+        self._check()
 
     def event(self, event: Event) -> None:
         self._progress.event(event)

@@ -96,9 +96,9 @@ def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadRe
         child = context.Process(target=_answer, args=arguments, daemon=True)
         try:
             child.start()
-        except (EOFError, OSError) as error:  # a signal to the whole job ended the process that forks readers
+        except (EOFError, OSError) as failed:  # a signal to the whole job ended the process that forks readers
             receiver.close()
-            results.append(ReadResult(error=f"no reader could be started: {type(error).__name__}", unable=True))
+            results.append(ReadResult(error=f"no reader could be started: {type(failed).__name__}", unable=True))
             continue
         finally:
             sender.close()  # the child holds the only other end: when it dies, the pipe says so

@@ -216,9 +216,12 @@ class Workspace:
 
 def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256 in `llmshrink-manifest.json`."""
-    files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and folder / WORK not in p.parents
-    )
+
+    def refuse(error: OSError) -> None:  # `rglob` would pass over a folder that cannot be listed
+        raise error
+
+    found = (Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+    files = sorted(path for path in found if path.name != MANIFEST and folder / WORK not in path.parents)
     entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(folder / MANIFEST, {"version": 1, "files": entries})
 

@@ -15,7 +15,7 @@ from crash_server import Ended
 from helpers import assert_complete, content
 from injected import DISK, ERRNOS
 
-SAMPLED = 3  # calls of each kind
+SAMPLED = 2  # calls of each kind
 
 
 def told(error: str) -> Callable[[Ended], None]:

@@ -11,7 +11,7 @@ from crash_case import CASES, KILLS, Case
 from llmshrink.engine.workspace import MANIFEST
 from llmshrink.io.files import KILLED
 
-SAMPLED, RANDOM_KILLS, ALL_RANDOM_KILLS = 4, 2, 30
+SAMPLED, RANDOM_KILLS, ALL_RANDOM_KILLS = 3, 1, 30
 
 every_case = pytest.mark.parametrize("name", CASES)
 

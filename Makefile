@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-oldest test-readers fuzz check fmt bench clean
+.PHONY: help demo test test-slow test-faults test-gpu test-oldest test-readers fuzz check fmt bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,8 +21,11 @@ demo: $(STAMP) ## install, quantize the embedded model to 4 bits, show what it c
 test: $(STAMP) ## the default tests: offline, under ten minutes on two cores
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## tests that take minutes: kills at every step, every method of every family, a built wheel
+test-slow: $(STAMP) ## tests that take minutes: every method of every family, a built wheel
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(STAMP) ## kills, failing disks and memory at every step of every method
+	$(BIN)/python -m pytest -m faults
 
 test-gpu: $(STAMP) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

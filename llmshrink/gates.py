@@ -32,6 +32,7 @@ NOTICES = {
     "loaded_dense",
     "economy",
     "out_of_memory",
+    "work_lost",
 }
 
 

@@ -15,9 +15,10 @@ import torch
 from llmshrink import __version__
 from llmshrink.errors import InterruptedRun, ResourceError, UsageError
 from llmshrink.forms import Event
-from llmshrink.memory import out_of_memory
+from llmshrink.memory import memory_error
 from llmshrink.progress import Progress
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # schedulers send the last some time before they kill
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
 
 
@@ -108,20 +109,21 @@ def enough_memory() -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+    except Exception as error:  # noqa: BLE001 - libraries wrap it, and so do our own errors that name a file
+        first = memory_error(error)
+        if first is None or isinstance(error, ResourceError):
             raise
         raise ResourceError(
-            f"Memory ran out: {str(error).splitlines()[0] if str(error) else 'an allocation failed'}",
+            f"Memory ran out: {str(first).splitlines()[0] if str(first) else 'an allocation failed'}",
             hint="What is finished is kept: give the same command again with --memory SIZE, or with smaller batches "
             "(--set run.batch_tokens=N).",
         ) from error
 
 
 class StopSignal:
-    """SIGINT and SIGTERM: the first asks to stop at the next block, a second stops at once with exit code 130.
+    """SIGINT, SIGTERM and SIGUSR1: the first asks to stop at the next block, a second stops at once with code 130.
 
-    A run that cannot be resumed is stopped by the first.
+    A run that cannot be resumed is stopped by the first. A signal that the process was started to ignore stays ignored.
     """
 
     def __init__(self, *, resumable: bool) -> None:
@@ -131,8 +133,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread: whoever owns the process handles its signals
             self._previous.clear()
         return self
@@ -172,6 +175,7 @@ class _Watched:
 
     def finish(self) -> None:
         self._progress.finish()
+        self._check()
 
     def event(self, event: Event) -> None:
         self._progress.event(event)

@@ -7,6 +7,7 @@ system can drop them at any time. `ru_maxrss` counts them, and never falls.
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 TRIM = 32 * 2**20  # bytes free at the top of the heap that go back by themselves; `trim` gives the rest
 THRESHOLD = 4 * 2**20  # bytes; larger tensors are mapped on their own. See `fix_malloc` for why these sizes
 WORTH_TRIMMING = 32 * 2**20  # bytes: pages given back cost a fault each when they are needed again
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "can't start new thread")
 PERIOD = 0.01  # seconds between two samples
 CHILDREN_EVERY = 100  # samples between two looks for new children: finding them reads all of /proc
 
@@ -135,10 +137,14 @@ def available_memory() -> int:
     return min(found)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the host or on a GPU."""
-    # torch's own error, and what its CPU allocator raises
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def memory_error(error: BaseException | None) -> BaseException | None:
+    """The failed allocation that an error is or was caused by, or None."""
+    while error is not None:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if known or any(words in str(error) for words in NO_MEMORY):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def release(device: torch.device) -> None:
@@ -230,7 +236,7 @@ __all__ = [
     "available_memory",
     "fix_malloc",
     "memory_limit",
-    "out_of_memory",
+    "memory_error",
     "release",
     "resident_bytes",
     "trim",

@@ -23,7 +23,7 @@ def check_room(plan: Plan, output: Path, source: Source, budget: int | None) -> 
         raise OutputError(f"The output {output} and the model {source.folder} lie within each other.")
     if plan.disk_bytes > plan.disk_free:
         raise ResourceError(
-            f"{output} needs {plan.disk_bytes / 2**20:.0f} MiB of disk, and {plan.disk_free / 2**20:.0f} are free.",
+            f"{output} needs {plan.disk_bytes / 2**20:.1f} MiB of disk, and {plan.disk_free / 2**20:.1f} are free.",
             hint="Free some, or choose an --output on another disk.",
         )
     _check_memory("compress", plan.memory_bytes, budget, "--samples, --length")

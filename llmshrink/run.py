@@ -26,7 +26,7 @@ from llmshrink.evaluate.measure import measure_models
 from llmshrink.finished import verify_folder
 from llmshrink.forms import Event
 from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
-from llmshrink.io.files import copy_file, write_bytes, write_json
+from llmshrink.io.files import copy_file, disk_faults, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import PeakMonitor, anonymous_bytes, fix_malloc, memory_limit
@@ -153,7 +153,9 @@ class _Run:
         length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
         texts = self.loader.evaluation(self.recipe.evaluation, length, None)
         economy, _ = evaluation_economy(self.model, self.recipe, length)
-        with tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+        states = evaluation_states(self.model, self.recipe.evaluation.rows, length) if economy.on_disk else 0
+        scratch = disk_faults(Path(tempfile.gettempdir()), states)
+        with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
             measures, seconds = self._measure(models, texts, economy, Path(folder))
         self._tell(self.loader.events)
         stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
@@ -190,7 +192,7 @@ class _Run:
         work, plan = _plan(self.recipe, self.model)
         check_size(plan)
         check_room(plan, work.output, self.facts.source, self.recipe.run.memory)
-        with Workspace(work.output, overwrite=overwrite) as workspace:
+        with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             rows = self._calibration(work, workspace) if work.needs_data else None
             happened = list(self.loader.events)
@@ -199,7 +201,7 @@ class _Run:
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
-            known = self._tell(work.events, self.loader.events)
+            known = self._tell(workspace.events, work.events, self.loader.events)
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 clock = time.perf_counter()
@@ -219,7 +221,7 @@ class _Run:
                 stages=self._judged(stages, models, measures),
                 calibration=rows,
                 measures=measures,
-                events=[*work.events, *self.loader.events, *result.events],
+                events=[*workspace.events, *work.events, *self.loader.events, *result.events],
                 output=str(work.output),
                 seconds=time.perf_counter() - self.start,
             )

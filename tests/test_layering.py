@@ -26,7 +26,7 @@ ALLOWED = {
     "memory": set(),
     "calibration": {"errors", "forms", "io", "memory", "model", "progress", "demo", "recipe"},
     "machine": {"errors", "forms", "memory", "progress"},
-    "plan": {"errors", "forms", "formats", "io", "methods", "model", "patterns", "recipe", "statistics"},
+    "plan": {"errors", "forms", "formats", "io", "memory", "methods", "model", "patterns", "recipe", "statistics"},
     "engine": {
         "errors",
         "formats",

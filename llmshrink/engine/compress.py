@@ -23,7 +23,7 @@ from llmshrink.errors import InputError
 from llmshrink.formats.base import Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.io import safetensors
-from llmshrink.memory import out_of_memory, release, trim
+from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
@@ -104,7 +104,7 @@ class Compressor:
         sizes = [sum(m.numel for m in block.matrices) for block in blocks]
         self._progress.start("compress", sum(sizes), sum(sizes[: len(done)]))
         saved = time.perf_counter()
-        self._restore(done)
+        self._restore(done, result)
         with ThreadPoolExecutor(1) as disk:
             for block in blocks[len(done) :]:
                 entry, tensors = self._block(block, result)
@@ -135,23 +135,34 @@ class Compressor:
         for event in result.events[known:]:
             self._progress.event(event)
 
-    def _restore(self, done: list[dict[str, Any]]) -> None:
+    def _restore(self, done: list[dict[str, Any]], result: Result) -> None:
         """Bring back the states behind the last finished block.
 
         They come from the newest file of them that is whole; what was compressed after it runs again on what was
         written, which gives the same bits.
         """
         blocks = self._model.anatomy.blocks
-        saved = [entry for entry in done if (found := entry.get("states")) and self._workspace.holds(found)]
-        newest = saved[-1]["block"] if saved else -1
+        newest = self._newest_states(done, result)
         for entry in done[: len(blocks)]:
             self._split(entry["batch_tokens"])  # as it was done: sums of other batches round differently
             block = blocks[entry["block"]]
-            if block.index == newest:
+            if entry is newest:
                 self._hidden.load(self._workspace.folder / next(iter(entry["states"])))
-            elif block.index > newest:
+            elif newest is None or block.index > newest["block"]:
                 self._progress.advance(0, f"running block {block.index} again")
                 self._forward(block, self._written(block))
+
+    def _newest_states(self, done: list[dict[str, Any]], result: Result) -> dict[str, Any] | None:
+        """The last entry whose file of states is whole; told, where a later one is not."""
+        saved = [entry for entry in done if "states" in entry]
+        whole = next((entry for entry in reversed(saved) if self._workspace.holds(entry["states"])), None)
+        told = bool(self._workspace.events)  # where a block was lost, so were its states
+        if saved and whole is not saved[-1] and not told:
+            path = self._workspace.folder / next(iter(saved[-1]["states"]))
+            message = f"{path} is damaged or gone: the forward passes since the last whole one are run again"
+            result.events.append(Event("work_lost", message))
+            self._progress.event(result.events[-1])
+        return whole
 
     def _split(self, tokens: int) -> None:
         """Go on with batches of at most so many tokens, or of one row."""
@@ -264,7 +275,7 @@ class Compressor:
                 self._model.load_block(block.index, decoded)
                 return gather(self._model, block, groups, kinds, self._hidden)
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or (attempt and not self._hidden.most_tokens()):
+                if not memory_error(error) or (attempt and not self._hidden.most_tokens()):
                     raise
             finally:
                 self._model.drop_block(block.index)
@@ -292,7 +303,7 @@ class Compressor:
         try:
             return self._group(group, statistic, self._model.device)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not memory_error(error):
                 raise
         release(self._model.device)
         cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.errors import InputError
 from llmshrink.io import safetensors
-from llmshrink.io.files import room_for
+from llmshrink.io.files import naming
 from llmshrink.model.capture import Record
 from llmshrink.model.streamed import StreamedModel
 
@@ -129,7 +129,7 @@ class Hidden:
 
 def _on_disk(folder: Path, tensor: Tensor) -> Tensor:
     """A copy that lies in a file without a name: memory the system can take back at any time."""
-    with room_for(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".state-", suffix=".tmp") as file:
+    with naming(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".state-", suffix=".tmp") as file:
         os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here, and a signal later
         mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return mapped.view(tensor.shape).copy_(tensor)

@@ -2,19 +2,23 @@
 
 `journal` gets one line per finished block, written after the files it names are on disk: the line's own SHA-256, then
 a JSON object with those of the files. A run that starts again trusts exactly the lines that are whole and whose files
-are too, up to the first that is not. The identity of a run (recipe, model, text, versions, device, threads) is its
-first line: another identity is refused with the difference, because mixing two runs would give a checkpoint that
-neither describes.
+are too, up to the first that is not; it says what was lost, and removes every other file. The identity of a run
+(recipe, model, text, versions, device, threads) is its first line: another identity is refused with the difference,
+because mixing two runs would give a checkpoint that neither describes.
+
+The lock is on a file that its holder removes before it lets go. Whoever locks a file that was removed meanwhile holds
+nothing: filelock looks at the link count and tries again.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import socket
 import time
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,14 +26,19 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from llmshrink.errors import OutputError, UnsafeError
-from llmshrink.io.files import room_for, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
+from llmshrink.forms import Event
+from llmshrink.io.files import naming, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
 
 
 class Workspace:
-    """Holds the lock on one output for as long as it is open."""
+    """Holds the lock on one output for as long as it is open.
+
+    Attributes:
+        events: What `begin` found lost of an earlier run.
+    """
 
     def __init__(self, output: Path, *, overwrite: bool = False) -> None:
         self.output = output.resolve()
@@ -39,30 +48,30 @@ class Workspace:
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.work = self.folder / WORK
         self._replaced = self.output.with_name(f".{self.output.name}.replaced")
+        self.events: list[Event] = []
         self._overwrite = overwrite
         self._lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         self._holder = self.output.with_name(f".{self.output.name}.lock.json")
 
     def __enter__(self) -> Self:
         self._refuse_links()
-        self._refuse_strangers()
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            with naming(self.output):
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise OutputError(
                 f"{self.output} is being written by another run{self._who()}.",
                 hint="Wait for it, or choose another --output.",
             ) from None
-        except OSError as error:
-            raise OutputError(f"{self.output} cannot be written: {error.strerror or error}.") from error
         try:
+            self._refuse_strangers()
             self._mend()
             self._check_free()
             # Only a courtesy to whoever finds the lock held: it need not survive a power cut.
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
             self._holder.unlink(missing_ok=True)  # of a dead run
-            with room_for(self._holder), self._holder.open("x", encoding="utf-8") as file:
+            with naming(self._holder), self._holder.open("x", encoding="utf-8") as file:
                 json.dump(holder, file)
         except BaseException:
             self._release()
@@ -78,17 +87,19 @@ class Workspace:
             self._release()
 
     def _release(self) -> None:
-        self._holder.unlink(missing_ok=True)
-        Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: nobody else may hold it then
+        with suppress(OSError):  # a file of the lock that stays keeps nobody out
+            self._holder.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # before the release: nobody else may hold it then
         self._lock.release()
 
     def _mend(self) -> None:
         """End a commit, finished or not: the replaced output goes if the new one is there, and comes back if not."""
         if self._replaced.is_dir():
-            if self.output.exists():
-                shutil.rmtree(self._replaced)
-            else:
+            if (self._replaced / MANIFEST).exists() and not self.output.exists():
                 self._replaced.rename(self.output)
+            else:
+                (self._replaced / MANIFEST).unlink(missing_ok=True)  # first: half of an output must not come back
+                shutil.rmtree(self._replaced)
         if (self.output / MANIFEST).is_file() and (self.output / WORK).is_dir():
             shutil.rmtree(self.output / WORK)
 
@@ -132,24 +143,48 @@ class Workspace:
         Raises:
             OutputError: an unfinished run of another identity lies there.
         """
-        lines = self._read() if resume else []
-        if not lines and self.folder.exists():
-            shutil.rmtree(self.folder)  # files of a run that nothing is known about must not get into this one
+        found = self._read() if resume else []
+        lines = list(takewhile(_is_entry, map(unsealed, found)))
         if lines and (difference := _difference(lines[0].get("identity", {}), identity)):
             raise OutputError(
                 f"{self.folder} holds an unfinished run that differs:\n" + "\n".join(f"  - {d}" for d in difference),
                 hint="Give the same recipe again to go on, --no-resume to start anew, or another --output.",
             )
-        self.work.mkdir(parents=True, exist_ok=True)
-        for stale in [*self.folder.glob(".*.tmp"), *self.work.glob(".*.tmp")]:
-            stale.unlink()
-        held = self._held(lines[1:])
+        held = list(takewhile(lambda entry: "files" in entry and self.holds(entry["files"]), lines[1:]))
+        if resume:
+            self._tell_lost(found, lines, held)
+        self._sweep(held, resume=bool(lines))
         write_bytes(self._journal, b"".join(sealed(line) + b"\n" for line in [{"identity": identity}, *held]))
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
         return held
+
+    def _tell_lost(self, found: list[bytes], lines: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+        """An event where an earlier run had finished more than is held: files change only by damage."""
+        lost = max(len(found) - 1, 0) - len(held)
+        written = self.folder.is_dir() and any(path.name != WORK for path in self.folder.iterdir())
+        if lost > 0 or (not lines and written):
+            path = self._spoiled(lines[len(held) + 1]["files"]) if len(held) + 1 < len(lines) else self._journal
+            again = f"{lost} finished steps are done again" if lines else "the run begins anew"
+            self.events.append(Event("work_lost", f"{path} is damaged or gone: {again}"))
+
+    def _sweep(self, held: list[dict[str, Any]], *, resume: bool) -> None:
+        """Make the folder, and remove from it what the journal does not vouch for: it must not get into this run."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        kept = {WORK, *(name for entry in held for name in entry["files"])}
+        strays = [path for path in self.folder.iterdir() if path.name not in kept]
+        for path in self.work.iterdir():
+            if path.is_dir() or path.suffix == ".tmp" or not (resume or path == self._journal):
+                strays.append(path)
+        for path in strays:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry; its `files` {path below the folder: SHA-256} must be on disk already."""
-        with room_for(self._journal), self._journal.open("ab") as file:
+        with naming(self._journal), self._journal.open("ab") as file:
             step()
             file.write(sealed(entry) + b"\n")
             file.flush()
@@ -161,31 +196,25 @@ class Workspace:
     def _journal(self) -> Path:
         return self.work / "journal"
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines that are whole, up to the first that is not (a torn write)."""
-        lines: list[dict[str, Any]] = []
-        if not self._journal.exists():
-            return lines
-        for raw in self._journal.read_bytes().split(b"\n"):
-            line = unsealed(raw)
-            if not isinstance(line, dict) or not isinstance(line.get("files", {}), dict):
-                break
-            lines.append(line)
-        return lines
-
-    def _held(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Entries in order up to the first whose files are not what the journal says."""
-        return list(itertools.takewhile(lambda entry: "files" in entry and self.holds(entry["files"]), entries))
+    def _read(self) -> list[bytes]:
+        """The lines of the journal, whole or not; the last may be cut short."""
+        return self._journal.read_bytes().removesuffix(b"\n").split(b"\n") if self._journal.is_file() else []
 
     def holds(self, files: dict[str, str]) -> bool:
         """Whether files {path below the folder: SHA-256} are there and whole."""
-        return all((self.folder / n).is_file() and sha256(self.folder / n) == h for n, h in files.items())
+        return self._spoiled(files) is None
+
+    def _spoiled(self, files: dict[str, str]) -> Path | None:
+        """The first of the files that is not there or not whole."""
+        paths = ((self.folder / name, digest) for name, digest in files.items())
+        return next((path for path, digest in paths if not path.is_file() or sha256(path) != digest), None)
 
     # --- the end
 
     def commit(self) -> None:
         """Write the manifest and rename the folder to its final name; from here on the output is complete."""
         write_manifest(self.folder)
+        self._refuse_strangers()
         self._check_free()
         step()
         if self.output.exists():
@@ -198,11 +227,18 @@ class Workspace:
         step()
 
 
+def _is_entry(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("files", {}), dict)
+
+
 def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256 in `llmshrink-manifest.json`."""
-    files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and folder / WORK not in p.parents
-    )
+
+    def refuse(error: OSError) -> None:  # `rglob` would pass over a folder that cannot be listed
+        raise error
+
+    found = (Path(top) / name for top, _, names in os.walk(folder, onerror=refuse) for name in names)
+    files = sorted(path for path in found if path.name != MANIFEST and folder / WORK not in path.parents)
     entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(folder / MANIFEST, {"version": 1, "files": entries})
 

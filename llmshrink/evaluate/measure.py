@@ -14,7 +14,7 @@ from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import Event
-from llmshrink.memory import available_memory, out_of_memory, release
+from llmshrink.memory import available_memory, memory_error, release
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
@@ -94,7 +94,7 @@ def _score_in_memory(
         try:
             return score(base, compared, smaller)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not memory_error(error):
                 raise
         release(base.device)
         events.append(

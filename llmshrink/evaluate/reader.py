@@ -20,6 +20,9 @@ from torch import Tensor
 
 SERVER_IMPORTS = ["llmshrink.evaluate.foreign"]
 GRACE = 5.0  # seconds for a child that has answered to leave by itself
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # schedulers and terminals send them to all processes of a job
+# What says nothing about the folder: a kill, or 255 where the process that forks and waits for readers was ended.
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGHUP, *(-number for number in STOPS), 255)
 
 
 class ReadRequest(BaseModel):
@@ -91,14 +94,20 @@ def measure(requests: list[ReadRequest], timeout: float = 1800.0) -> list[ReadRe
         receiver, sender = context.Pipe(duplex=False)
         arguments = (sender, request.model_dump_json(), torch.get_num_threads())
         child = context.Process(target=_answer, args=arguments, daemon=True)
-        child.start()
-        sender.close()  # the child holds the only other end: when it dies, the pipe says so
+        try:
+            child.start()
+        except (EOFError, OSError) as failed:  # a signal to the whole job ended the process that forks readers
+            receiver.close()
+            results.append(ReadResult(error=f"no reader could be started: {type(failed).__name__}", unable=True))
+            continue
+        finally:
+            sender.close()  # the child holds the only other end: when it dies, the pipe says so
         try:
             results.append(_receive(receiver, request, timeout))
         except EOFError:
             child.join()
             error = f"the reader of {request.folder} died: {_cause(child.exitcode)}"
-            results.append(ReadResult(error=error, unable=child.exitcode == -signal.SIGKILL))
+            results.append(ReadResult(error=error, unable=child.exitcode in FROM_OUTSIDE))
         finally:
             receiver.close()
             child.join(GRACE if results and results[-1].error is None else 0)
@@ -125,8 +134,9 @@ def _cause(code: int | None) -> str:
 
 
 def _answer(sender: Connection, request: str, threads: int) -> None:
-    """In the child: silence the libraries, read, send. Ctrl-C goes to both; only the parent answers to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In the child: silence the libraries, read, send. Signals to a job go to both; only the parent answers to them."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

@@ -14,13 +14,14 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmshrink.errors import ResourceError
+from llmshrink.errors import OutputError, ResourceError
 
 CHUNK = 1 << 22
 MAX_NESTING = 64  # levels of JSON
@@ -37,16 +38,18 @@ def step() -> None:
 
 
 class HashingWriter:
-    """A binary file that hashes what passes through it."""
+    """A binary file that hashes what passes through it; `path` is what it will be."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: BinaryIO, path: Path) -> None:
         self._raw = raw
+        self._path = path
         self._sha = hashlib.sha256()
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all of `data`."""
-        self._raw.write(data)
+        with naming(self._path):
+            self._raw.write(data)
         self._sha.update(data)
         self.size += len(data)
 
@@ -57,20 +60,49 @@ class HashingWriter:
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says so.
+def naming(path: Path) -> Iterator[None]:
+    """Make errors of the file system name `path`: those of a file that is open name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def disk_faults(output: Path, needed: int) -> Iterator[None]:
+    """Turn what the file system refuses while `output` is made into an error that says what to do.
+
+    Args:
+        output: the folder that is made; its disk is the one to look at where it is full.
+        needed: bytes that the whole run writes there.
 
     Raises:
         ResourceError: the disk is full, or a quota or the largest size of a file is reached.
+        OutputError: something cannot be made, written, read or removed.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno is None:  # not the system's
             raise
+        path = Path(os.fsdecode(error.filename)) if error.filename else output
+        if error.errno not in NO_ROOM:
+            raise OutputError(
+                f"{path}: {error.strerror}.", hint="Mend that, or choose another --output; what is finished is kept."
+            ) from error
+        free = shutil.disk_usage(nearest(output)).free
         raise ResourceError(
-            f"{path} cannot be written: {error.strerror}.", hint="Make room and give the same command again."
+            f"{path} cannot be written: {error.strerror}. The run needs {needed / 2**20:.1f} MiB for {output}, "
+            f"and {free / 2**20:.1f} are free there now.",
+            hint="Make room and give the same command again: what is finished is kept.",
         ) from error
+
+
+def nearest(path: Path) -> Path:
+    """A path, or its nearest parent that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 @contextmanager
@@ -79,18 +111,15 @@ def atomic_file(path: Path) -> Iterator[HashingWriter]:
 
     The temporary file is created exclusively and without following links, so a prepared symlink in the folder cannot
     redirect the write.
-
-    Raises:
-        ResourceError: no room is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with room_for(path):
+        with naming(path):
             with os.fdopen(os.open(temporary, flags, 0o666), "wb") as raw:
                 step()
-                yield HashingWriter(raw)
+                yield HashingWriter(raw, path)
                 raw.flush()
                 step()
                 os.fsync(raw.fileno())
@@ -98,7 +127,8 @@ def atomic_file(path: Path) -> Iterator[HashingWriter]:
             temporary.replace(path)
             step()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error counts, and a later run removes what stays
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -107,7 +137,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -171,7 +202,12 @@ def copy_file(source: Path, target: Path) -> str:
     """Copy the content of a file (a snapshot in the Hub's cache is a link) durably; returns its SHA-256."""
     target.parent.mkdir(exist_ok=True)
     with source.open("rb") as raw, atomic_file(target) as file:
-        while data := raw.read(CHUNK):
+
+        def read() -> bytes:
+            with naming(source):
+                return raw.read(CHUNK)
+
+        for data in iter(read, b""):
             file.write(data)
     return file.sha256
 

@@ -15,7 +15,7 @@ from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Slot
 from llmshrink.forms import Form, check_blocks, decode
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
-from llmshrink.memory import out_of_memory
+from llmshrink.memory import memory_error
 
 
 class Weights:
@@ -87,7 +87,7 @@ class Weights:
         try:
             yield
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if out_of_memory(error):
+            if memory_error(error):
                 raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from llmshrink.formats.runtimes import RUNTIMES, Runtime, Stored, entry
+from llmshrink.io.files import nearest
 from llmshrink.model.anatomy import Matrix
 from llmshrink.plan.loading import stored
 from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
@@ -79,7 +82,7 @@ def describe(
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
         disk_bytes=sum(work.file_bytes.values()) + scratch_bytes - _already(work.output),
-        disk_free=shutil.disk_usage(_existing(work.output)).free,
+        disk_free=shutil.disk_usage(nearest(work.output)).free,
         output=str(work.output),
         loads_in=[_load_plan(stored(work), runtime) for runtime in RUNTIMES],
         events=[PlanEvent(kind=e.kind, message=e.message, layer=e.layer) for e in work.events],
@@ -108,9 +111,9 @@ def _left_plan(matrix: Matrix, before: int, after: int, reason: str) -> LayerPla
 def _already(output: Path) -> int:
     """Bytes that an unfinished run of this output holds already: they are not needed again."""
     partial = output.with_name(output.name + ".partial")
-    return sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
-
-
-def _existing(path: Path) -> Path:
-    """The nearest parent that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    total = 0
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with suppress(FileNotFoundError):  # another run of this output may be at work
+                total += (Path(folder) / name).stat().st_size
+    return total

@@ -20,6 +20,7 @@ from loguru import logger
 from llmshrink.errors import PlanError
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import Event
+from llmshrink.memory import memory_error
 from llmshrink.plan.work import Work
 
 TRIED = ("compressed-tensors", "dense")  # bitsandbytes loads nothing without data
@@ -66,6 +67,8 @@ def _failure(work: Work, config: dict[str, Any] | None) -> str | None:
                 ignore_mismatched_sizes=True,  # they are told like tensors without a place
             )
     except Exception as error:  # noqa: BLE001 - whatever the loader raises is the answer
+        if memory_error(error):
+            raise
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     known = {*work.model.anatomy.unused, *work.model.map.absent}
     wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in info.items() for key in keys if key not in known]

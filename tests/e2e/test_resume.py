@@ -183,7 +183,12 @@ def test_a_damaged_file_costs_one_block_and_changes_no_byte(
     assert blocks == ["block 1"] and found == expected
 
 
-@pytest.mark.parametrize("harm", [None, flip, cut, Path.unlink])
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("harm", [None, flip, cut, Path.unlink, make_folder])
 def test_hidden_states_that_were_saved_are_used_if_they_are_whole(
     small: Callable[..., Recipe],
     expected: dict[str, str],
@@ -202,9 +207,14 @@ def test_hidden_states_that_were_saved_are_used_if_they_are_whole(
     if harm:
         harm(partial / WORK / "hidden-00000.safetensors")
     monkeypatch.setattr(compress.Compressor, "_forward", counted)
+    told: list[str] = []
+    monkeypatch.setattr(Counting, "event", lambda _, event: told.append(event.message))
     found, blocks = finished(small())
     assert blocks == ["block 1"] and found == expected
     assert again == ([0, 1] if harm else [1])
+    assert [message.rpartition("/")[2] for message in told] == (
+        ["hidden-00000.safetensors is damaged or gone: 1 blocks run again"] if harm else []
+    )
 
 
 def test_states_that_are_saved_again_under_their_name_stay(

@@ -10,7 +10,7 @@ import pytest
 
 from llmshrink.engine.workspace import MANIFEST, WORK, Workspace
 from llmshrink.errors import OutputError
-from llmshrink.io.files import sha256, write_bytes
+from llmshrink.io.files import disk_faults, sha256, write_bytes
 
 IDENTITY = {"recipe": {"bits": 4, "layers": [1, 2]}, "threads": 1}
 
@@ -148,5 +148,6 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be written"), Workspace(tmp_path / "file" / "out"):
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OutputError, match=r"file: File exists\.\n"), disk_faults(out, 0), Workspace(out):
         pass

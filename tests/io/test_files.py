@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import itertools
 import os
 import threading
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llmshrink.errors import ResourceError
+from llmshrink.errors import OutputError, ResourceError
 from llmshrink.io import files
-from llmshrink.io.files import atomic_file, copy_file, sha256, write_bytes, write_json
+from llmshrink.io.files import atomic_file, copy_file, disk_faults, sha256, write_bytes, write_json
 
 
 def test_what_is_written_is_read_back_with_its_hash(tmp_path: Path) -> None:
@@ -40,14 +41,47 @@ def test_an_error_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_full_disk_says_what_and_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_says_what_and_what_to_do(tmp_path: Path, code: int) -> None:
     with (
-        pytest.raises(ResourceError, match=r"a cannot be written.*\n.*Make room") as caught,
+        pytest.raises(
+            ResourceError, match=r"a cannot be written.*needs 3\.0 MiB for .*out, and .*\n.*Make room"
+        ) as caught,
+        disk_faults(tmp_path / "out", 3 << 20),
         atomic_file(tmp_path / "a"),
     ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(code, os.strerror(code))
     assert caught.value.exit_code == 6
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EROFS, errno.EMFILE])
+def test_another_fault_of_the_disk_names_the_file(tmp_path: Path, code: int) -> None:
+    with (
+        pytest.raises(OutputError, match=rf"{tmp_path}/a: {os.strerror(code)}\.\n") as caught,
+        disk_faults(tmp_path / "out", 0),
+        atomic_file(tmp_path / "a"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.exit_code == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_that_are_not_of_the_disk_pass(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), disk_faults(tmp_path, 0):
+        raise ConnectionError("no network")
+
+
+def test_a_file_that_cannot_be_read_is_named_not_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "broken")
+
+    broken = io.BytesIO()
+    broken.read = fail  # type: ignore[assignment]
+    monkeypatch.setattr(Path, "open", lambda *_: broken)
+    with pytest.raises(OSError, match="broken") as caught:
+        copy_file(tmp_path / "source", tmp_path / "copy")
+    assert caught.value.filename == str(tmp_path / "source")
 
 
 def test_a_prepared_link_does_not_redirect_the_write(tmp_path: Path) -> None:

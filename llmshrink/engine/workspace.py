@@ -164,7 +164,8 @@ class Workspace:
         lost = max(len(found) - 1, 0) - len(held)
         written = self.folder.is_dir() and any(path.name != WORK for path in self.folder.iterdir())
         if lost > 0 or (not lines and written):
-            path = self._spoiled(lines[len(held) + 1]["files"]) if len(held) + 1 < len(lines) else self._journal
+            entry = lines[len(held) + 1] if len(held) + 1 < len(lines) else {}
+            path = self._spoiled(entry.get("files", {})) or self._journal
             again = f"{lost} finished steps are done again" if lines else "the run begins anew"
             self.events.append(Event("work_lost", f"{path} is damaged or gone: {again}"))
 

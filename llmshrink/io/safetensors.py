@@ -83,13 +83,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header: dict[str, Any] = parse_json(raw, unique=True)
         header.pop("__metadata__", None)
+        _refuse_many(path, header)
         spans = {name: _numbers(entry["data_offsets"]) for name, entry in header.items()}
         infos = {n: TensorInfo(path.name, DTYPES[e["dtype"]], _shape(e["shape"])) for n, e in header.items()}
     except KeyError as error:
         raise InputError(_broken(path, f"its header has an unknown or missing entry {error}")) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(_broken(path, f"its header cannot be parsed ({error})")) from error
-    _refuse_many(path, infos)
     position = 0
     for name, span in sorted(spans.items(), key=lambda item: item[1]):
         if span != (position, position + infos[name].bytes):

@@ -183,7 +183,13 @@ ARGUMENTS: list[tuple[int, list[str]]] = [
 @pytest.mark.parametrize(("code", "arguments"), ARGUMENTS, ids=lambda a: " ".join(a)[:30] if isinstance(a, list) else a)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_argument_that_is_a_secret_is_not_repeated(
-    call: Callable[..., str], model: Path, tmp_path: Path, code: int, arguments: list[str], as_json: bool
+    call: Callable[..., str],
+    model: Path,
+    tmp_path: Path,
+    waits: list[float],
+    code: int,
+    arguments: list[str],
+    as_json: bool,
 ) -> None:
     named = any(word.startswith("model.id") for word in arguments) or arguments[0].startswith("https")
     more = ["--json"] if as_json else []

@@ -160,6 +160,6 @@ def test_a_target_that_cannot_be_written_is_refused_before_compute(
     monkeypatch.setattr(StreamedModel, "record", refuse)
     (tmp_path / "file").touch()
     start = time.perf_counter()
-    with pytest.raises(OutputError, match="cannot be written") as caught:
+    with pytest.raises(OutputError, match="file: File exists") as caught:
         run.execute(recipe(smallest, tmp_path / "file" / "out", text_file, SMALL_METHOD, **SMALL), progress=Silent())
     assert caught.value.exit_code == 7 and time.perf_counter() - start < 2

@@ -213,7 +213,9 @@ def test_hidden_states_that_were_saved_are_used_if_they_are_whole(
     assert blocks == ["block 1"] and found == expected
     assert again == ([0, 1] if harm else [1])
     assert [message.rpartition("/")[2] for message in told] == (
-        ["hidden-00000.safetensors is damaged or gone: 1 blocks run again"] if harm else []
+        ["hidden-00000.safetensors is damaged or gone: the forward passes since the last whole one are run again"]
+        if harm
+        else []
     )
 
 

@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 
 from llmshrink.calibration.rows import tokenize
 from llmshrink.calibration.text import documents
+from llmshrink.checks.written import streamed_logits
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.verify import streamed_logits
 
 READ = Path(__file__).parent.parent / "tests" / "readers" / "read.py"
 SETTINGS: dict[str, list[str]] = {

@@ -16,6 +16,16 @@ from torch import Tensor
 from llmshrink import patterns
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
+from llmshrink.checks.finished import verify_folder
+from llmshrink.checks.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
+from llmshrink.checks.preflight import check_finite, check_room
+from llmshrink.checks.written import (
+    check_blocks,
+    check_hashes,
+    check_layers,
+    check_reader,
+    probe_tokens,
+)
 from llmshrink.demo import MODEL_DIR, NAME
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
@@ -23,9 +33,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
-from llmshrink.finished import verify_folder
 from llmshrink.forms import Event
-from llmshrink.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
 from llmshrink.io.files import copy_file, disk_faults, write_bytes, write_json
 from llmshrink.io.safetensors import INDEX
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -40,7 +48,6 @@ from llmshrink.plan.layout import row_length
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
-from llmshrink.preflight import check_finite, check_room
 from llmshrink.progress import Progress
 from llmshrink.recipe.load import dump
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
@@ -48,13 +55,6 @@ from llmshrink.redact import redact
 from llmshrink.report.card import model_card
 from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
-from llmshrink.verify import (
-    check_blocks,
-    check_hashes,
-    check_layers,
-    check_reader,
-    probe_tokens,
-)
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 

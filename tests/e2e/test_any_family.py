@@ -13,12 +13,12 @@ from helpers import recipe
 from tiny import LIKE_LLAMA, build_model, save_tokenizer
 
 from llmshrink import run
+from llmshrink.checks.written import streamed_output
 from llmshrink.errors import PlanError
 from llmshrink.formats.runtimes import FAMILIES as NAMED
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
-from llmshrink.verify import streamed_output
 
 pytestmark = pytest.mark.slow
 

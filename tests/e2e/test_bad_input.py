@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmshrink import preflight
+from llmshrink.checks import preflight
 
 Harm = Callable[[Path], None]
 

@@ -21,12 +21,12 @@ import torch
 from helpers import content, recipe
 
 from llmshrink import run
+from llmshrink.checks.written import probe_tokens, streamed_output
 from llmshrink.forms import Quantized
 from llmshrink.methods import method_names
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
-from llmshrink.verify import probe_tokens, streamed_output
 
 pytestmark = pytest.mark.usefixtures("without_reader")
 HERE = Path(__file__).parent

@@ -14,7 +14,8 @@ from helpers import decoded_model, logits, recipe
 from safetensors.torch import load_file, save_file
 from test_families import exact
 
-from llmshrink import run, verify
+from llmshrink import run
+from llmshrink.checks import written
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import GateError, InputError, PlanError, ResourceError
 from llmshrink.evaluate import measure
@@ -232,14 +233,14 @@ def test_a_reader_that_was_killed_is_no_verdict(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = ReadResult(error="the reader died: SIGKILL", unable=True)
-    monkeypatch.setattr(verify, "measure", lambda *_: [killed])
+    monkeypatch.setattr(written, "measure", lambda *_: [killed])
     report = run.execute(
         recipe(models_folder("llama"), tmp_path / "out", text_file, {"name": "rtn"}), progress=Silent()
     )
     (check,) = [check for check in report.stages[0].checks if check.name == "reader"]
     assert check.passed is None and "SIGKILL" in check.detail
     assert [event.kind for event in report.events if event.kind != "group_size"] == ["not_verified"]
-    monkeypatch.setattr(verify, "available_memory", lambda: 1000)
+    monkeypatch.setattr(written, "available_memory", lambda: 1000)
     checks = {check.name: check for check in run.verify(tmp_path / "out", progress=Silent())}
     assert checks["reader"].passed is None and "does not fit" in checks["reader"].detail
 

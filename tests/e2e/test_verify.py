@@ -14,7 +14,8 @@ import torch
 from helpers import SMALL, SMALL_METHOD, recipe
 from safetensors.torch import load_file, save_file
 
-from llmshrink import finished, run
+from llmshrink import run
+from llmshrink.checks import finished
 from llmshrink.cli import main
 from llmshrink.engine.workspace import MANIFEST, WORK, write_manifest
 from llmshrink.errors import InputError, UnsafeError

@@ -21,9 +21,9 @@ from tiny import build_model, config
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.calibration.text import documents
+from llmshrink.checks.finished import verify_folder
 from llmshrink.engine.workspace import MANIFEST, Workspace, write_manifest
 from llmshrink.errors import LlmshrinkError
-from llmshrink.finished import verify_folder
 from llmshrink.formats import load_format
 from llmshrink.formats.base import Slot
 from llmshrink.formats.bnb import STATE

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, build_model, config
 from transformers import AutoModelForCausalLM
 
+from llmshrink.checks.written import streamed_output
 from llmshrink.errors import InputError
 from llmshrink.model.anatomy import block_list
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
-from llmshrink.verify import streamed_output
 
 CPU = torch.device("cpu")
 Models = Callable[..., Path]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmshrink.checks.written import check_reader, probe_tokens
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InputError, PlanError, RecipeError, UnsafeError
 from llmshrink.io.files import sha256
@@ -19,7 +20,6 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.recipe import load
 from llmshrink.report.schema import Check, Report
-from llmshrink.verify import check_reader, probe_tokens
 
 # What people read and no loader does; the rest decides what the model computes.
 DOCUMENTS = re.compile(r"README\.md|recipe\.yaml|report\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY).*")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llmshrink.checks.gates import Outcome, check_gates, check_size, judge
 from llmshrink.errors import GateError
-from llmshrink.gates import Outcome, check_gates, check_size, judge
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.report.schema import EventRecord, GateReport, ModelInfo, ModelMeasure, Report, StageReport, TextScore
 

@@ -148,6 +148,8 @@ class StopSignal:
         if self._caught is not None or not self._resumable:
             raise KeyboardInterrupt
         self._caught = signal.Signals(number).name
+        told = f"\n{self._caught}: stopping after this block; again to stop at once\n"
+        os.write(2, told.encode())  # what a handler may call
 
     def over(self, progress: Progress) -> Progress:
         """The same listener, which also looks for a signal whenever it is told of progress."""

@@ -55,7 +55,21 @@ def redact_data(value: Any) -> Any:
 def _known() -> set[str]:
     """Secret values, as they are and as they look in Python, JSON and addresses."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.match(name)} | {_stored_token()}
-    return {form for value in values if len(value.strip()) >= SHORTEST for form in _forms(value.strip())}
+    return {form for value in map(str.strip, values) if _is_secret(value) for form in _forms(value)}
+
+
+def _is_secret(value: str) -> bool:
+    """Not a short value, a plain word or a path that is there: these stand in ordinary output too."""
+    return (
+        len(value) >= SHORTEST and not (value.isascii() and value.isalpha() and value.islower()) and not _there(value)
+    )
+
+
+def _there(value: str) -> bool:
+    try:
+        return value.startswith("/") and Path(value).exists()
+    except (OSError, ValueError):
+        return False
 
 
 @cache

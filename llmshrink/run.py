@@ -18,7 +18,7 @@ from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import Outcome, check_gates, check_size, judge, refuse_unanswerable, size_limit
-from llmshrink.checks.preflight import check_finite, check_room
+from llmshrink.checks.preflight import check_finite, check_memory, check_room
 from llmshrink.checks.written import (
     check_blocks,
     check_hashes,
@@ -49,12 +49,11 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.recipe.load import dump
+from llmshrink.recipe import text
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.redact import redact
 from llmshrink.report.card import model_card
 from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
-from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.summary import RunFacts, eval_stage, plain, rounding, writing_stage
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 
@@ -68,7 +67,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         PlanError: the recipe cannot be carried out on this model.
     """
-    with quiet_libraries(), memory_limit(recipe.run.memory):
+    with quiet_libraries(), enough_memory(), memory_limit(recipe.run.memory):
         source, _ = _open(recipe)
         return _plan(recipe, StreamedModel(source, pick_device(recipe.run.device)))[1]
 
@@ -131,8 +130,8 @@ def verify(folder: Path, *, progress: Progress) -> list[Check]:
     Raises:
         InputError: it is no output of llmshrink, or not finished.
     """
-    with quiet_libraries():
-        return verify_folder(folder, progress=progress)
+    with quiet_libraries(), enough_memory():
+        return verify_folder(folder.resolve(), progress=progress)
 
 
 class _Run:
@@ -152,7 +151,10 @@ class _Run:
             models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
         length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
         texts = self.loader.evaluation(self.recipe.evaluation, length, None)
-        economy, _ = evaluation_economy(self.model, self.recipe, length)
+        economy, needed = evaluation_economy(self.model, self.recipe, length)
+        if texts:
+            check_memory("score the texts", needed, self.recipe.run, "--rows, --length")
+            self.loader.events += economy.told("score the texts")
         states = evaluation_states(self.model, self.recipe.evaluation.rows, length) if economy.on_disk else 0
         scratch = disk_faults(Path(tempfile.gettempdir()), states)
         with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
@@ -191,7 +193,7 @@ class _Run:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
         work, plan = _plan(self.recipe, self.model)
         check_size(plan)
-        check_room(plan, work.output, self.facts.source, self.recipe.run.memory)
+        check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             rows = self._calibration(work, workspace) if work.needs_data else None
@@ -270,8 +272,9 @@ class _Run:
     ) -> tuple[Result, Tensor]:
         """All blocks; also the states that the probe rows end in behind them."""
         economy = work.economy
-        first = done[0]["batch_tokens"] if done else economy.batch_tokens  # a run goes on as it began
-        batches = rows.batches(first) if rows is not None else []
+        batches = rows.batches(economy.batch_tokens) if rows is not None else []
+        if rows is not None and done:
+            batches = rows.grouped(done[0]["batches"])  # a run goes on as it began
         hidden = Hidden(self.model, batches, probe, workspace.work if economy.on_disk else None)
         subset = self.recipe.run.sequential == "subset"
         compressor = Compressor(work, workspace, hidden, economy=economy, subset=subset, progress=self.progress)
@@ -376,8 +379,8 @@ def _write_index(work: Work, folder: Path) -> str:
 
 
 def _write_report(folder: Path, report: Report, recipe: Recipe) -> None:
-    write_bytes(folder / "recipe.yaml", redact(dump(recipe)).encode())
-    write_bytes(folder / "README.md", model_card(report, redact(dump(_shareable(recipe)))).encode())
+    write_bytes(folder / "recipe.yaml", text.write(plain(recipe)).encode())
+    write_bytes(folder / "README.md", model_card(report, text.write(plain(_shareable(recipe)))).encode())
     write_bytes(folder / "report.json", (report.model_dump_json(indent=2, ensure_ascii=True) + "\n").encode())
 
 

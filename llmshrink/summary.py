@@ -51,9 +51,8 @@ class RunFacts:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, without secrets."""
-        data: dict[str, Any] = redact_data(text.parse(dump(self.recipe), "recipe"))
-        return data
+        """The recipe as plain data."""
+        return plain(self.recipe)
 
     def identity(self, rows: Rows | None) -> dict[str, Any]:
         """Everything that decides the bytes of the result; two runs may share a journal only if it is equal.
@@ -114,6 +113,12 @@ class RunFacts:
             seconds=seconds,
         )
         return Report.model_validate(redact_data(report.model_dump(mode="json")))
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as data, with every default written out and without secrets."""
+    data: dict[str, Any] = redact_data(text.parse(dump(recipe), "recipe"))
+    return data
 
 
 def _calibration(rows: Rows | None) -> CalibrationReport | None:

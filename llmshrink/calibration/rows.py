@@ -9,6 +9,7 @@ have the closing ones between them (the full sentences of RoBERTa, Liu et al. 20
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,11 @@ class Rows:
             else:
                 found.append([row])
         return [torch.stack(rows) for rows in found]
+
+    def grouped(self, counts: list[int]) -> list[Tensor]:
+        """Rows stacked into batches of these numbers of rows, in order."""
+        left = iter(self.tokens)
+        return [torch.stack(list(itertools.islice(left, count))) for count in counts]
 
     def save(self, path: Path, key: dict[str, Any], events: list[Event]) -> None:
         """Keep the rows, and what happened while they were made, for a run that goes on; `key` says for which run."""

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import torch
 
-from llmshrink.engine.budget import LIBRARIES
+from llmshrink.engine.budget import LIBRARIES, memory_there
 from llmshrink.errors import InputError, OutputError, ResourceError
-from llmshrink.memory import available_memory
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.schema import Plan
 from llmshrink.progress import Progress
+from llmshrink.recipe.schema import RunSpec
+
+EVALUATION_ROWS = "--set evaluation.rows=N --set evaluation.length=N"
 
 
-def check_room(plan: Plan, output: Path, source: Source, budget: int | None) -> None:
+def check_room(plan: Plan, output: Path, source: Source, run: RunSpec) -> None:
     """Refuse before compute what would fail for lack of room, or would write over the source."""
     target = output.resolve()
     partial = target.with_name(target.name + ".partial")
@@ -26,24 +28,30 @@ def check_room(plan: Plan, output: Path, source: Source, budget: int | None) -> 
             f"{output} needs {plan.disk_bytes / 2**20:.1f} MiB of disk, and {plan.disk_free / 2**20:.1f} are free.",
             hint="Free some, or choose an --output on another disk.",
         )
-    _check_memory("compress", plan.memory_bytes, budget, "--samples, --length")
-    rows = "--set evaluation.rows=N --set evaluation.length=N"
-    _check_memory("compare both models", plan.evaluation_bytes, budget, rows)
+    check_memory("compress", plan.memory_bytes, run, "--samples, --length")
+    check_memory("compare both models", plan.evaluation_bytes, run)
 
 
-def _check_memory(what: str, needed: int, budget: int | None, rows: str) -> None:
-    """Refuse what does not fit, though everything was done to save memory that may be done unasked."""
-    free = available_memory()
-    if budget is not None:
-        free = min(free, budget - LIBRARIES)
+def check_memory(what: str, needed: int, run: RunSpec, rows: str = EVALUATION_ROWS) -> None:
+    """Refuse what does not fit, though everything was done to save memory that the recipe lets be done.
+
+    Raises:
+        ResourceError: not enough memory, or too small a budget.
+    """
+    free = max(0, memory_there(run))
     if needed <= free:
         return
-    smaller = "a smaller --memory than there is also makes batches smaller" if budget is None else "a larger --memory"
-    raise ResourceError(
-        f"About {needed / 2**20:.0f} MiB of memory are needed to {what}, and {max(free, 0) / 2**20:.0f} are there"
-        + ("." if budget is None else f" (--memory, less {LIBRARIES / 2**20:.0f} MiB for libraries)."),
-        hint=f"Use fewer or shorter rows: {rows}; {smaller}.",
-    )
+    tight = run.memory is not None and run.memory - LIBRARIES <= free
+    there = "are within --memory" if tight else "are there"
+    hint = f"Use fewer or shorter rows: {rows}"
+    if tight:
+        hint += (
+            f"; or give --memory {(needed + LIBRARIES) / 2**20 + 1:.0f}MiB, of which libraries take {LIBRARIES >> 20}"
+        )
+    elif run.memory is None:
+        hint += f"; or let batches be smaller too: --memory {(free + LIBRARIES) >> 20}MiB"
+    message = f"About {needed / 2**20:.0f} MiB of memory are needed to {what}, and {free / 2**20:.0f} {there}."
+    raise ResourceError(message, hint=f"{hint}.")
 
 
 def check_finite(model: StreamedModel, progress: Progress) -> None:

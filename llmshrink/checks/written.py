@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmshrink.engine.budget import LIBRARIES
 from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
@@ -109,7 +110,8 @@ def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]
     if missing := missing_packages(written.weights.format.name):
         detail = f"transformers needs {' and '.join(missing)} for this format: not installed here"
         return Check(name="reader", passed=None, detail=detail)
-    if ROOM * written.parameters * 4 + written.source.checkpoint.bytes > available_memory():
+    needed = 2 * LIBRARIES + ROOM * written.parameters * 4 + written.source.checkpoint.bytes
+    if needed > available_memory():
         return Check(name="reader", passed=None, detail="the dense model does not fit into memory here")
     expected, folder = streamed_output(written, tokens, as_read=True), written.source.folder
     result = measure([ReadRequest(folder=str(folder), tokens=tokens.tolist(), dtype="float32")])[0]

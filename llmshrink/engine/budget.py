@@ -18,7 +18,7 @@ from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
 from llmshrink.statistics import Hessian
 
-LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done
+LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
 FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
@@ -49,7 +49,13 @@ def _choose(
     """Batches, whose size changes how sums round, get smaller only within a budget that was given."""
     first = Economy(model.batch_tokens(run.batch_tokens))
     economies = first.thriftier(row=row, statistics=statistics, batches=run.memory is not None)
-    return choose(needed, economies, available_memory() if run.memory is None else run.memory - LIBRARIES)
+    return choose(needed, economies, memory_there(run))
+
+
+def memory_there(run: RunSpec) -> int:
+    """Bytes that a run may take: what is available, within its budget less what the libraries hold."""
+    free = available_memory()
+    return free if run.memory is None else min(free, run.memory - LIBRARIES)
 
 
 def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> int:
@@ -96,7 +102,8 @@ def planned_evaluation(model: StreamedModel, economy: Economy, *, rows: int, len
     batch = min(max(economy.batch_tokens, length), rows * length)
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     block = max(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks)
-    return FIXED + states + max(block, 4 * min(economy.logits, batch * model.width * FLOAT) + head)
+    scored = max(block, 4 * min(economy.logits, batch * model.width * FLOAT) + head)
+    return LIBRARIES + FIXED + states + scored  # the process that starts readers is there all the time
 
 
 def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool) -> int:

@@ -93,6 +93,7 @@ class Compressor:
         self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
         self._subset, self._progress = subset, progress
         self._pending: Future[dict[str, Any]] | None = None
+        self._unwritten: list[Event] = []  # go into the journal with the next block
 
     def run(self, done: list[dict[str, Any]]) -> Result:
         """Compress every block that `done`, the journal's entries, does not hold yet."""
@@ -144,13 +145,18 @@ class Compressor:
         blocks = self._model.anatomy.blocks
         newest = self._newest_states(done, result)
         for entry in done[: len(blocks)]:
-            self._split(entry["batch_tokens"])  # as it was done: sums of other batches round differently
+            self._hidden.split(entry["batches"])  # as it was done: sums of other batches round differently
             block = blocks[entry["block"]]
             if entry is newest:
                 self._hidden.load(self._workspace.folder / next(iter(entry["states"])))
             elif newest is None or block.index > newest["block"]:
                 self._progress.advance(0, f"running block {block.index} again")
                 self._forward(block, self._written(block))
+        rows = self._hidden.within(self._batch_tokens)
+        if rows != self._hidden.rows:  # there is less memory than when the run began
+            self._hidden.split(rows)
+            message = f"going on after {len(done)} blocks with {self._batch_tokens} tokens in a forward pass"
+            self._unwritten.append(Event("smaller_batches", message))
 
     def _newest_states(self, done: list[dict[str, Any]], result: Result) -> dict[str, Any] | None:
         """The last entry whose file of states is whole; told, where a later one is not."""
@@ -163,11 +169,6 @@ class Compressor:
             result.events.append(Event("work_lost", message))
             self._progress.event(result.events[-1])
         return whole
-
-    def _split(self, tokens: int) -> None:
-        """Go on with batches of at most so many tokens, or of one row."""
-        self._batch_tokens = min(self._batch_tokens, tokens)
-        self._hidden.split(self._batch_tokens)
 
     def _written(self, block: Block) -> dict[str, Callable[[], Tensor]]:
         """The compressed matrices of a finished block, from its file."""
@@ -188,6 +189,7 @@ class Compressor:
         compressed = {m.key for m in block.matrices if m in self._work.methods}
         made = _Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
         made.decoded = self._opened(block)
+        made.events, self._unwritten = self._unwritten, []
         for step in self._steps(block):
             before = dict(made.decoded)  # what is compressed in a step is seen by the next one only
             sizes = [self._work.needs(group).bytes(group.width) for group in step]
@@ -198,6 +200,7 @@ class Compressor:
                     made.add(found)
                     trim()
                 clock.lap("compress")
+        batches = self._hidden.rows
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
         made.events += self._range(block, self._forward(block, made.decoded))
@@ -206,7 +209,7 @@ class Compressor:
         layers = sorted(made.layers, key=lambda layer: order[layer.name])
         entry = {
             "block": block.index,
-            "batch_tokens": self._batch_tokens,
+            "batches": batches,
             "layers": [layer.model_dump(mode="json") for layer in layers],
             "events": [vars(event) for event in made.events],
             "seconds": clock.seconds,
@@ -281,11 +284,12 @@ class Compressor:
                 self._model.drop_block(block.index)
                 trim()
             release(self._model.device)
-            what = "tried again"
+            kind, what = "out_of_memory", "tried again"
             if attempt:
-                self._split(self._hidden.most_tokens() // 2)
-                what = f"going on with {self._batch_tokens} tokens in a forward pass"
-            events.append(Event("out_of_memory", f"memory ran out while block {block.index} was calibrated: {what}"))
+                tokens = self._hidden.most_tokens() // 2
+                self._hidden.split(self._hidden.within(tokens))
+                kind, what = "smaller_batches", f"going on with {tokens} tokens in a forward pass"
+            events.append(Event(kind, f"memory ran out while block {block.index} was calibrated: {what}"))
         raise AssertionError("count() does not end")
 
     def _groups(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[_Made]:
@@ -309,7 +313,8 @@ class Compressor:
         cpu = torch.device("cpu")
         statistic.to(cpu)
         made = self._group(group, statistic, cpu)
-        message = f"memory ran out while {group.matrices[0].name} was compressed: done on the CPU"
+        how = "tried again" if self._model.device == cpu else "done on the CPU"
+        message = f"memory ran out while {group.matrices[0].name} was compressed: {how}"
         made.events.append(Event("out_of_memory", message))
         return made
 

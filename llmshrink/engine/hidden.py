@@ -40,7 +40,7 @@ class Hidden:
             folder: keep the states in files there, which vanish with the process; None: in the device's memory.
 
         Raises:
-            ResourceError: the disk is full.
+            OSError: the disk is full.
         """
         self._model = model
         self._known: dict[torch.Size, Record] = {}
@@ -61,14 +61,28 @@ class Hidden:
         first = self._known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
         return first if _equal(first.arguments, record.arguments) else Record(first.hidden, record.arguments)
 
-    def split(self, tokens: int) -> None:
-        """Cut the batches into ones of at most `tokens` tokens, or of one row."""
-        cut = [torch.split(batch, max(1, tokens // batch.shape[1])) for batch in self.batches]
-        count, parts = len(self.batches), [part for found in cut for part in found]
-        if len(parts) == count:
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each batch."""
+        return [len(batch) for batch in self.batches]
+
+    def within(self, tokens: int) -> list[int]:
+        """Rows of each batch, were the batches cut into ones of at most `tokens` tokens, or of one row."""
+        return [len(part) for batch in self.batches for part in torch.split(batch, max(1, tokens // batch.shape[1]))]
+
+    def split(self, rows: list[int]) -> None:
+        """Cut the batches into ones of these numbers of rows, each within one of those there are."""
+        if rows == self.rows:
             return
-        rows = [[len(part) for part in found] for found in cut]
-        states = [part for state, r in zip(self.states[:count], rows, strict=True) for part in torch.split(state, r)]
+        left, count = iter(rows), len(self.batches)
+        parts: list[Tensor] = []
+        states: list[Tensor] = []
+        for batch, state in zip(self.batches, self.states[:count], strict=True):
+            sizes: list[int] = []
+            while sum(sizes) < len(batch):
+                sizes.append(next(left))
+            parts += torch.split(batch, sizes)
+            states += torch.split(state, sizes)
         self._records[:count] = [self._shared(part, self._model.record(part)) for part in parts]
         self.states[:count], self.batches = states, parts
 
@@ -124,7 +138,7 @@ class Hidden:
         if len(names) < len(self.states):
             self.forget()  # as it was when they were saved
         for state, name in zip(self.states, names, strict=True):
-            state.copy_(checkpoint.get(name))
+            state.copy_(checkpoint.get(name).view(state.shape))  # of the same batches, or it is an error
 
 
 def _on_disk(folder: Path, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from llmshrink.calibration.rows import Rows
+from llmshrink.engine.budget import LIBRARIES
 from llmshrink.errors import InputError, ResourceError
 from llmshrink.evaluate.reader import Found, ReadRequest, measure
 from llmshrink.evaluate.texts import score_texts
@@ -110,7 +111,7 @@ def _read(model: StreamedModel, prompt: list[int] | None, events: list[Event], p
         message = f"speed: transformers needs {' and '.join(missing)} to load {folder}"
         events.append(Event("not_measured", message))
         return None
-    needed = int(ROOM * model.dense_bytes)
+    needed = 2 * LIBRARIES + int(ROOM * model.dense_bytes)
     if model.device.type == "cpu" and needed > available_memory():
         events.append(Event("not_measured", f"speed: {needed / 2**30:.1f} GiB needed to load {folder} as a whole"))
         return None

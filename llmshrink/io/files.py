@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmshrink.errors import OutputError, ResourceError
+from llmshrink.errors import InputError, OutputError, ResourceError
 
 CHUNK = 1 << 22
 MAX_NESTING = 64  # levels of JSON
@@ -80,7 +80,8 @@ def disk_faults(output: Path, needed: int) -> Iterator[None]:
 
     Raises:
         ResourceError: the disk is full, or a quota or the largest size of a file is reached.
-        OutputError: something cannot be made, written, read or removed.
+        OutputError: something cannot be made, written, read or removed there.
+        InputError: a file elsewhere cannot be read.
     """
     try:
         yield
@@ -88,6 +89,10 @@ def disk_faults(output: Path, needed: int) -> Iterator[None]:
         if error.errno is None:  # not the system's
             raise
         path = Path(os.fsdecode(error.filename)) if error.filename else output
+        if not path.absolute().is_relative_to(output.absolute().parent):
+            raise InputError(
+                f"{path}: {error.strerror}.", hint="It was there when the run began: look at it."
+            ) from error
         if error.errno not in NO_ROOM:
             raise OutputError(
                 f"{path}: {error.strerror}.", hint="Mend that, or choose another --output; what is finished is kept."

@@ -81,7 +81,7 @@ def describe(
         bits_per_weight=8 * after / parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
-        disk_bytes=sum(work.file_bytes.values()) + scratch_bytes - _already(work.output),
+        disk_bytes=max(0, sum(work.file_bytes.values()) + scratch_bytes - _already(work.output)),
         disk_free=shutil.disk_usage(nearest(work.output)).free,
         output=str(work.output),
         loads_in=[_load_plan(stored(work), runtime) for runtime in RUNTIMES],

@@ -43,6 +43,15 @@ def small(smallest: Path, text_file: Path, tmp_path: Path) -> Callable[..., Reci
     return make
 
 
+@pytest.fixture
+def deep(small: Callable[..., Recipe], tmp_path: Path) -> Recipe:
+    """A recipe for three blocks and one batch of five rows, which no halves divide evenly."""
+    build_model(tmp_path / "deep", config("llama", num_hidden_layers=3, hidden_size=32, intermediate_size=64))
+    return small(calibration={"samples": 5}, run={"batch_tokens": 80}).model_copy(
+        update={"model": ModelSpec(id=str(tmp_path / "deep"))}
+    )
+
+
 def result(wanted: Recipe) -> tuple[dict[str, str], Report]:
     """What a run gives; its output is removed."""
     report = run.execute(wanted, progress=Silent())
@@ -69,8 +78,8 @@ class Failing:
         return self._function(*args, **kwargs)
 
 
-def has_batches(_: int, *args: Any) -> bool:
-    return any(isinstance(a, Hidden) and a.most_tokens() > 0 for a in args)
+def too_large(_: int, *args: Any) -> bool:
+    return any(isinstance(a, Hidden) and a.most_tokens() > 40 for a in args)
 
 
 # --- known beforehand
@@ -90,7 +99,7 @@ def test_states_on_disk_and_several_passes_change_no_byte(
 
     monkeypatch.setattr(Hidden, "__init__", noted)
     monkeypatch.setattr(compress, "gather", counted)
-    monkeypatch.setattr(budget, "available_memory", lambda: 0)
+    monkeypatch.setattr(budget, "memory_there", lambda _: 0)
     monkeypatch.setattr(economy, "LEAST_STATISTICS", 1 << 10)
     found, report = result(small())
     assert found == expected
@@ -102,26 +111,44 @@ def test_states_on_disk_and_several_passes_change_no_byte(
 def test_a_budget_is_kept_by_smaller_batches_too(small: Callable[..., Recipe]) -> None:
     plan = run.make_plan(small(run={"memory": 1, "batch_tokens": 10**6}, calibration={"samples": 12}))
     assert "16 tokens in a forward pass" in next(e.message for e in plan.events if e.kind == "economy")
-    with pytest.raises(ResourceError, match=r"less 320 MiB for libraries.*\n.*larger --memory") as caught:
+    with pytest.raises(ResourceError, match=r"0 are within --memory.*\n.*give --memory \d+MiB") as caught:
         run.execute(small(run={"memory": 1}), progress=Silent())
     assert caught.value.exit_code == 6
 
 
+@pytest.mark.parametrize("save_every", [0, 60])
 def test_a_run_may_go_on_within_less_memory(
-    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deep: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: float
 ) -> None:
-    """The way out for a run that the system killed for its memory: what is finished stays."""
+    """The way out for a run that the system killed for its memory: what is finished stays, and is run again as it was.
+
+    With hidden states saved after each block, or none.
+    """
+    monkeypatch.setattr(compress, "SAVE_EVERY", save_every)
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "gather", Failing(gather, lambda n, *_: n > 1))
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *_: n > 2))
         with pytest.raises(ResourceError, match=r"same command again with --memory") as caught:
-            run.execute(small(), progress=Silent())
+            run.execute(deep, progress=Silent())
         assert caught.value.exit_code == 6 and not (tmp_path / "out").exists()
-    shard = tmp_path / "out.partial" / "model-00001-of-00003.safetensors"
-    before = shard.stat().st_mtime_ns, shard.read_bytes()
-    report = run.execute(small(run={"batch_tokens": 16}), progress=Silent())
-    written = tmp_path / "out" / shard.name
-    assert (written.stat().st_mtime_ns, written.read_bytes()) == before
-    assert report.stages[0].resumed_blocks == 1
+    shards = [tmp_path / "out.partial" / f"model-0000{n}-of-00004.safetensors" for n in (1, 2)]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in shards]
+    seen: list[list[int]] = []
+    advance = Hidden.advance
+
+    def noted(self: Hidden, *args: Any) -> float:
+        seen.append(self.rows)
+        return advance(self, *args)
+
+    monkeypatch.setattr(Hidden, "advance", noted)
+    smaller = deep.run.model_copy(update={"batch_tokens": 16})
+    report = run.execute(deep.model_copy(update={"run": smaller}), progress=Silent())
+    written = [tmp_path / "out" / path.name for path in shards]
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in written] == before
+    assert report.stages[0].resumed_blocks == 2
+    assert kinds(report) == ["smaller_batches"]
+    assert "after 2 blocks with 16 tokens" in report.events[0].message
+    if save_every:
+        assert seen[:2] == [[5], [5]]  # run again as they were done
 
 
 # --- found out on the way
@@ -139,25 +166,25 @@ def test_memory_that_ran_out_once_changes_no_byte(
     assert found == expected and kinds(report) == ["out_of_memory"]
 
 
+@pytest.mark.parametrize("save_every", [0, 60])
 @pytest.mark.parametrize("block", [0, 1])
 def test_batches_get_smaller_where_memory_runs_out_again(
-    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+    deep: Recipe, monkeypatch: pytest.MonkeyPatch, block: int, save_every: float
 ) -> None:
     """And a run that is killed later goes on with them: the journal says how large they were for each block."""
-    build_model(tmp_path / "deep", config("llama", num_hidden_layers=3, hidden_size=32, intermediate_size=64))
-    wanted = small().model_copy(update={"model": ModelSpec(id=str(tmp_path / "deep"))})
+    monkeypatch.setattr(compress, "SAVE_EVERY", save_every)
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and has_batches(n, *a)))
-        found, report = result(wanted)
-        assert kinds(report) == ["out_of_memory"] * 2
-        assert "going on with 16 tokens in a forward pass" in report.events[1].message
-        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and (has_batches(n, *a) or n > 4)))
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and too_large(n, *a)))
+        found, report = result(deep)
+        assert kinds(report) == ["out_of_memory", "smaller_batches"]
+        assert "going on with 40 tokens in a forward pass" in report.events[1].message
+        patch.setattr(compress, "gather", Failing(gather, lambda n, *a: n > block and (too_large(n, *a) or n > 4)))
         with pytest.raises(ResourceError):
-            run.execute(wanted, progress=Silent())
-    seen = Failing(gather, has_batches)
+            run.execute(deep, progress=Silent())
+    seen = Failing(gather, too_large)
     monkeypatch.setattr(compress, "gather", seen)
-    again, report = result(wanted)
-    assert report.stages[0].resumed_blocks == 2 and kinds(report) == ["out_of_memory"] * 2
+    again, report = result(deep)
+    assert report.stages[0].resumed_blocks == 2 and kinds(report) == ["out_of_memory", "smaller_batches"]
     assert again == found and seen.calls == 1
 
 

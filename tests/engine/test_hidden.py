@@ -89,7 +89,7 @@ def test_a_full_disk_is_told_before_anything_is_mapped(
 def test_batches_are_split_between_rows(model: StreamedModel, tokens: int, shapes: list[tuple[int, int]]) -> None:
     """The probe, the last one, is never split."""
     hidden, whole = (Hidden(model, BATCHES[:2], BATCHES[2]) for _ in range(2))
-    hidden.split(tokens)
+    hidden.split(hidden.within(tokens))
     assert [tuple(batch.shape) for batch in hidden.batches] == shapes
     assert torch.equal(torch.cat(hidden.batches), torch.cat(BATCHES[:2]))
     assert hidden.most_tokens() == (12 if tokens == 12 else 0)

@@ -14,6 +14,7 @@ from hub import Hub
 
 from llmshrink import run
 from llmshrink.cli import main
+from llmshrink.recipe import load
 
 TOKEN = "hf_" + "CANARY0123456789abcdefCANARY"
 PASSWORD = "pass word/with:CANARY\"quotes'"
@@ -128,6 +129,9 @@ def test_arguments_that_end_up_in_a_report(
     call(0, *arguments, *settings, *(word for key in keys for word in ("--set", key)))
     for name in ("report.json", "recipe.yaml", "README.md"):
         assert "***" in (tmp_path / "out" / name).read_text(), name
+    recipe = load.read(str(tmp_path / "out" / "recipe.yaml"))  # it is YAML as before
+    assert recipe["calibration"]["split"] == "***"
+    assert recipe == json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]
 
 
 FAULTS: dict[str, tuple[dict[str, Any], int]] = {

@@ -197,6 +197,11 @@ def test_what_is_no_output(folder: Path, smallest: Path, capsys: pytest.CaptureF
         assert out == "" and words in err
 
 
+def test_the_folder_one_is_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert all(check.passed for check in run.verify(Path(), progress=Silent()))
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_what_is_not_finished(folder: Path, capsys: pytest.CaptureFixture[str], listed: bool) -> None:
     """Before the manifest is written, and between that and the rename."""

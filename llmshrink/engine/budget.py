@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmshrink.engine.compress import STACK, is_small
+from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block

@@ -16,27 +16,22 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.gather import gather
+from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
-from llmshrink.engine.lanes import side_by_side
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
-from llmshrink.formats.base import Slot
-from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
+from llmshrink.forms import Event
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
-from llmshrink.methods import load_method
-from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.plan.economy import Economy, passes
-from llmshrink.plan.work import Work, method_name
+from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import NoStatistic, Statistic
 
 FP16_MAX = torch.finfo(torch.float16).max
 NEAR = 0.25  # of it: another text may well give activations four times as large
-STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
-SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
 SAVE_EVERY = 60.0  # seconds between two savings of the hidden states: a run that goes on repeats at most their forwards
 
 
@@ -59,22 +54,6 @@ class Result:
             self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
 
-@dataclass
-class _Made:
-    """What became of a group, or of all groups of a block."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # to write
-    decoded: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by key: what they mean
-    layers: list[LayerReport] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-
-    def add(self, other: _Made) -> None:
-        self.tensors |= other.tensors
-        self.decoded |= other.decoded
-        self.layers += other.layers
-        self.events += other.events
-
-
 class Compressor:
     """Carries out a plan on all blocks."""
 
@@ -90,6 +69,7 @@ class Compressor:
     ) -> None:
         """`hidden` holds the calibration rows and the probe's."""
         self._work, self._model, self._workspace, self._hidden = work, work.model, workspace, hidden
+        self._groups = GroupCompressor(work)
         self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
         self._subset, self._progress = subset, progress
         self._pending: Future[dict[str, Any]] | None = None
@@ -179,7 +159,7 @@ class Compressor:
             if method := self._work.methods.get(matrix):
                 slot = self._work.slots[matrix]
                 names = list(self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype)))
-                decoded[matrix.key] = partial(self._decode_stored, slot, checkpoint, names)
+                decoded[matrix.key] = partial(self._groups.decode_stored, slot, checkpoint, names)
         return decoded
 
     # --- one block
@@ -187,7 +167,7 @@ class Compressor:
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
         compressed = {m.key for m in block.matrices if m in self._work.methods}
-        made = _Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
+        made = Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
         made.decoded = self._opened(block)
         made.events, self._unwritten = self._unwritten, []
         for step in self._steps(block):
@@ -196,7 +176,7 @@ class Compressor:
             for groups in (step[part] for part in passes(sizes, self._statistics)):
                 statistics = self._gather(block, groups, before, made.events)
                 clock.lap("calibrate")
-                for found in self._groups(groups, statistics):
+                for found in self._groups.compress(groups, statistics):
                     made.add(found)
                     trim()
                 clock.lap("compress")
@@ -292,98 +272,6 @@ class Compressor:
             events.append(Event(kind, f"memory ran out while block {block.index} was calibrated: {what}"))
         raise AssertionError("count() does not end")
 
-    def _groups(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[_Made]:
-        """What becomes of each group; those with little to compute go side by side, the others one by one."""
-        for small, members in groupby(groups, key=is_small):
-            todo = list(members)
-
-            def job(number: int, todo: list[Group] = todo) -> _Made:
-                return self._group_or_on_cpu(todo[number], statistics.pop(todo[number]))
-
-            yield from side_by_side(self._model.device, job, len(todo)) if small else map(job, range(len(todo)))
-
-    def _group_or_on_cpu(self, group: Group, statistic: Statistic) -> _Made:
-        """What becomes of a group; where memory runs out, tried once more, on the CPU."""
-        try:
-            return self._group(group, statistic, self._model.device)
-        except (MemoryError, RuntimeError) as error:
-            if not memory_error(error):
-                raise
-        release(self._model.device)
-        cpu = torch.device("cpu")
-        statistic.to(cpu)
-        made = self._group(group, statistic, cpu)
-        how = "tried again" if self._model.device == cpu else "done on the CPU"
-        message = f"memory ran out while {group.matrices[0].name} was compressed: {how}"
-        made.events.append(Event("out_of_memory", message))
-        return made
-
-    def _group(self, group: Group, statistic: Statistic, device: torch.device) -> _Made:
-        made = _Made()
-        prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
-        for method, matrices in self._stacks(group):
-            start = time.perf_counter()
-            used, event = self._or_baseline(method, matrices[0], statistic)
-            key = (type(used), used.config)
-            if key not in prepared:
-                prepared[key] = used.prepare(statistic)
-                trim()
-            weights = [self._model.read(matrix).to(device) for matrix in matrices]
-            layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
-            parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
-            found = [*([event] if event else []), *prepared[key].events, *layer.events]
-            fallback = any(e.kind.endswith("_fallback") for e in found)
-            for matrix, weight, part in zip(matrices, weights, parts, strict=True):
-                made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
-                slot = self._work.slots[matrix]
-                packed = self._work.format.pack(slot, part)
-                # Go on with what the file means, not with what the method meant.
-                made.decoded[matrix.key] = partial(self._decode, slot, packed)
-                made.tensors |= packed
-                error = relative_error(weight, made.decoded[matrix.key]())
-                seconds = (time.perf_counter() - start) / len(matrices)
-                before = self._model.weights.stored_bytes(matrix.key)
-                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format.name, seconds)
-                made.layers.append(report)
-        return made
-
-    def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
-        """The group's matrices, small ones of one method together: a column loop costs the same for all of them."""
-        stacks: list[tuple[Method[Any], list[Matrix]]] = []
-        for matrix in group.matrices:
-            method = self._work.methods.get(matrix)
-            if method is None:
-                continue
-            last, members = stacks[-1] if stacks else (None, [])
-            same = last is not None and type(last) is type(method) and last.config == method.config and method.by_row
-            if same and members[0].dtype == matrix.dtype and sum(m.numel for m in [*members, matrix]) <= STACK:
-                members.append(matrix)
-            else:
-                stacks.append((method, [matrix]))
-        return stacks
-
-    def _decode_stored(self, slot: Slot, checkpoint: safetensors.Checkpoint, names: list[str]) -> Tensor:
-        # Copies: what is computed with must not lie in a mapped file, nor be aligned otherwise than when it was made.
-        return self._decode(slot, {name: checkpoint.get(name).clone() for name in names})
-
-    def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
-        return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
-
-    def _or_baseline(
-        self, method: Method[Any], matrix: Matrix, statistic: Statistic
-    ) -> tuple[Method[Any], Event | None]:
-        """An expert that saw fewer tokens than it has inputs has a singular Hessian: only its weights count."""
-        starved = matrix.site.expert is not None and statistic.tokens < matrix.shape[1]
-        if method.baseline is None or not starved:
-            return method, None
-        baseline = load_method(method.baseline)
-        known = method.config.model_dump()
-        config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
-        message = f"{method.baseline} from the weights alone: it saw {statistic.tokens} calibration tokens"
-        return baseline(config, method.scales), Event(
-            "expert_fallback", message, data={"tokens": float(statistic.tokens)}
-        )
-
     # --- files
 
     def _write(
@@ -415,11 +303,6 @@ class Compressor:
         return entry
 
 
-def is_small(group: Group) -> bool:
-    """Whether a group is compressed beside another."""
-    return group.width <= SMALL and sum(m.numel for m in group.matrices) <= SMALL * SMALL
-
-
 def _hidden_name(index: str) -> str:
     """The file of the states behind a block."""
     return f"hidden-{index}.safetensors"
@@ -427,13 +310,6 @@ def _hidden_name(index: str) -> str:
 
 def _stretch(group: Group) -> tuple[str, str]:
     return group.sites[0].module, group.sites[0].leaf
-
-
-def _compress(method: Method[Any], weight: Tensor, prepared: Prepared) -> Layer:
-    """Compress a matrix, a stretch of rows at a time where they do not depend on each other: that bounds the memory."""
-    rows = -(-STACK // weight.shape[1]) if method.by_row else len(weight)
-    layers = [method.compress(part, prepared) for part in torch.split(weight, rows)]
-    return join_rows(layers) if len(layers) > 1 else layers[0]
 
 
 class _Clock:
@@ -447,42 +323,3 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
-
-
-def _report(
-    matrix: Matrix,
-    method: Method[Any],
-    layer: Layer,
-    packed: dict[str, Tensor],
-    bytes_before: int,
-    error: float,
-    fallback: bool,
-    format_name: str,
-    seconds: float,
-) -> LayerReport:
-    form = layer.weight
-    size = sum(t.numel() * t.itemsize for t in packed.values())
-    return LayerReport(
-        name=matrix.name,
-        shape=matrix.shape,
-        method=method_name(method),
-        form=type(form).__name__,
-        format=format_name,
-        bits=form.bits if isinstance(form, Quantized) else None,
-        group_size=_group_size(form, matrix.shape[1]),
-        parameters=matrix.numel,
-        bytes_before=bytes_before,
-        bytes_after=size,
-        bits_per_weight=8 * size / matrix.numel,
-        relative_error=error,
-        objective=None if layer.objective is None else layer.objective.share,
-        seconds=seconds,
-        fallback=fallback,
-    )
-
-
-def _group_size(form: Any, width: int) -> int | None:
-    if not isinstance(form, Quantized):
-        return None
-    size = form.block if isinstance(form.block, int) else form.block[1]
-    return None if size == width else size

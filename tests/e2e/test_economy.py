@@ -14,7 +14,7 @@ from tiny import build_model, config
 from torch import Tensor
 
 from llmshrink import run
-from llmshrink.engine import budget, compress
+from llmshrink.engine import budget, compress, groups
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import ResourceError
@@ -28,6 +28,7 @@ from llmshrink.recipe.schema import ModelSpec, Recipe
 from llmshrink.report.schema import Report
 
 pytestmark = pytest.mark.usefixtures("without_reader")
+PLACES = {"gather": compress, "_compress": groups}
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
@@ -155,13 +156,13 @@ def test_a_run_may_go_on_within_less_memory(
 
 
 @pytest.mark.parametrize("error", [FULL, HOST, MemoryError()])
-@pytest.mark.parametrize("where", ["gather", "_compress"])
+@pytest.mark.parametrize("where", PLACES)
 def test_memory_that_ran_out_once_changes_no_byte(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
 ) -> None:
     expected, report = result(small())
     assert kinds(report) == []
-    monkeypatch.setattr(compress, where, Failing(getattr(compress, where), lambda n, *_: n == 2, error))
+    monkeypatch.setattr(PLACES[where], where, Failing(getattr(PLACES[where], where), lambda n, *_: n == 2, error))
     found, report = result(small())
     assert found == expected and kinds(report) == ["out_of_memory"]
 
@@ -192,9 +193,9 @@ def test_memory_that_always_runs_out_ends_the_run(
     small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = result(small())
-    for where in ("gather", "_compress"):
+    for where, module in PLACES.items():
         with monkeypatch.context() as patch:
-            patch.setattr(compress, where, Failing(gather, lambda *_: True))
+            patch.setattr(module, where, Failing(gather, lambda *_: True))
             with pytest.raises(ResourceError, match="Memory ran out: CUDA out of memory") as caught:
                 run.execute(small(), progress=Silent())
         assert caught.value.exit_code == 6 and not (tmp_path / "out").exists()

@@ -132,22 +132,6 @@ def test_planned_memory_does_not_grow_with_depth(
     assert subset <= whole
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_a_matrix_may_be_compressed_in_stretches_of_rows(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = load_method(method)(load_method(method).Config(bits=4, group_size=32))
-    hessian = Hessian(64, CPU)
-    hessian.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(1)))
-    hessian.finish()
-    weight, prepared = torch.randn(50, 64, generator=torch.Generator().manual_seed(2)), used.prepare(hessian)
-    whole = compress._compress(used, weight, prepared)
-    monkeypatch.setattr(compress, "STACK", 7 * 64)
-    parts = compress._compress(used, weight, prepared)
-    assert (decode(parts.weight) == decode(whole.weight)).float().mean() > 0.99  # sums in another order break ties
-    assert (parts.objective is None) == (whole.objective is None)
-    if parts.objective and whole.objective:
-        assert parts.objective.share == pytest.approx(whole.objective.share, rel=1e-2)
-
-
 def test_a_whole_block_may_be_left_out(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     ignored = {"stage": {**DENSE, "ignore": [r".*layers\.0\..*"]}}
     report = run.execute(

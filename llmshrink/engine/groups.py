@@ -1,0 +1,196 @@
+"""What becomes of a group of linears: its matrices through their method and their format, with their reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.engine.lanes import side_by_side
+from llmshrink.formats.base import Slot
+from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
+from llmshrink.io import safetensors
+from llmshrink.memory import memory_error, release, trim
+from llmshrink.methods import load_method
+from llmshrink.methods.base import Method, Prepared
+from llmshrink.model.anatomy import Group, Matrix
+from llmshrink.plan.work import Work, method_name
+from llmshrink.report.schema import LayerReport
+from llmshrink.statistics import Statistic
+
+STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
+SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
+
+
+@dataclass
+class Made:
+    """What became of a group, or of all groups of a block."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # to write
+    decoded: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by key: what they mean
+    layers: list[LayerReport] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def add(self, other: Made) -> None:
+        """Take over what became of another group."""
+        self.tensors |= other.tensors
+        self.decoded |= other.decoded
+        self.layers += other.layers
+        self.events += other.events
+
+
+class GroupCompressor:
+    """Compresses groups with the methods of a plan, and goes on with what their files mean."""
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._model = work, work.model
+
+    def compress(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[Made]:
+        """What becomes of each group; those with little to compute go side by side, the others one by one."""
+        for small, members in groupby(groups, key=is_small):
+            todo = list(members)
+
+            def job(number: int, todo: list[Group] = todo) -> Made:
+                return self._group_or_on_cpu(todo[number], statistics.pop(todo[number]))
+
+            yield from side_by_side(self._model.device, job, len(todo)) if small else map(job, range(len(todo)))
+
+    def _group_or_on_cpu(self, group: Group, statistic: Statistic) -> Made:
+        """What becomes of a group; where memory runs out, tried once more, on the CPU."""
+        try:
+            return self._group(group, statistic, self._model.device)
+        except (MemoryError, RuntimeError) as error:
+            if not memory_error(error):
+                raise
+        release(self._model.device)
+        cpu = torch.device("cpu")
+        statistic.to(cpu)
+        made = self._group(group, statistic, cpu)
+        how = "tried again" if self._model.device == cpu else "done on the CPU"
+        message = f"memory ran out while {group.matrices[0].name} was compressed: {how}"
+        made.events.append(Event("out_of_memory", message))
+        return made
+
+    def _group(self, group: Group, statistic: Statistic, device: torch.device) -> Made:
+        made = Made()
+        prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
+        for method, matrices in self._stacks(group):
+            start = time.perf_counter()
+            used, event = self._or_baseline(method, matrices[0], statistic)
+            key = (type(used), used.config)
+            if key not in prepared:
+                prepared[key] = used.prepare(statistic)
+                trim()
+            weights = [self._model.read(matrix).to(device) for matrix in matrices]
+            layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
+            parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
+            found = [*([event] if event else []), *prepared[key].events, *layer.events]
+            fallback = any(e.kind.endswith("_fallback") for e in found)
+            for matrix, weight, part in zip(matrices, weights, parts, strict=True):
+                made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
+                slot = self._work.slots[matrix]
+                packed = self._work.format.pack(slot, part)
+                # Go on with what the file means, not with what the method meant.
+                made.decoded[matrix.key] = partial(self._decode, slot, packed)
+                made.tensors |= packed
+                error = relative_error(weight, made.decoded[matrix.key]())
+                seconds = (time.perf_counter() - start) / len(matrices)
+                before = self._model.weights.stored_bytes(matrix.key)
+                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format.name, seconds)
+                made.layers.append(report)
+        return made
+
+    def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
+        """The group's matrices, small ones of one method together: a column loop costs the same for all of them."""
+        stacks: list[tuple[Method[Any], list[Matrix]]] = []
+        for matrix in group.matrices:
+            method = self._work.methods.get(matrix)
+            if method is None:
+                continue
+            last, members = stacks[-1] if stacks else (None, [])
+            same = last is not None and type(last) is type(method) and last.config == method.config and method.by_row
+            if same and members[0].dtype == matrix.dtype and sum(m.numel for m in [*members, matrix]) <= STACK:
+                members.append(matrix)
+            else:
+                stacks.append((method, [matrix]))
+        return stacks
+
+    def decode_stored(self, slot: Slot, checkpoint: safetensors.Checkpoint, names: list[str]) -> Tensor:
+        """What the tensors of a file mean: a matrix [out, in], float32."""
+        # Copies: what is computed with must not lie in a mapped file, nor be aligned otherwise than when it was made.
+        return self._decode(slot, {name: checkpoint.get(name).clone() for name in names})
+
+    def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
+        return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
+
+    def _or_baseline(
+        self, method: Method[Any], matrix: Matrix, statistic: Statistic
+    ) -> tuple[Method[Any], Event | None]:
+        """An expert that saw fewer tokens than it has inputs has a singular Hessian: only its weights count."""
+        starved = matrix.site.expert is not None and statistic.tokens < matrix.shape[1]
+        if method.baseline is None or not starved:
+            return method, None
+        baseline = load_method(method.baseline)
+        known = method.config.model_dump()
+        config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
+        message = f"{method.baseline} from the weights alone: it saw {statistic.tokens} calibration tokens"
+        return baseline(config, method.scales), Event(
+            "expert_fallback", message, data={"tokens": float(statistic.tokens)}
+        )
+
+
+def is_small(group: Group) -> bool:
+    """Whether a group is compressed beside another."""
+    return group.width <= SMALL and sum(m.numel for m in group.matrices) <= SMALL * SMALL
+
+
+def _compress(method: Method[Any], weight: Tensor, prepared: Prepared) -> Layer:
+    """Compress a matrix, a stretch of rows at a time where they do not depend on each other: that bounds the memory."""
+    rows = -(-STACK // weight.shape[1]) if method.by_row else len(weight)
+    layers = [method.compress(part, prepared) for part in torch.split(weight, rows)]
+    return join_rows(layers) if len(layers) > 1 else layers[0]
+
+
+def _report(
+    matrix: Matrix,
+    method: Method[Any],
+    layer: Layer,
+    packed: dict[str, Tensor],
+    bytes_before: int,
+    error: float,
+    fallback: bool,
+    format_name: str,
+    seconds: float,
+) -> LayerReport:
+    form = layer.weight
+    size = sum(t.numel() * t.itemsize for t in packed.values())
+    return LayerReport(
+        name=matrix.name,
+        shape=matrix.shape,
+        method=method_name(method),
+        form=type(form).__name__,
+        format=format_name,
+        bits=form.bits if isinstance(form, Quantized) else None,
+        group_size=_group_size(form, matrix.shape[1]),
+        parameters=matrix.numel,
+        bytes_before=bytes_before,
+        bytes_after=size,
+        bits_per_weight=8 * size / matrix.numel,
+        relative_error=error,
+        objective=None if layer.objective is None else layer.objective.share,
+        seconds=seconds,
+        fallback=fallback,
+    )
+
+
+def _group_size(form: Any, width: int) -> int | None:
+    if not isinstance(form, Quantized):
+        return None
+    size = form.block if isinstance(form.block, int) else form.block[1]
+    return None if size == width else size

@@ -21,7 +21,10 @@ from transformers.utils import logging
 
 from llmshrink import run
 from llmshrink.cli import main
+from llmshrink.evaluate import reader
 from llmshrink.report.schema import Check
+
+reader.SERVER_IMPORTS.append("bitsandbytes")  # once, not in each of the many readers that these tests start
 
 
 @pytest.fixture(scope="session")

@@ -51,12 +51,12 @@ def refuse_unanswerable(recipe: Recipe, model: StreamedModel) -> None:
         relative = ["max_size"] if gate.max_size is not None and gate.max_size.share is not None else []
         if (lonely := gate.quality + relative) and not beside:
             raise PlanError(
-                f"{where}: {_and(lonely)} compare with another model, and none is named.",
+                f"{where}: {_and(lonely)} cannot be judged without another model to compare with.",
                 hint="Name it with --baseline MODEL (evaluation.baseline).",
             )
         if gate.quality and not recipe.evaluation.data:
             raise PlanError(
-                f"{where}: {_and(gate.quality)} need text to be measured on, and evaluation.data is empty.",
+                f"{where}: {_and(gate.quality)} cannot be judged without text, and evaluation.data is empty.",
                 hint="Give --evaluation auto, or a text of your own (evaluation.data).",
             )
         if unknown := [name for name in gate.quality if name not in _measured(model)]:
@@ -200,7 +200,7 @@ def check_gates(report: Report) -> None:
     if not failed and not degraded:
         return
     what = [f"{len(failed)} gate{'s' * (len(failed) > 1)} failed"] if failed else []
-    what += [f"--strict: {len(degraded)} events"] if degraded else []
+    what += [f"--strict: {len(degraded)} event{'s' * (len(degraded) > 1)}"] if degraded else []
     where = f"; the result is in {report.output}" if report.output else ""
     shown = "\n".join(f"  - {line}" for line in [*failed, *degraded[:10]])
     raise GateError(f"{', '.join(what)}{where}:\n{shown}")

@@ -133,7 +133,7 @@ def test_gates_and_strictness_are_told_together() -> None:
     with pytest.raises(GateError) as caught:
         check_gates(report([gate(False), gate(True), gate(False, "min_top1")], strict=True, events=["fallback"]))
     assert caught.value.message.splitlines() == [
-        "2 gates failed, --strict: 1 events; the result is in out/m:",
+        "2 gates failed, --strict: 1 event; the result is in out/m:",
         "  - max_kl: 0.05000, asked at most 0.02000 (stories)",
         "  - min_top1: 5.00 %, asked at least 2.00 % (stories)",
         "  - about fallback",

@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, str, list[str], str]] = [
     ("quantize", "smallest", ["--max-kl", "1", "--set", "evaluation.data=[]"], "--evaluation auto"),
     ("quantize", "smallest", ["--min-top1", "1%", "--set", "evaluation.data=[]", "--plan"], "--evaluation auto"),
     ("quantize", "smallest", ["--min-top1", "1%", "--set", "evaluation.data=[]", "--smoke"], "--evaluation auto"),
-    ("eval", "smallest", ["--max-kl", "1"], "max_kl compare with another model"),
+    ("eval", "smallest", ["--max-kl", "1"], "max_kl cannot be judged without another model"),
     ("eval", "smallest", ["--max-size", "30%"], "--baseline"),
     ("quantize", "bert", ["--max-kl", "1"], "max_kl cannot be asked of BertModel: its hidden states"),
     ("quantize", "bert", ["--min-top1", "1%"], "Gates for it: max_size."),

@@ -158,7 +158,7 @@ class StopSignal:
     def check(self) -> None:
         """Raise InterruptedRun if a signal came."""
         if self._caught is not None:
-            raise InterruptedRun(f"Stopped by {self._caught}.", hint="The same command goes on from the last block.")
+            raise InterruptedRun(f"Stopped by {self._caught}.", hint="The same command goes on from what was finished.")
 
 
 class _Watched:

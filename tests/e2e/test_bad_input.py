@@ -152,6 +152,6 @@ def test_no_room_on_the_disk(
 def test_no_memory(
     refused: Callable[..., tuple[int, str, set[str]]], smallest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(preflight, "memory_there", lambda _: 1 << 20)
     found, said, left = refused(smallest)
     assert (found, left) == (6, set()) and "of memory" in said

@@ -130,11 +130,14 @@ def memory_limit(most: int | None) -> Iterator[None]:
 
 
 def available_memory() -> int:
-    """Bytes this process can still take: the system's, or what its control group or `memory_limit` leaves."""
-    found = [int(psutil.virtual_memory().available), *_group_headroom(Path("/"))]
-    if (most := _most.get()) is not None:
-        found.append(max(0, most - anonymous_bytes()))
-    return min(found)
+    """Bytes this process can still take: what is free, or what `memory_limit` leaves."""
+    most = _most.get()
+    return free_memory() if most is None else min(free_memory(), max(0, most - anonymous_bytes()))
+
+
+def free_memory() -> int:
+    """Bytes this process can still take: the system's, or what its control group leaves where that is less."""
+    return min([int(psutil.virtual_memory().available), *_group_headroom(Path("/"))])
 
 
 def memory_error(error: BaseException | None) -> BaseException | None:
@@ -235,6 +238,7 @@ __all__ = [
     "anonymous_bytes",
     "available_memory",
     "fix_malloc",
+    "free_memory",
     "memory_limit",
     "memory_error",
     "release",

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from llmshrink import memory
-from llmshrink.memory import PeakMonitor, anonymous_bytes, available_memory, fix_malloc, resident_bytes, trim
+from llmshrink.memory import (
+    PeakMonitor,
+    anonymous_bytes,
+    available_memory,
+    fix_malloc,
+    free_memory,
+    memory_limit,
+    resident_bytes,
+    trim,
+)
 
 MB = 10**6
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and glibc")
@@ -109,3 +118,13 @@ def test_available_memory_heeds_control_groups(tmp_path: Path) -> None:
     assert memory._group_headroom(tmp_path) == [1050]
     assert memory._group_headroom(tmp_path / "nowhere") == []
     assert available_memory() > 0
+
+
+def test_a_limit_counts_what_is_held_already() -> None:
+    free = free_memory()
+    with memory_limit(anonymous_bytes() + 50 * MB):
+        assert 30 * MB < available_memory() <= 60 * MB
+        with memory_limit(1):
+            assert available_memory() == 0
+    with memory_limit(None):
+        assert available_memory() == pytest.approx(free, rel=0.1)

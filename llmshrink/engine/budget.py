@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
-from llmshrink.memory import available_memory
+from llmshrink.memory import free_memory
 from llmshrink.model.anatomy import Block
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.economy import Economy, choose, passes
@@ -54,8 +54,7 @@ def _choose(
 
 def memory_there(run: RunSpec) -> int:
     """Bytes that a run may take: what is available, within its budget less what the libraries hold."""
-    free = available_memory()
-    return free if run.memory is None else min(free, run.memory - LIBRARIES)
+    return free_memory() if run.memory is None else min(free_memory(), run.memory - LIBRARIES)
 
 
 def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> int:

@@ -19,7 +19,7 @@ demo: $(STAMP) ## install, quantize the embedded model to 4 bits, show what it c
 	$(BIN)/llmshrink quantize --bits 4 --output out/demo --overwrite
 
 test: $(STAMP) ## the default tests: offline, under ten minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## tests that take minutes: every method of every family, a built wheel
 	$(BIN)/python -m pytest -m slow
@@ -34,7 +34,7 @@ test-oldest: ## the default tests with the oldest releases that pyproject.toml a
 	test -x .venv-oldest/bin/uv || ($(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet uv)
 	grep '^torch==' constraints.txt > .venv-oldest/torch.txt
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
-	  --constraint .venv-oldest/torch.txt --editable . "pytest>=8" "hypothesis>=6.100"
+	  --constraint .venv-oldest/torch.txt --editable . "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	.venv-oldest/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider
 
 .venv-readers/.installed: tests/readers/constraints.txt

@@ -186,6 +186,14 @@ def _by_row(form: Quantized) -> bool:
     return not isinstance(form.block, int) and form.block[0] == 1
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: one pass, without a mask of the tensor's size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares no float8
+    return all(bool(torch.isfinite(value)) for value in torch.aminmax(values))
+
+
 def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
     norm = rest = 0.0

@@ -215,9 +215,8 @@ class _Run:
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, workspace.folder, written, result, probe, ends)
             stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
-            economy, _ = evaluation_economy(self.model, self.recipe, length)
             models = {"before": self.model, "after": written}
-            measures, seconds = self._measure(models, texts, economy, workspace.work)
+            measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
                 stages=self._judged(stages, models, measures),
@@ -342,9 +341,10 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     scratch, evaluation = compress_scratch(work, recipe), 0
     if recipe.evaluation.data:
         length = row_length(recipe.evaluation.length, model, [])
-        economy, evaluation = evaluation_economy(model, recipe, length)
-        work.events += economy.told("compare both models")
-        scratch = max(scratch, evaluation_states(model, recipe.evaluation.rows, length) if economy.on_disk else 0)
+        work.scoring, evaluation = evaluation_economy(model, recipe, length)
+        work.events += work.scoring.told("compare both models")
+        states = evaluation_states(model, recipe.evaluation.rows, length)
+        scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
     return work, describe(
         work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmshrink.checks.written import check_reader, probe_tokens
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InputError, PlanError, RecipeError, UnsafeError
-from llmshrink.io.files import sha256
+from llmshrink.forms import finite
+from llmshrink.io.files import has_hash
 from llmshrink.io.safetensors import refuse_outside
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -127,7 +128,7 @@ def _changed(present: dict[str, Path], manifest: _Manifest, progress: Progress) 
     progress.start("hash the files", sum(entry.bytes for entry in manifest.files.values()))
     found = []
     for name, entry in manifest.files.items():
-        if name not in present or sha256(present[name]) != entry.sha256:
+        if name not in present or not has_hash(present[name], entry.sha256):
             found.append(name)
         progress.advance(entry.bytes, name)
     progress.finish()
@@ -175,7 +176,7 @@ def _check_model(folder: Path) -> list[Check]:
     """Decode every tensor, and load the folder with plain transformers."""
     try:
         written = StreamedModel(open_source(str(folder)), torch.device("cpu"))
-        broken = [key for key in written.weights.infos if not _finite(written.weights.get(key))]
+        broken = [key for key in written.weights.infos if not finite(written.weights.get(key))]
     except (InputError, PlanError) as error:
         return [Check(name="decode", passed=False, detail=error.message), _not_run()[1]]
     detail = f"{len(written.weights.infos)} tensors" if not broken else _some("not finite", broken)
@@ -186,12 +187,6 @@ def _check_model(folder: Path) -> list[Check]:
 def _not_run() -> list[Check]:
     detail = "its files are not what was written"
     return [Check(name=name, passed=None, detail=detail) for name in ("decode", "reader")]
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.float()))).all())
 
 
 def _some(what: str, names: list[str]) -> str:

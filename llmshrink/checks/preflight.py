@@ -8,6 +8,7 @@ import torch
 
 from llmshrink.engine.budget import LIBRARIES, memory_there
 from llmshrink.errors import InputError, OutputError, ResourceError
+from llmshrink.forms import finite
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.schema import Plan
@@ -60,14 +61,12 @@ def check_finite(model: StreamedModel, progress: Progress) -> None:
     progress.start("check the weights", sum(info.numel for info in infos.values()))
     for key, info in infos.items():
         tensor = model.weights.get(key)
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = (float(value) for value in torch.aminmax(tensor))
-            if not abs(low) + abs(high) < float("inf"):
-                bad = (~torch.isfinite(tensor)).flatten().nonzero()
-                raise InputError(
-                    f"{model.source.folder / info.file}: tensor {key!r} has {len(bad)} values that are NaN or infinite "
-                    f"(the first at index {int(bad[0])}).",
-                    hint="The file is damaged, or the model was saved broken: download it again.",
-                )
+        if not finite(tensor):
+            bad = (~torch.isfinite(tensor)).flatten().nonzero()
+            raise InputError(
+                f"{model.source.folder / info.file}: tensor {key!r} has {len(bad)} values that are NaN or infinite "
+                f"(the first at index {int(bad[0])}).",
+                hint="The file is damaged, or the model was saved broken: download it again.",
+            )
         progress.advance(info.numel)
     progress.finish()

@@ -14,7 +14,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
 from llmshrink.forms import relative_error
-from llmshrink.io.files import sha256
+from llmshrink.io.files import has_hash
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.streamed import StreamedModel
@@ -53,8 +53,7 @@ def _as_read(model: StreamedModel, block: Block) -> dict[str, Callable[[], Tenso
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:
     """Whether files on disk have the SHA-256 they were written with."""
-    present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    wrong = [name for name, digest in expected.items() if name not in present or sha256(present[name]) != digest]
+    wrong = [name for name, digest in expected.items() if not has_hash(folder / name, digest)]
     detail = f"{len(expected)} files re-read" if not wrong else f"changed or missing: {', '.join(sorted(wrong)[:3])}"
     return Check(name="hashes", passed=not wrong, detail=detail)
 

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from llmshrink.errors import OutputError, UnsafeError
 from llmshrink.forms import Event
-from llmshrink.io.files import naming, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
+from llmshrink.io.files import has_hash, naming, sealed, sha256, step, sync_folder, unsealed, write_bytes, write_json
 
 WORK = ".work"  # inside OUT.partial: journal, calibration rows and hidden states, removed when the rename is done
 MANIFEST = "llmshrink-manifest.json"
@@ -208,7 +208,7 @@ class Workspace:
     def _spoiled(self, files: dict[str, str]) -> Path | None:
         """The first of the files that is not there or not whole."""
         paths = ((self.folder / name, digest) for name, digest in files.items())
-        return next((path for path, digest in paths if not path.is_file() or sha256(path) != digest), None)
+        return next((path for path, digest in paths if not has_hash(path, digest)), None)
 
     # --- the end
 

@@ -217,6 +217,11 @@ def copy_file(source: Path, target: Path) -> str:
     return file.sha256
 
 
+def has_hash(path: Path, digest: str) -> bool:
+    """Whether a file is there and has this SHA-256."""
+    return path.is_file() and sha256(path) == digest
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as raw:

@@ -34,9 +34,6 @@ COUNTED = re.compile(r"layer|block|label|dense|stage|depth|expert|head")
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
 
 
-DEEPEST = 64  # levels of a configuration
-
-
 @dataclass(frozen=True)
 class Source:
     """A model folder that passed the safety checks."""
@@ -194,14 +191,7 @@ def _read_object(path: Path, absent: str = "") -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object.")
-    if _deeper(value, DEEPEST):
-        raise InputError(f"{path} is nested deeper than {DEEPEST} levels.")
     return value
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(part, levels - 1) for part in below)
 
 
 def open_source(model_id: str, revision: str | None = None) -> Source:

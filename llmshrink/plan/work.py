@@ -34,7 +34,8 @@ class Work:
     shards: dict[int, str] = field(default_factory=dict)  # block index -> file name; -1: all other tensors
     file_bytes: dict[str, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # how much is in memory at a time
+    economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
+    scoring: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the comparison of both models
 
     @property
     def needs_data(self) -> bool:

@@ -7,7 +7,7 @@ method" are the same thing. Formats pack forms into tensors and back; methods ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -196,11 +196,17 @@ def finite(tensor: Tensor) -> bool:
 
 def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||W - Q|| / ||W||, Frobenius, summed in float64: the same number whoever computes it."""
+    return relative_error_of([(original, decoded)])
+
+
+def relative_error_of(stretches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The same for a matrix that comes in stretches of rows, each but the last of a multiple of `ROWS`."""
     norm = rest = 0.0
-    for w, q in zip(torch.split(original, ROWS), torch.split(decoded, ROWS), strict=True):
-        exact = w.to(torch.float64, copy=True)  # a float64 matrix may be mapped from its file
-        norm += float(exact.square().sum())
-        rest += float(exact.sub_(q).square().sum())
+    for original, decoded in stretches:
+        for w, q in zip(torch.split(original, ROWS), torch.split(decoded, ROWS), strict=True):
+            exact = w.to(torch.float64, copy=True)  # a float64 matrix may be mapped from its file
+            norm += float(exact.square().sum())
+            rest += float(exact.sub_(q).square().sum())
     return (rest / norm) ** 0.5 if norm else 0.0
 
 
@@ -216,6 +222,7 @@ __all__ = [
     "decode",
     "join_rows",
     "relative_error",
+    "relative_error_of",
     "split_rows",
     "without_data",
 ]

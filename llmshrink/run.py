@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,15 +270,15 @@ class _Run:
     def _compress(
         self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, Any]]
     ) -> tuple[Result, Tensor]:
-        """All blocks; also the states that the probe rows end in behind them."""
+        """All parts; also the states in which the probe rows leave the last block."""
         economy = work.economy
         batches = rows.batches(economy.batch_tokens) if rows is not None else []
-        if rows is not None and done:
-            batches = rows.grouped(done[0]["batches"])  # a run goes on as it began
-        hidden = Hidden(self.model, batches, probe, workspace.work if economy.on_disk else None)
+        begun = next((entry["batches"] for entry in done if "batches" in entry), None)
+        if rows is not None and begun is not None:
+            batches = rows.grouped(begun)  # a run goes on as it began
+        embed = partial(Hidden, self.model, batches, probe, workspace.work if economy.on_disk else None)
         subset = self.recipe.run.sequential == "subset"
-        compressor = Compressor(work, workspace, hidden, economy=economy, subset=subset, progress=self.progress)
-        return compressor.run(done), hidden.states[-1]
+        return Compressor(work, workspace, embed, economy=economy, subset=subset, progress=self.progress).run(done)
 
     def _verify(
         self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, ends: Tensor
@@ -370,9 +371,9 @@ def _save_companions(work: Work, folder: Path) -> dict[str, str]:
 
 
 def _write_index(work: Work, folder: Path) -> str:
-    names = {block.index: work.meta_tensors(block) for block in work.model.anatomy.blocks} | {-1: work.meta_others()}
-    weight_map = {tensor: work.shards[i] for i, tensors in names.items() for tensor in tensors}
-    total = sum(t.numel() * t.itemsize for tensors in names.values() for t in tensors.values())
+    tensors = {work.shards[part.index]: work.meta_tensors(part) for part in work.parts}
+    weight_map = {name: file for file, found in tensors.items() for name in found}
+    total = sum(tensor.nbytes for found in tensors.values() for tensor in found.values())
     return write_json(
         folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )

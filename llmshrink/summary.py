@@ -178,7 +178,7 @@ def rounding(work: Work, result: Result) -> list[Event]:
 
 def _left(plan: Plan) -> list[LayerReport]:
     """Matrices that stay as they are."""
-    layers = [layer for block in plan.blocks for layer in block.layers if layer.method is None]
+    layers = [layer for layer in plan.layers if layer.method is None]
     return [
         LayerReport(
             name=layer.name,

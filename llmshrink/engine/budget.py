@@ -11,7 +11,7 @@ from collections.abc import Callable
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.memory import free_memory
-from llmshrink.model.anatomy import Block
+from llmshrink.model.anatomy import Block, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.work import Work
@@ -22,6 +22,7 @@ LIBRARIES = 320 << 20  # what Python and the imports hold before anything is don
 FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
+PACKING = 3  # bytes per weight while codes become bytes of a file
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
@@ -68,7 +69,8 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     """
     tokens = rows * work.length if work.needs_data else 0
     states = 0 if economy.on_disk else tokens * work.model.hidden * FLOAT
-    return FIXED + states + max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
+    blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
+    return FIXED + states + max(blocks, *(_outside(work, part) for part in work.parts))
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:
@@ -127,6 +129,17 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
             kept -= size
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _outside(work: Work, part: Part) -> int:
+    """A part that is no block: its matrix is compressed in stretches, and its codes are held in full to be packed."""
+    if isinstance(part, Block) or not part.matrices:
+        return 0
+    matrix, (group,) = part.matrices[0], part.groups
+    size = work.needs(group).bytes(group.width)
+    factors = int(PANELS * size / FLOAT) if work.needs(group) is Hessian else 0
+    packed = sum(tensor.nbytes for tensor in work.meta_tensors(part).values())
+    return size + factors + SWEEP * FLOAT * min(matrix.numel, STACK) + PACKING * matrix.numel + packed
 
 
 def _weights(model: StreamedModel, block: Block) -> int:

@@ -1,4 +1,8 @@
-"""One block after another: gather, compress, write, journal, go on with the compressed weights."""
+"""One part after another: gather, compress, write, journal, go on with the compressed weights.
+
+An embedding that is compressed comes first, as the inputs of all blocks depend on it; then the blocks; then whatever
+is left, with the head among it, which sees what leaves the last block.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink.engine.gather import gather
+from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.workspace import Workspace
@@ -23,7 +27,7 @@ from llmshrink.errors import InputError
 from llmshrink.forms import Event
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
-from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.model.anatomy import Block, Group, Matrix, Part
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
@@ -55,53 +59,65 @@ class Result:
 
 
 class Compressor:
-    """Carries out a plan on all blocks."""
+    """Carries out a plan on all parts."""
 
     def __init__(
         self,
         work: Work,
         workspace: Workspace,
-        hidden: Hidden,
+        embed: Callable[[], Hidden],
         *,
         economy: Economy,
         subset: bool,
         progress: Progress,
     ) -> None:
-        """`hidden` holds the calibration rows and the probe's."""
-        self._work, self._model, self._workspace, self._hidden = work, work.model, workspace, hidden
+        """`embed` gives the states of the calibration rows and the probe's as they enter the first block."""
+        self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
+        self._hidden: Hidden
         self._groups = GroupCompressor(work)
+        self._saved = time.perf_counter()  # when states last were
         self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
         self._subset, self._progress = subset, progress
         self._pending: Future[dict[str, Any]] | None = None
         self._unwritten: list[Event] = []  # go into the journal with the next block
 
-    def run(self, done: list[dict[str, Any]]) -> Result:
-        """Compress every block that `done`, the journal's entries, does not hold yet."""
+    def run(self, done: list[dict[str, Any]]) -> tuple[Result, Tensor]:
+        """Compress every part that `done`, the journal's entries, does not hold yet.
+
+        Returns:
+            What became of the parts, and the states [rows, length, hidden] in which the probe rows leave the last block.
+        """
         result = Result()
         for entry in done:
             self._add(result, entry)
-        blocks = self._model.anatomy.blocks
-        result.resumed = min(len(done), len(blocks))
-        sizes = [sum(m.numel for m in block.matrices) for block in blocks]
+        parts = self._work.parts
+        result.resumed = sum(isinstance(part, Block) for part in parts[: len(done)])
+        sizes = [sum(m.numel for m in part.matrices) for part in parts]
         self._progress.start("compress", sum(sizes), sum(sizes[: len(done)]))
-        saved = time.perf_counter()
-        self._restore(done, result)
+        todo = parts[len(done) :]
         with ThreadPoolExecutor(1) as disk:
-            for block in blocks[len(done) :]:
-                entry, tensors = self._block(block, result)
-                states = None
-                if time.perf_counter() - saved >= SAVE_EVERY:
-                    saved, states = time.perf_counter(), list(self._hidden.states)
-                # Files are written and synced while the next block computes; the journal line comes last.
-                self._pending = disk.submit(self._write, block, tensors, states, entry)
-                del tensors  # they go as soon as they are written
-                worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
-                self._progress.advance(sizes[block.index], f"block {block.index}: relative error up to {worst:.3f}")
+            for part in (part for part in todo if part.index < 0):
+                self._do(part, result, disk)
             self._written_out(result)
-        if len(done) <= len(blocks):
-            self._add(result, self._others())
+            self._begin(done, result)
+            for part in (part for part in todo if part.index >= 0):
+                self._do(part, result, disk)
+            self._written_out(result)
         self._progress.finish()
-        return result
+        return result, self._hidden.states[-1]
+
+    def _do(self, part: Part, result: Result, disk: ThreadPoolExecutor) -> None:
+        entry, tensors = self._block(part, result) if isinstance(part, Block) else self._outside(part)
+        states = None
+        if isinstance(part, Block) and time.perf_counter() - self._saved >= SAVE_EVERY:
+            self._saved, states = time.perf_counter(), list(self._hidden.states)
+        self._written_out(result)
+        # Files are written and synced while the next part computes; the journal line comes last.
+        self._pending = disk.submit(self._write, part, tensors, states, entry)
+        if part.matrices:
+            worst = max((layer["relative_error"] or 0.0 for layer in entry["layers"]), default=0.0)
+            what = f"block {part.index}" if isinstance(part, Block) else part.matrices[0].name
+            self._progress.advance(sum(m.numel for m in part.matrices), f"{what}: relative error up to {worst:.3f}")
 
     def _written_out(self, result: Result) -> None:
         """Wait until the block before this one is on disk, or fail as its writing did."""
@@ -116,15 +132,25 @@ class Compressor:
         for event in result.events[known:]:
             self._progress.event(event)
 
+    def _begin(self, done: list[dict[str, Any]], result: Result) -> None:
+        """Embed all rows, as the written embedding does, and go on behind the last finished block."""
+        embedding = self._model.anatomy.embedding
+        if embedding is not None and embedding in self._work.methods:
+            checkpoint, slot = self._file(self._work.parts[0]), self._work.slots[embedding]
+            rows = self._work.format.reader(slot, checkpoint.get, self._work.quantization_config)
+            self._model.replace_embedding(rows)
+        self._hidden, self._saved = self._embed(), time.perf_counter()
+        self._restore([entry for entry in done if "batches" in entry], result)
+
     def _restore(self, done: list[dict[str, Any]], result: Result) -> None:
-        """Bring back the states behind the last finished block.
+        """Bring back the states behind the last finished block; `done` holds the entries of blocks.
 
         They come from the newest file of them that is whole; what was compressed after it runs again on what was
         written, which gives the same bits.
         """
         blocks = self._model.anatomy.blocks
         newest = self._newest_states(done, result)
-        for entry in done[: len(blocks)]:
+        for entry in done:
             self._hidden.split(entry["batches"])  # as it was done: sums of other batches round differently
             block = blocks[entry["block"]]
             if entry is newest:
@@ -150,19 +176,39 @@ class Compressor:
             self._progress.event(result.events[-1])
         return whole
 
-    def _written(self, block: Block) -> dict[str, Callable[[], Tensor]]:
-        """The compressed matrices of a finished block, from its file."""
-        header = safetensors.read_header(self._workspace.folder / self._work.shards[block.index])
-        checkpoint = safetensors.Checkpoint(self._workspace.folder, header)
-        decoded = self._opened(block)
-        for matrix in block.matrices:
+    def _file(self, part: Part) -> safetensors.Checkpoint:
+        path = self._workspace.folder / self._work.shards[part.index]
+        return safetensors.Checkpoint(path.parent, safetensors.read_header(path))
+
+    def _written(self, part: Part) -> dict[str, Callable[[], Tensor]]:
+        """The compressed matrices of a finished part, from its file."""
+        checkpoint, decoded = self._file(part), self._opened(part)
+        for matrix in part.matrices:
             if method := self._work.methods.get(matrix):
                 slot = self._work.slots[matrix]
                 names = list(self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype)))
                 decoded[matrix.key] = partial(self._groups.decode_stored, slot, checkpoint, names)
         return decoded
 
-    # --- one block
+    # --- one part
+
+    def _outside(self, part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A part that is no block: the embedding from its weights alone, the head from what leaves the last block."""
+        clock, compressed = _Clock(), {m.key for m in part.matrices}
+        made = Made(tensors={key: self._model.weights.dense(key) for key in part.keys if key not in compressed})
+        statistics = {}
+        for group in part.groups:
+            kind = self._work.needs(group)
+            statistics[group] = (
+                NoStatistic(group.width, self._model.device)
+                if kind is NoStatistic
+                else gather_head(self._model, group, kind, self._hidden)
+            )
+        clock.lap("calibrate")
+        for found in self._groups.compress(list(part.groups), statistics):
+            made.add(found)
+        clock.lap("compress")
+        return _entry(part, made, clock), made.tensors
 
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model, clock = self._model, _Clock()
@@ -185,29 +231,21 @@ class Compressor:
         clock.lap("wait")
         made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
-        order = {m.name: i for i, m in enumerate(block.matrices)}
-        layers = sorted(made.layers, key=lambda layer: order[layer.name])
-        entry = {
-            "block": block.index,
-            "batches": batches,
-            "layers": [layer.model_dump(mode="json") for layer in layers],
-            "events": [vars(event) for event in made.events],
-            "seconds": clock.seconds,
-        }
-        return entry, made.tensors
+        return {**_entry(block, made, clock), "batches": batches}, made.tensors
 
-    def _opened(self, block: Block) -> dict[str, Callable[[], Tensor]]:
+    def _opened(self, part: Part) -> dict[str, Callable[[], Tensor]]:
         """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""
 
         def read(matrix: Matrix) -> Tensor:
             return matrix.seen(self._model.weights.dense(matrix.key).float())
 
-        left = [m for m in block.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
+        left = [m for m in part.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
         return {matrix.key: partial(read, matrix) for matrix in left}
 
     def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> float:
         """Take all states through a compressed block; the largest magnitude that comes out."""
-        if block is self._model.anatomy.blocks[-1]:
+        head = self._model.anatomy.head
+        if block is self._model.anatomy.blocks[-1] and (head is None or not self._work.reads_data(head)):
             self._hidden.forget()  # nothing follows that calibration rows could calibrate
         self._model.load_block(block.index, decoded)
         largest = self._hidden.advance(block.index)
@@ -275,14 +313,14 @@ class Compressor:
     # --- files
 
     def _write(
-        self, block: Block, tensors: dict[str, Tensor], states: list[Tensor] | None, entry: dict[str, Any]
+        self, part: Part, tensors: dict[str, Tensor], states: list[Tensor] | None, entry: dict[str, Any]
     ) -> dict[str, Any]:
         start = time.perf_counter()
-        name = self._work.shards[block.index]
+        name = self._work.shards[part.index]
         entry = {**entry, "files": {name: safetensors.write(self._workspace.folder / name, tensors)}}
         older: list[Path] = []
         if states:
-            path = self._workspace.work / _hidden_name(f"{block.index:05d}")
+            path = self._workspace.work / _hidden_name(f"{part.index:05d}")
             older = [found for found in self._workspace.work.glob(_hidden_name("*")) if found != path]
             entry["states"] = {path.relative_to(self._workspace.folder).as_posix(): save_states(path, states)}
         entry["seconds"]["write"] = time.perf_counter() - start
@@ -291,16 +329,17 @@ class Compressor:
             path.unlink()
         return entry
 
-    def _others(self) -> dict[str, Any]:
-        """Write all that is outside the blocks."""
-        start = time.perf_counter()
-        anatomy, name = self._model.anatomy, self._work.shards[-1]
-        tensors = {key: self._model.weights.dense(key) for key in (*anatomy.others, *anatomy.unused)}
-        digest = safetensors.write(self._workspace.folder / name, tensors)
-        entry: dict[str, Any] = {"block": -1, "layers": [], "events": [], "files": {name: digest}}
-        entry["seconds"] = {"write": time.perf_counter() - start}
-        self._workspace.append(entry)
-        return entry
+
+def _entry(part: Part, made: Made, clock: _Clock) -> dict[str, Any]:
+    """What the journal says of a part, but for its files."""
+    order = {m.name: i for i, m in enumerate(part.matrices)}
+    layers = sorted(made.layers, key=lambda layer: order[layer.name])
+    return {
+        "block": part.index,
+        "layers": [layer.model_dump(mode="json") for layer in layers],
+        "events": [vars(event) for event in made.events],
+        "seconds": clock.seconds,
+    }
 
 
 def _hidden_name(index: str) -> str:

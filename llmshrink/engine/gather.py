@@ -70,3 +70,13 @@ def gather(
     for statistic in statistics.values():
         statistic.finish()
     return statistics
+
+
+def gather_head(model: StreamedModel, group: Group, kind: type[Statistic], hidden: Hidden) -> Statistic:
+    """The statistic of the head's input over all batches, whose states have left the last block."""
+    statistic = kind(group.width, model.device)
+    for tokens, state in zip(hidden.batches, hidden.states, strict=False):
+        x = model.head_input(tokens, state)
+        statistic.update(x.reshape(-1, x.shape[-1]).float())
+    statistic.finish()
+    return statistic

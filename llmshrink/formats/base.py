@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from llmshrink.forms import Form, Layer
+from llmshrink.forms import Form, Layer, decode
+
+Rows = Tensor | slice  # of a matrix: their numbers, int64, or a stretch
 
 # What holds a matrix in memory: nn.Linear, a subclass of it with its own forward, Conv1D, or experts fused into one
-# parameter, of which each is a matrix of its own on disk.
-Kind = Literal["linear", "subclass", "conv1d", "experts"]
+# parameter, of which each is a matrix of its own on disk. Outside the blocks: the table of tokens, the output's linear.
+Kind = Literal["linear", "subclass", "conv1d", "experts", "embedding", "head"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Format(ABC):
     quant_method: ClassVar[str | None]  # of `quantization_config`, by which loaders choose
     parts: ClassVar[tuple[str, ...]] = ()  # what follows a layer's name in the tensors that store its weight
     marks: ClassVar[tuple[str, ...]] = ()  # those of them by which a compressed matrix is known
+    by_row: ClassVar[bool] = False  # a row of a matrix lies in that row of each of its tensors
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -77,6 +80,22 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """The form behind the tensors that `get` returns by name; `config` is the `quantization_config`."""
+
+    def reader(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> Callable[[Rows], Tensor]:
+        """What decodes rows of a matrix to float32: all at once where they are not stored by themselves."""
+        if not self.by_row:
+            weight = decode(self.unpack(slot, get, config))
+            return lambda rows: weight[rows]
+
+        def read(rows: Rows) -> Tensor:
+            picked = range(slot.shape[0])[rows] if isinstance(rows, slice) else rows
+            part = replace(slot, shape=(len(picked), slot.shape[1]))
+            # A copy: what is computed with must not lie in a mapped file.
+            return decode(self.unpack(part, lambda name: get(name)[rows].clone(), config))
+
+        return read
 
     @abstractmethod
     def config(

@@ -84,20 +84,26 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One layer of a decoder or encoder."""
+class Part:
+    """A stretch of the model that is compressed, written and journaled at a time."""
 
-    index: int
-    prefix: str  # in memory, e.g. model.layers.0
-    parameters: tuple[str, ...]  # in memory: parameters and persistent buffers
+    index: int  # -1 before the blocks, the block's own, their number behind them
     keys: tuple[str, ...]  # on disk
     groups: tuple[Group, ...]
-    left: tuple[tuple[str, str], ...]  # 2-D or larger weights that no method sees, and why
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """All matrices of the block."""
+        """All its matrices."""
         return tuple(m for g in self.groups for m in g.matrices)
+
+
+@dataclass(frozen=True)
+class Block(Part):
+    """One layer of a decoder or encoder."""
+
+    prefix: str  # in memory, e.g. model.layers.0
+    parameters: tuple[str, ...]  # in memory: parameters and persistent buffers
+    left: tuple[tuple[str, str], ...]  # 2-D or larger weights that no method sees, and why
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,17 @@ class Anatomy:
     """A model's blocks, and the tensors outside them."""
 
     blocks: tuple[Block, ...]
+    embedding: Matrix | None  # of tokens; also the head, where both are tied
+    head: Matrix | None  # that is not tied
     others: tuple[str, ...]  # keys on disk outside the blocks: embeddings, final norm, head
     unused: tuple[str, ...]  # keys on disk that no parameter takes; copied as they are
     returns: int | None  # how long a tuple the blocks return; None: a tensor
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All matrices, in the order of the forward pass."""
+        inside = (m for block in self.blocks for m in block.matrices)
+        return tuple(m for m in (self.embedding, *inside, self.head) if m is not None)
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -172,10 +186,27 @@ def dissect(
             except RuntimeError as error:
                 raise _without_data(model, error) from error
         groups = _group(matrices, orders[signature], name, prefix)
-        found.append(Block(index, name, parameters, keys, groups, tuple(left)))
+        found.append(Block(index, keys, groups, name, parameters, tuple(left)))
         inside.update(keys)
     others = tuple(k for k in infos if k not in inside and k not in weights.unused)
-    return Anatomy(tuple(found), others, tuple(weights.unused), returns)
+    table = _outside(model, model.get_input_embeddings(), "embedding", weights, infos)
+    head = _outside(model, model.get_output_embeddings(), "head", weights, infos)
+    return Anatomy(tuple(found), table, head, others, tuple(weights.unused), returns)
+
+
+def _outside(
+    model: PreTrainedModel, module: nn.Module | None, kind: Kind, weights: WeightMap, infos: Mapping[str, TensorInfo]
+) -> Matrix | None:
+    """The matrix of an embedding or a head that has one of its own on disk, else None."""
+    if not isinstance(module, nn.Embedding | nn.Linear):
+        return None
+    name = next(n for n, m in model.named_modules() if m is module)
+    parameter = f"{name}.weight"
+    if parameter not in weights.origins or weights.joined(parameter):
+        return None
+    key = weights.origins[parameter].keys[0]
+    rows, cols = infos[key].shape
+    return Matrix(key, parameter, Site(name), (rows, cols), infos[key].dtype, kind, name)
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import InputError, PlanError
+from llmshrink.formats.base import Rows
 from llmshrink.model.anatomy import Anatomy, Matrix, block_list, dissect
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
@@ -50,6 +53,7 @@ class StreamedModel:
         self._refuse_ignored()
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
+        self._replaced: dict[str, Callable[[Rows], Tensor]] = {}
         self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
 
     def _refuse_more_blocks(self) -> None:
@@ -190,45 +194,83 @@ class StreamedModel:
         rows = zip(torch.split(tokens, 1), torch.split(hidden, 1), strict=True)
         return torch.cat([self.task.output(self._recorder.finish(*row)) for row in rows])
 
+    def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the head is applied to [rows, length, hidden], for the last block's output; it is not applied."""
+        self._load_outside()
+        found: list[Tensor] = []
+
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Seen
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(see)
+        with suppress(_Seen):
+            self._recorder.finish(tokens.to(self.device), hidden.to(self.device))
+        handle.remove()
+        return found[0]
+
+    def replace_embedding(self, rows: Callable[[Rows], Tensor]) -> None:
+        """Embed tokens by these rows, before any has been embedded; a head that is tied to it has them too."""
+        assert self.anatomy.embedding is not None
+        self._replaced = {self.anatomy.embedding.key: rows}
+
+    def _read_by_row(self) -> dict[str, list[nn.Embedding | nn.Linear]]:
+        """The modules whose rows a CPU reads where they are used, by their key; a GPU holds all in full."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        table, own = self.anatomy.embedding, self.anatomy.head
+        found: dict[str, list[nn.Embedding | nn.Linear]] = {}
+        for module, matrix in ((embedding, table), (head, own or table)):
+            if self.device.type == "cpu" and type(module) in (nn.Embedding, nn.Linear) and matrix is not None:
+                found.setdefault(matrix.key, []).append(module)
+        return found
+
     def _load_outside(self) -> None:
         if self._moved:
             return
         self._moved = True
         inside = {p for block in self.anatomy.blocks for p in block.parameters}
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        mapped = {}
-        if self.device.type == "cpu":  # a GPU holds them in full
-            mapped = {id(m): m for m in (embedding, head) if type(m) in (nn.Embedding, nn.Linear)}
+        by_row = self._read_by_row()
+        replaced = {key: partial(rows, slice(None)) for key, rows in self._replaced.items()}
         for name in self.map.origins:
             if name in inside:
                 continue
-            module = self.model.get_submodule(name.rpartition(".")[0])
-            if id(module) in mapped and not self.map.joined(name) and name.endswith(".weight"):
-                set_parameter(self.model, name, self.weights.get(self.map.origins[name].keys[0]))
+            key, owner = self.map.origins[name].keys[0], self.model.get_submodule(name.rpartition(".")[0])
+            if owner not in by_row.get(key, []):  # a table that scales what is looked up has a tied head that does not
+                self._set(name, replaced)
+            elif key in self.weights.compressed or key in self._replaced:
+                shape = self.model.get_parameter(name).shape
+                set_parameter(self.model, name, torch.full((), torch.nan).expand(shape))  # nothing but rows is read
             else:
-                self._set(name, {})
+                set_parameter(self.model, name, self.weights.get(key))
         for name in self.map.absent:
             set_parameter(self.model, name, torch.zeros_like(self.model.get_parameter(name), device=self.device))
         self.model.tie_weights()
-        for module in mapped.values():
-            module.forward = _lookup(module) if isinstance(module, nn.Embedding) else _project(module)
+        for key, modules in by_row.items():
+            rows = self._replaced.get(key) or self.weights.rows(key)
+            for module in modules:
+                forward = _lookup(rows) if isinstance(module, nn.Embedding) else _project(module, rows)
+                setattr(module, "forward", forward)  # noqa: B010 - of this module alone
         for name, buffer in self.model.named_buffers():
             set_parameter(self.model, name, buffer.to(self.device))
         if left := [n for n, p in self.model.named_parameters() if p.is_meta and n not in inside]:
             raise InputError(f"{self.source.folder}: no tensor on disk for {', '.join(left[:3])}.")
 
 
-def _lookup(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+class _Seen(Exception):  # noqa: N818 - control flow, never seen outside
+    pass
+
+
+def _lookup(rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
     def forward(ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, module.weight, module.padding_idx).float()
+        return rows(ids.flatten()).float().view(*ids.shape, -1)
 
     return forward
 
 
-def _project(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _project(module: nn.Linear, rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        parts = [nn.functional.linear(x, rows.float()) for rows in torch.split(module.weight, HEAD_ROWS)]
-        out = torch.cat(parts, dim=-1)
+        stretches = (slice(start, start + HEAD_ROWS) for start in range(0, module.out_features, HEAD_ROWS))
+        out = torch.cat([nn.functional.linear(x, rows(stretch).float()) for stretch in stretches], dim=-1)
         return out if module.bias is None else out + module.bias
 
     return forward

@@ -28,36 +28,13 @@ def describe(
         max_bytes: what the recipe allows for all files that hold tensors; None: any size.
     """
     model, infos = work.model, work.model.weights.infos
-    blocks, compressed = [], 0
-    after = sum(t.numel() * t.itemsize for t in work.meta_others().values())
-    for block in model.anatomy.blocks:
-        tensors = work.meta_tensors(block)
-        after += sum(t.numel() * t.itemsize for t in tensors.values())
-        layers = []
-        for matrix in block.matrices:
-            before = model.weights.stored_bytes(matrix.key)
-            method = work.methods.get(matrix)
-            if method is None:
-                layers.append(_left_plan(matrix, before, infos[matrix.key].bytes, work.left[matrix]))
-                continue
-            layer = method.form(matrix.shape, matrix.dtype)
-            packed = work.format.pack(work.slots[matrix], layer)
-            compressed += matrix.numel
-            layers.append(
-                LayerPlan(
-                    name=matrix.name,
-                    shape=matrix.shape,
-                    parameters=matrix.numel,
-                    method=method_name(method),
-                    bits=getattr(layer.weight, "bits", None),
-                    group_size=getattr(method.config, "group_size", getattr(method.config, "block_size", None)),
-                    bytes_before=before,
-                    bytes_after=sum(t.numel() * t.itemsize for t in packed.values()),
-                    reason=None,
-                )
-            )
-        blocks.append(BlockPlan(index=block.index, layers=layers))
-    inside = {m.key for b in model.anatomy.blocks for m in b.matrices}
+    after = sum(t.nbytes for part in work.parts for t in work.meta_tensors(part).values())
+    blocks = [
+        BlockPlan(index=block.index, layers=[_layer_plan(work, m) for m in block.matrices])
+        for block in model.anatomy.blocks
+    ]
+    outside = [_layer_plan(work, m) for m in (model.anatomy.embedding, model.anatomy.head) if m in work.methods]
+    inside = {m.key for part in work.parts for m in part.matrices}
     others = [
         TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=i.bytes, parameters=i.numel)
         for k, i in sorted(infos.items())
@@ -71,9 +48,10 @@ def describe(
         method=method_name(first),
         format=work.format.name,
         blocks=blocks,
+        outside=outside,
         others=others,
         parameters=parameters,
-        parameters_compressed=compressed,
+        parameters_compressed=sum(matrix.numel for matrix in work.methods),
         bytes_before=model.source.checkpoint.bytes,
         bytes_after=after,
         file_bytes=work.file_bytes,
@@ -94,17 +72,23 @@ def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:
     return LoadPlan(runtime=runtime, support=found.support, reason=found.reason, source=found.source)
 
 
-def _left_plan(matrix: Matrix, before: int, after: int, reason: str) -> LayerPlan:
+def _layer_plan(work: Work, matrix: Matrix) -> LayerPlan:
+    method = work.methods.get(matrix)
+    if method is None:
+        layer, config, after = None, None, work.model.weights.infos[matrix.key].bytes
+    else:
+        layer, config = method.form(matrix.shape, matrix.dtype), method.config
+        after = sum(t.nbytes for t in work.format.pack(work.slots[matrix], layer).values())
     return LayerPlan(
         name=matrix.name,
         shape=matrix.shape,
         parameters=matrix.numel,
-        method=None,
-        bits=None,
-        group_size=None,
-        bytes_before=before,
+        method=None if method is None else method_name(method),
+        bits=None if layer is None else getattr(layer.weight, "bits", None),
+        group_size=getattr(config, "group_size", getattr(config, "block_size", None)),
+        bytes_before=work.model.weights.stored_bytes(matrix.key),
         bytes_after=after,
-        reason=reason,
+        reason=work.left.get(matrix),
     )
 
 

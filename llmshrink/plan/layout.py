@@ -153,11 +153,8 @@ def _left_modules(work: Work) -> set[str]:
 
 
 def _lay_out_files(work: Work) -> None:
-    """One file for each block and one for the rest: a resumed run keeps every finished file."""
-    blocks = work.model.anatomy.blocks
-    total = len(blocks) + 1
-    for block in blocks:
-        work.shards[block.index] = f"model-{block.index + 1:05d}-of-{total:05d}.safetensors"
-        work.file_bytes[work.shards[block.index]] = safetensors.file_size(work.meta_tensors(block))
-    work.shards[-1] = f"model-{total:05d}-of-{total:05d}.safetensors"
-    work.file_bytes[work.shards[-1]] = safetensors.file_size(work.meta_others())
+    """One file for each part: a resumed run keeps every finished file."""
+    for number, part in enumerate(work.parts, 1):
+        name = f"model-{number:05d}-of-{len(work.parts):05d}.safetensors"
+        work.shards[part.index] = name
+        work.file_bytes[name] = safetensors.file_size(work.meta_tensors(part))

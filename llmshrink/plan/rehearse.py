@@ -50,9 +50,7 @@ def rehearse(work: Work) -> None:
 
 def _failure(work: Work, config: dict[str, Any] | None) -> str | None:
     """What goes wrong in transformers, or None."""
-    tensors = work.meta_others()
-    for block in work.model.anatomy.blocks:
-        tensors |= work.meta_tensors(block)
+    tensors = {name: tensor for part in work.parts for name, tensor in work.meta_tensors(part).items()}
     asked = deepcopy(work.model.source.config)
     asked.quantization_config = config
     try:

@@ -33,7 +33,7 @@ class BlockPlan(_Part):
 
 
 class TensorPlan(_Part):
-    """A tensor outside the matrices of the blocks, copied as it is, or decoded where it was compressed."""
+    """Any other tensor, copied as it is, or decoded where it was compressed."""
 
     name: str
     bytes_before: int
@@ -66,6 +66,7 @@ class Plan(_Part):
     method: str
     format: str
     blocks: list[BlockPlan]
+    outside: list[LayerPlan]  # the embedding and the head, where they are compressed
     others: list[TensorPlan]
     parameters: int
     parameters_compressed: int
@@ -81,3 +82,8 @@ class Plan(_Part):
     output: str
     loads_in: list[LoadPlan]
     events: list[PlanEvent]
+
+    @property
+    def layers(self) -> list[LayerPlan]:
+        """All matrices that a method may compress."""
+        return [*(layer for block in self.blocks for layer in block.layers), *self.outside]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event
 from llmshrink.methods.base import Method
-from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.statistics import NoStatistic, Statistic
@@ -31,27 +32,44 @@ class Work:
     quantization_config: dict[str, Any] | None
     length: int  # tokens of a calibration row
     output: Path
-    shards: dict[int, str] = field(default_factory=dict)  # block index -> file name; -1: all other tensors
+    shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
     file_bytes: dict[str, int] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
     scoring: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the comparison of both models
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts in the order they are done: what the first block's inputs depend on first, all other tensors last.
+
+        An embedding that is left as it is stands among these.
+        """
+        anatomy = self.model.anatomy
+        embedding, head = (m if m in self.methods else None for m in (anatomy.embedding, anatomy.head))
+        first = [] if embedding is None else [Part(-1, (embedding.key,), (_alone(embedding),))]
+        keys = [key for key in (*anatomy.others, *anatomy.unused) if embedding is None or key != embedding.key]
+        last = Part(len(anatomy.blocks), tuple(keys), () if head is None else (_alone(head),))
+        return (*first, *anatomy.blocks, last)
+
     @property
     def needs_data(self) -> bool:
         """Whether any method looks at calibration text."""
-        return any(method.needs.bytes(1) > 0 for method in self.methods.values())
+        return any(self.reads_data(matrix) for matrix in self.methods)
+
+    def reads_data(self, matrix: Matrix) -> bool:
+        """Whether a matrix is compressed by what its inputs are on calibration text."""
+        return matrix in self.methods and self.methods[matrix].needs.bytes(1) > 0
 
     def needs(self, group: Group) -> type[Statistic]:
         """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
         kinds = [self.methods[m].needs for m in group.matrices if m in self.methods]
         return max(kinds, key=lambda kind: kind.bytes(group.width), default=NoStatistic)
 
-    def meta_tensors(self, block: Block) -> dict[str, Tensor]:
-        """All tensors of a block's file, without data."""
+    def meta_tensors(self, part: Part) -> dict[str, Tensor]:
+        """All tensors of a part's file, without data."""
         tensors: dict[str, Tensor] = {}
-        compressed = {m.key: m for m in block.matrices if m in self.methods}
-        for key in block.keys:
+        compressed = {m.key: m for m in part.matrices if m in self.methods}
+        for key in part.keys:
             if key in compressed:
                 matrix = compressed[key]
                 tensors |= self.format.pack(self.slots[matrix], self.methods[matrix].form(matrix.shape, matrix.dtype))
@@ -59,10 +77,9 @@ class Work:
                 tensors[key] = _empty(self.model, key)
         return tensors
 
-    def meta_others(self) -> dict[str, Tensor]:
-        """All tensors outside the blocks, without data."""
-        anatomy = self.model.anatomy
-        return {key: _empty(self.model, key) for key in (*anatomy.others, *anatomy.unused)}
+
+def _alone(matrix: Matrix) -> Group:
+    return Group((matrix.site,), (matrix,))
 
 
 def _empty(model: StreamedModel, key: str) -> Tensor:

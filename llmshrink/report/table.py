@@ -78,7 +78,7 @@ def render_plan(plan: Plan) -> Group:
         size = sum(plan.file_bytes.values())
         verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"
         lines.append(f"files {size:,} bytes, max_size allows {plan.max_bytes:,}: {verdict}")
-    reasons = sorted({layer.reason for block in plan.blocks for layer in block.layers if layer.reason})
+    reasons = sorted({layer.reason for layer in plan.layers if layer.reason})
     title = f"{plan.model}: {_method(plan.method)} -> {plan.format}, {count(len(plan.blocks), 'block')}"
     return Group(
         Text(clean(title), style="bold"),
@@ -94,9 +94,8 @@ def render_plan(plan: Plan) -> Group:
 def _plan_table(plan: Plan) -> Table:
     table = _table("layers", "count", "shape", "how", "before", "after", right=("count", "before", "after"))
     kinds: dict[tuple[str, str], list[LayerPlan]] = {}
-    for block in plan.blocks:
-        for layer in block.layers:
-            kinds.setdefault((_kind(layer.name), _how(layer)), []).append(layer)
+    for layer in plan.layers:
+        kinds.setdefault((_kind(layer.name), _how(layer)), []).append(layer)
     for (kind, how), layers in kinds.items():
         shapes = {"x".join(str(n) for n in layer.shape) for layer in layers}
         table.add_row(

@@ -231,7 +231,7 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, list):
         if isinstance(value[0], str):
-            return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))  # type: ignore[arg-type]
+            return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
         letter = "f" if isinstance(value[0], float) else "i"
         return struct.pack(f"<IIQ{len(value)}{letter}", _ARRAY, _KINDS[letter], len(value), *value)
     letter = "?" if isinstance(value, bool) else "f" if isinstance(value, float) else "I"

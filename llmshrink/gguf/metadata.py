@@ -66,13 +66,14 @@ def describe(config: PretrainedConfig, architecture: str) -> tuple[dict[str, Val
         "embedding_length": width,
         "feed_forward_length": _feed_forward(config),
         "attention.head_count": heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or heads,
+        "attention.head_count_kv": heads,
         "vocab_size": config.vocab_size,
     }
     if architecture == "gpt2":
         values["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
         return _prefixed(architecture, values), {}, []
     values |= {
+        "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),

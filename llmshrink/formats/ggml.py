@@ -81,12 +81,12 @@ class Trits:
         """The least byte above the fraction, so that its digits come out by multiplying."""
         values = parts[self.part][..., self.start : self.start + self.per * self.lanes]
         values = values.reshape(*values.shape[:-1], self.per, self.lanes).int()
-        powers = torch.tensor([3 ** (4 - i) for i in range(self.per)], dtype=torch.int32)[:, None]
+        powers = torch.tensor([3 ** (4 - i) for i in range(self.per)], device=values.device)[:, None]
         return (((values * powers).sum(-2) * 256 + 242) // 243).to(torch.uint8)
 
     def read(self, raw: Tensor, parts: Parts) -> None:
         """Append the values to the part."""
-        powers = torch.tensor([3**i for i in range(self.per)], dtype=torch.int32)[:, None]
+        powers = torch.tensor([3**i for i in range(self.per)], device=raw.device)[:, None]
         digits = ((raw[..., None, :].int() * powers & 255) * 3 >> 8).to(torch.uint8).flatten(-2)
         parts[self.part] = torch.cat([parts[self.part], digits], -1) if self.part in parts else digits
 
@@ -233,7 +233,7 @@ def unpack(name: str, packed: Tensor) -> Quantized:
         codes=_signed(codes, kind.bits) if signed else codes,
         scale=table("d", "scales"),
         zero=None,
-        levels=None if kind.levels is None else torch.tensor(kind.levels),
+        levels=None if kind.levels is None else torch.tensor(kind.levels, device=packed.device),
         block=(1, kind.group),
         bits=kind.bits,
         minimum=table("m", "minima") if kind.minimum else None,

@@ -57,7 +57,7 @@ class _Moments(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Scale and minimum of each group [groups]: numbers, or integers of a unit; minima are zero where there are none."""
+    """Scale and minimum of each group [groups]: numbers, or integers of a unit; zero minima where there are none."""
 
     scale: Tensor
     minimum: Tensor
@@ -136,13 +136,16 @@ def search(weight: Tensor, kind: BlockType, importance: Tensor | None = None) ->
     out, width = weight.shape
     # By a power of two, which changes no digit: products of importances must neither overflow nor vanish.
     cost = weight.new_ones(width) if importance is None else importance.ldexp(-importance.mean().frexp().exponent)
-    parts = []
+    parts: list[list[Tensor | None]] = []
     for rows in torch.split(weight, max(1, CHUNK // width)):
         x, costs = (t.reshape(-1, kind.group).T.contiguous() for t in (rows, cost.expand_as(rows)))
         groups = _Groups(x, costs, kind)
         tables = _halves(groups) if kind.nested is None else _nested(groups)
         parts.append([None if table is None else table.view(len(rows), -1) for table in tables])
-    return Tables(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+    columns = [[table for table in column if table is not None] for column in zip(*parts, strict=True)]
+    scale, *others = (torch.cat(column) if column else None for column in columns)
+    assert scale is not None
+    return Tables(scale, *others)
 
 
 def _free(groups: _Groups) -> _Pair:

@@ -7,7 +7,7 @@ method" are the same thing. Formats pack forms into tensors and back; methods ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,21 +30,24 @@ class Quantized:
     `block` says which weights share a scale: a pair (rows, cols) tiles the matrix, e.g. (1, 128) for groups of 128
     inputs, (1, in) for one scale per output channel; an int counts weights of the flattened matrix (bitsandbytes).
 
-    A weight means `scale * (code - zero)`, or `scale * levels[code]` where a table of levels is given.
+    A weight means `scale * (code - zero)`, or `scale * levels[code]` where a table of levels is given; `minimum`, where
+    there is one, is subtracted from that.
     """
 
-    codes: Tensor  # [out, in]; int8, signed in [-2^(bits-1), 2^(bits-1)-1], or uint8 indices into `levels`
+    codes: Tensor  # [out, in]; int8, signed in [-2^(bits-1), 2^(bits-1)-1], or uint8: counted from 0, or into `levels`
     scale: Form  # decodes to [out / rows, in / cols], or [ceil(out * in / block)]
     zero: Tensor | None  # int8, the shape of the scales, signed like the codes; None: symmetric
-    levels: Tensor | None  # float32 [2^bits], None for an even grid
+    levels: Tensor | None  # float32, one for each code, None for an even grid
     block: tuple[int, int] | int
     bits: int
     offset: Tensor | None = None  # float32 scalar added to what the codes mean (the mean of a nested scale table)
+    minimum: Form | None = None  # the shape of the scales; None: nothing is subtracted
 
     @property
     def scheme(self) -> Scheme | None:
-        """What a loader must be told to decode it; None for level tables and scales that span rows."""
-        if self.levels is not None or not _by_row(self):
+        """What a loader must be told to decode it; None for levels, minima, nested scales and ones that span rows."""
+        plain = self.levels is None and self.minimum is None and isinstance(self.scale, Dense)
+        if not plain or not _by_row(self):
             return None
         assert not isinstance(self.block, int)
         size = self.block[1]
@@ -116,74 +119,90 @@ def decode(form: Form) -> Tensor:
         if form.zero is not None:
             tiled -= form.zero.float()[:, None, :, None]
         tiled *= scale[:, None, :, None]
+        if form.minimum is not None:
+            tiled -= decode(form.minimum)[:, None, :, None]
     return values if form.offset is None else values.add_(form.offset.float())
 
 
 def check_blocks(form: Form) -> None:
-    """Raise ValueError where the scales of a form, or its zero points, do not cover its codes."""
+    """Raise ValueError where the scales of a form, its zero points or its minima, do not cover its codes."""
     if isinstance(form, Dense):
         return
-    check_blocks(form.scale)
     if isinstance(form.block, int):
-        wanted: tuple[int, ...] = (-(-form.codes.numel() // form.block),)
+        whole, wanted = True, [-(-form.codes.numel() // form.block)]
     else:
-        wanted = (form.codes.shape[0] // form.block[0], form.codes.shape[1] // form.block[1])
-    found = tuple(form.scale.codes.shape if isinstance(form.scale, Quantized) else form.scale.weight.shape)
-    whole = isinstance(form.block, int) or all(n % b == 0 for n, b in zip(form.codes.shape, form.block, strict=True))
-    if not whole or found != wanted or (form.zero is not None and tuple(form.zero.shape) != wanted):
-        raise ValueError(f"scales {list(found)} do not cover codes {list(form.codes.shape)} in blocks of {form.block}")
+        whole = all(n % b == 0 for n, b in zip(form.codes.shape, form.block, strict=True))
+        wanted = [n // b for n, b in zip(form.codes.shape, form.block, strict=True)]
+    for table in (form.scale, form.minimum):
+        if table is None:
+            continue
+        check_blocks(table)
+        found = list(_shape(table))
+        if not whole or found != wanted or (form.zero is not None and list(form.zero.shape) != wanted):
+            cut = f"codes {list(form.codes.shape)} in blocks of {form.block}"
+            raise ValueError(f"{'scales' if table is form.scale else 'minima'} {found} do not cover {cut}")
+
+
+def _shape(form: Form) -> torch.Size:
+    return form.codes.shape if isinstance(form, Quantized) else form.weight.shape
+
+
+def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> Form:
+    """The form whose every tensor is what `how` makes of the tensors in its place in `forms`, all of one structure.
+
+    Tables of levels and offsets belong to no row: they are those of the first.
+    """
+    first = forms[0]
+    if isinstance(first, Dense):
+        return Dense(how([form.weight for form in forms if isinstance(form, Dense)]))
+    alike = [form for form in forms if isinstance(form, Quantized)]
+    zeros = [form.zero for form in alike if form.zero is not None]
+    minima = [form.minimum for form in alike if form.minimum is not None]
+    return replace(
+        first,
+        codes=how([form.codes for form in alike]),
+        scale=combine([form.scale for form in alike], how),
+        zero=how(zeros) if zeros else None,
+        minimum=combine(minima, how) if minima else None,
+    )
 
 
 def without_data(form: Form) -> Form:
     """The same form on the `meta` device; tables of levels keep their values, by which formats tell kinds apart."""
-    if isinstance(form, Dense):
-        return Dense(form.weight.to("meta"))
-    zero = None if form.zero is None else form.zero.to("meta")
-    return replace(form, codes=form.codes.to("meta"), scale=without_data(form.scale), zero=zero)
+    return combine([form], lambda tensors: tensors[0].to("meta"))
 
 
 def split_rows(layer: Layer, rows: list[int]) -> list[Layer]:
     """The results of matrices that were compressed stacked on top of each other, `rows` [out] of each."""
     form, objective = layer.weight, layer.objective
-    objectives: list[Objective | None] = [None] * len(rows)
-    if objective is not None:
-        halves = zip(torch.split(objective.own, rows), torch.split(objective.baseline, rows), strict=True)
-        objectives = [Objective(own, baseline) for own, baseline in halves]
-    if isinstance(form, Dense):
-        forms: list[Form] = [Dense(part) for part in torch.split(form.weight, rows)]
-    elif not _by_row(form) or not isinstance(form.scale, Dense):
+    if not _by_row(form):
         raise ValueError("scales that span rows cannot be split by rows")
-    else:
-        zeros: Sequence[Tensor | None] = [None] * len(rows) if form.zero is None else torch.split(form.zero, rows)
-        parts = zip(torch.split(form.codes, rows), torch.split(form.scale.weight, rows), zeros, strict=True)
-        forms = [replace(form, codes=c, scale=Dense(s), zero=z) for c, s, z in parts]
-    return [replace(layer, weight=f, objective=o) for f, o in zip(forms, objectives, strict=True)]
+
+    def part(number: int) -> Layer:
+        def cut(tensor: Tensor) -> Tensor:
+            return torch.split(tensor, rows)[number]
+
+        own = None if objective is None else Objective(cut(objective.own), cut(objective.baseline))
+        return replace(layer, weight=combine([form], lambda tensors: cut(tensors[0])), objective=own)
+
+    return [part(number) for number in range(len(rows))]
 
 
 def join_rows(layers: list[Layer]) -> Layer:
     """The result of a matrix that was compressed in stretches of rows: the inverse of `split_rows`; events once."""
-    forms = [layer.weight for layer in layers]
+    if not all(_by_row(layer.weight) for layer in layers):
+        raise ValueError("scales that span rows cannot be joined by rows")
     known = [layer.objective for layer in layers if layer.objective is not None]
     objective = Objective(torch.cat([o.own for o in known]), torch.cat([o.baseline for o in known])) if known else None
-    dense = [form for form in forms if isinstance(form, Dense)]
-    if dense:
-        return replace(layers[0], weight=Dense(torch.cat([form.weight for form in dense])), objective=objective)
-    parts = [form for form in forms if isinstance(form, Quantized)]
-    scales = [form.scale.weight for form in parts if isinstance(form.scale, Dense) and _by_row(form)]
-    if len(scales) < len(forms):
-        raise ValueError("scales that span rows cannot be joined by rows")
-    zeros = [form.zero for form in parts if form.zero is not None]
-    form = replace(
-        parts[0],
-        codes=torch.cat([form.codes for form in parts]),
-        scale=Dense(torch.cat(scales)),
-        zero=torch.cat(zeros) if zeros else None,
-    )
-    return replace(layers[0], weight=form, objective=objective)
+    return replace(layers[0], weight=combine([layer.weight for layer in layers], torch.cat), objective=objective)
 
 
-def _by_row(form: Quantized) -> bool:
-    return not isinstance(form.block, int) and form.block[0] == 1
+def _by_row(form: Form) -> bool:
+    """Whether each row of a form, and of the tables in it, stands for itself."""
+    if isinstance(form, Dense):
+        return True
+    own = not isinstance(form.block, int) and form.block[0] == 1
+    return own and _by_row(form.scale) and (form.minimum is None or _by_row(form.minimum))
 
 
 def finite(tensor: Tensor) -> bool:
@@ -212,6 +231,7 @@ def relative_error_of(stretches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 __all__ = [
     "check_blocks",
+    "combine",
     "Dense",
     "Event",
     "Form",

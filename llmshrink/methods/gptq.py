@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to, stored
+from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to
 from llmshrink.statistics import Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
 PANEL = 256  # rows of the Hessian that are factorised at a time
 LEAF = 16  # columns rounded one by one before what they change reaches the others
+CONTIGUOUS = torch.contiguous_format
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # factors on the damping, tried in turn
 
 
@@ -112,7 +114,7 @@ class Gptq(Method[GptqConfig]):
     def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
         """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
         order, spread = factors.order, factors.spread
-        tables = [table.float().T.contiguous().unbind() for table in (grid.scale, *grid.limits(self.config))]
+        tables = [table.T.contiguous().unbind() for table in grid.tables(self.config)]
         groups = (order // self.config.group(len(order))).tolist()
         rest = W.T[order]  # once a column is rounded, the error it leaves
         result = torch.empty_like(rest)
@@ -122,8 +124,8 @@ class Gptq(Method[GptqConfig]):
             block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
             shares = spread[start:stop, start:stop].unbind()  # what is done already may change: it is not used again
             for i, error, share in zip(range(start, stop), errors.unbind(), shares, strict=True):
-                scale, lowest, highest = (table[groups[i]] for table in tables)
-                torch.div(columns[i], scale, out=steps[i]).round_().clamp_(lowest, highest)
+                scale, minimum, lowest, highest = (table[groups[i]] for table in tables)
+                torch.div(columns[i].add_(minimum), scale, out=steps[i]).round_().clamp_(lowest, highest)
                 torch.addcmul(columns[i], steps[i], scale, value=-1, out=error)
                 block.addr_(share, error, alpha=-1)
             block.copy_(errors)
@@ -138,37 +140,34 @@ class Gptq(Method[GptqConfig]):
         """One pass of exact coordinate descent on the damped objective: no move can make it larger.
 
         With e the error of a row and g = H e its gradient, the best move of a group's scale is -<c, g> / <c, H c> over
-        the group's steps c; the best move of a step is -g_j / (s H_jj), rounded.
+        the group's steps c, that of its minimum the same over -1 for c; the best move of a step is -g_j / (s H_jj),
+        rounded.
         """
-        damp, group, kind = factors.damp, self.config.group(W.shape[1]), grid.scale.dtype
-        lowest, highest = (table.T.contiguous() for table in grid.limits(self.config))
+        damp, group = factors.damp, self.config.group(W.shape[1])
         error = grid.decode(steps).sub_(W).T
         gradient = (factors.H @ error).add_(error, alpha=damp)
         del error
-        scales = grid.scale.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        steps = steps.T.clone(memory_format=torch.contiguous_format)
-        for number, scale in enumerate(scales.unbind()):
+        scales, minima, lowest, highest = (
+            table.T.clone(memory_format=CONTIGUOUS) for table in grid.tables(self.config)
+        )
+        steps = steps.T.clone(memory_format=CONTIGUOUS)
+        for number, (scale, minimum) in enumerate(zip(scales.unbind(), minima.unbind(), strict=True)):
             part = slice(number * group, (number + 1) * group)
             H, c, g = factors.H[part, part], steps[part], gradient[part]
-            before = c * scale
-            curved = (H @ c).add_(c, alpha=damp)
-            slope, curvature = (c * g).sum(0), (c * curved).sum(0)
-            change = stored(scale - slope / curvature, kind) - scale
-            change = torch.where(2 * change * slope + change.square() * curvature < 0, change, 0)
-            scale.add_(change)
-            g.add_(curved.mul_(change))
+            before = c * scale - minimum
+            _fit(c, g, (H @ c).add_(c, alpha=damp), scale, partial(grid.storable, "scale", number=number))
+            if grid.minimum is not None:
+                curved = H.sum(1, keepdim=True).add_(damp).neg_()
+                _fit(curved.new_full((1, 1), -1), g, curved, minimum, partial(grid.storable, "minimum", number=number))
             _move(c, g, H, damp, scale, lowest[number], highest[number])
-            gradient[part.stop :].addmm_(factors.H[part.stop :, part], c * scale - before)
-        return Grid(scales.T.to(kind).contiguous(), grid.zero), steps.T.contiguous()
+            gradient[part.stop :].addmm_(factors.H[part.stop :, part], c * scale - minimum - before)
+        return grid.under(scales.T.contiguous(), minima.T.contiguous()), steps.T.contiguous()
 
     def _better_rows(self, W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> Layer:
         """Of two results for W, in each row the one with the smaller squared output error; `one` is the baseline."""
         baseline, own = _output_error(W, *one, H), _output_error(W, *other, H)
         keep = ~(own <= baseline)[:, None]  # also where an overflow made it no number
-        zero = None
-        if one[0].zero is not None and other[0].zero is not None:
-            zero = torch.where(keep, one[0].zero, other[0].zero)
-        grid = Grid(torch.where(keep, one[0].scale, other[0].scale), zero)
+        grid = one[0].where(keep, other[0])
         form = grid.form(torch.where(keep, one[1], other[1]), self.config)
         return Layer(form, Objective(torch.where(keep[:, 0], baseline, own), baseline))
 
@@ -189,6 +188,25 @@ def _in_halves(start: int, stop: int, leaf: Callable[[int, int], None], join: Ca
     _in_halves(start, middle, leaf, join)
     join(start, middle, stop)
     _in_halves(middle, stop, leaf, join)
+
+
+def _fit(
+    direction: Tensor, gradient: Tensor, curved: Tensor, table: Tensor, storable: Callable[[Tensor], Tensor]
+) -> None:
+    """Move a number of each row [out] to its best value in place, and the gradient [columns, out] with it.
+
+    Args:
+        direction: [columns, out], how the weights change with the number.
+        gradient: of the objective.
+        curved: the Hessian times the direction.
+        table: the numbers.
+        storable: the nearest number that can be stored.
+    """
+    slope, curvature = (direction * gradient).sum(0), (direction * curved).sum(0)
+    change = storable(table - slope / curvature) - table
+    change = torch.where(2 * change * slope + change.square() * curvature < 0, change, 0)
+    table.add_(change)
+    gradient.add_(curved * change)
 
 
 def _move(

@@ -1,32 +1,26 @@
-"""Even integer grids: which scales and zero points a group of weights gets, and the codes under them.
+"""Even integer grids: which scales, zero points and minima a group of weights gets, and the codes under them.
 
 A group of weights w is stored as integer codes c in [-2^(bits-1), 2^(bits-1) - 1] and means s * (c - z). The signed
 range has one more code below zero than above it, so for symmetric grids (z = 0) the SIGN of s is a free choice: a
-negative scale flips the range, at no bytes.
+negative scale flips the range, at no bytes. In GGUF's block types it means s * c - m, and s and m may be stored as
+integers of one float16 for several groups (`blocks.py` searches those).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from llmshrink.forms import Dense, Layer, Quantized
+from llmshrink.block_types import BLOCK_TYPES, BlockName, BlockType
+from llmshrink.forms import Dense, Form, Layer, Quantized
+from llmshrink.methods import blocks, even
 from llmshrink.methods.base import MethodConfig
 
-CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the processor's cache
-STEPS = 5  # scales tried per group, each with both signs
-REFITS = 2  # closed-form steps after the search
-TIGHTEST = {
-    2: 0.45,
-    3: 0.5,
-    4: 0.6,
-    8: 1.0,
-}  # by bits: the smallest scale tried, as a share of the one that covers all
+Table = Literal["scale", "minimum"]
 
 
 class GridConfig(MethodConfig):
@@ -38,6 +32,9 @@ class GridConfig(MethodConfig):
     )
     symmetric: bool = Field(True, description="zero is the code 0; false stores a zero point for every scale")
     scales: Literal["minmax", "mse"] = Field("mse", description="cover the range, or search for the least error")
+    type: BlockName | None = Field(
+        None, description="block type of GGUF, which says the bits, the group and what is stored of it; null: none"
+    )
 
     @field_validator("group_size")
     @classmethod
@@ -46,20 +43,39 @@ class GridConfig(MethodConfig):
             raise ValueError("group_size is -1 (one scale per output) or a positive number")
         return size
 
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        said = ("bits", "group_size", "symmetric", "scales")
+        given = [name for name in said if getattr(self, name) != type(self).model_fields[name].default]
+        if self.type is not None and given:
+            raise ValueError(f"{', '.join(given)}: the type {self.type} says it already; leave out one or the other")
+        return self
+
+    @property
+    def block(self) -> BlockType | None:
+        """What the block type stores, where one is named."""
+        return None if self.type is None else BLOCK_TYPES[self.type]
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code, both included."""
+        if self.block is not None:
+            return self.block.code_range
         return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
 
     def group(self, width: int) -> int:
         """The number of adjacent inputs that share a scale in a matrix of this width."""
+        if self.block is not None:
+            return self.block.group
         if self.group_size is None:
             raise ValueError("group_size is null: the plan resolves it to a number before anything is compressed")
         return width if self.group_size == -1 else self.group_size
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be cut into these groups, or None."""
-        if self.group_size is None or self.group_size == -1:
+        if self.block is not None and shape[1] % self.block.size:
+            return f"{self.type} is stored in blocks of {self.block.size}, which does not divide the width {shape[1]}"
+        if self.block is not None or self.group_size is None or self.group_size == -1:
             return None
         if shape[1] % self.group_size:
             return f"group_size {self.group_size} does not divide the width {shape[1]}"
@@ -69,11 +85,17 @@ class GridConfig(MethodConfig):
         """A result of the right shapes and dtypes on the `meta` device."""
         out, width = shape
         groups = width // self.group(width)
-        table = Grid(
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        if self.block is not None:
+            table = torch.empty(out, groups, device="meta")
+            unit = None if self.block.nested is None else table[:, : width // self.block.size]
+            low, low_unit = (table, unit) if self.block.minimum else (None, None)
+            return Layer(BlockGrid(table, None, low, unit, low_unit, kind=self.block).form(codes, self))
+        grid = Grid(
             scale=torch.empty(out, groups, dtype=dtype, device="meta"),
             zero=None if self.symmetric else torch.empty(out, groups, dtype=torch.int8, device="meta"),
         )
-        return Layer(table.form(torch.empty(shape, dtype=torch.int8, device="meta"), self))
+        return Layer(grid.form(codes, self))
 
 
 @dataclass(frozen=True)
@@ -82,16 +104,32 @@ class Grid:
 
     scale: Tensor  # [out, in / group], in the dtype it is stored in; never zero, may be negative
     zero: Tensor | None  # int8 [out, in / group], in the range of the codes; None: symmetric
+    minimum: Tensor | None = None  # [out, in / group], subtracted; None: nothing is
 
-    def limits(self, config: GridConfig) -> tuple[Tensor, Tensor]:
-        """Lowest and highest step of each group: float32 [out, in / group]."""
+    def tables(self, config: GridConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, minimum, lowest and highest step of each group: float32 [out, in / group], no scale zero."""
         low, high = config.code_range
-        zero = self.scale.new_zeros(1, dtype=torch.float32) if self.zero is None else self.zero.float()
-        return (low - zero).expand(self.scale.shape), (high - zero).expand(self.scale.shape)
+        scale = self.scale.float()
+        nothing = torch.zeros_like(scale)
+        zero = nothing if self.zero is None else self.zero.float()
+        return scale, nothing, low - zero, high - zero
 
     def decode(self, steps: Tensor) -> Tensor:
         """The weights that `steps` mean: float32 [out, in]."""
         return (steps.view(*self.scale.shape, -1) * self.scale.float()[..., None]).view(steps.shape)
+
+    def storable(self, table: Table, values: Tensor, number: int) -> Tensor:
+        """The values of a table nearest to `values` float32 [out] that can be stored for the group of this number."""
+        return even.stored(values, self.scale.dtype)
+
+    def under(self, scale: Tensor, minimum: Tensor) -> Self:
+        """The same grid under other scales and minima [out, in / group], which can be stored."""
+        return replace(self, scale=scale.to(self.scale.dtype))
+
+    def where(self, rows: Tensor, other: Self) -> Self:
+        """This grid in the rows [out, 1] that are true, the other one elsewhere."""
+        names = [each.name for each in fields(self) if isinstance(getattr(self, each.name), Tensor)]
+        return replace(self, **{name: torch.where(rows, getattr(self, name), getattr(other, name)) for name in names})
 
     def form(self, steps: Tensor, config: GridConfig) -> Quantized:
         """The stored form of `steps` under these tables."""
@@ -102,11 +140,73 @@ class Grid:
         return Quantized(codes, Dense(self.scale), self.zero, None, block, config.bits)
 
 
+@dataclass(frozen=True)
+class BlockGrid(Grid):
+    """The tables of a matrix in a block type of GGUF, as they decode: float32. Where a scale is zero, steps are too."""
+
+    scale_unit: Tensor | None = None  # float32 [out, in / size], of which the scales are multiples; None: float16
+    minimum_unit: Tensor | None = None
+    kind: BlockType = field(kw_only=True)
+
+    def tables(self, config: GridConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scale, minimum, lowest and highest step of each group; a scale of zero is one, with no step but zero."""
+        used = self.scale != 0
+        low, high = (used * float(code) for code in self.kind.code_range)
+        minimum = torch.zeros_like(self.scale) if self.minimum is None else self.minimum
+        return self.scale.masked_fill(~used, 1), minimum, low, high
+
+    def decode(self, steps: Tensor) -> Tensor:
+        """The weights that `steps` mean: float32 [out, in]."""
+        values = super().decode(steps)
+        if self.minimum is not None:
+            values.view(*self.scale.shape, -1).sub_(self.minimum[..., None])
+        return values
+
+    def storable(self, table: Table, values: Tensor, number: int) -> Tensor:
+        """The nearest multiples of the blocks' unit, or the nearest float16, but no scale of zero."""
+        unit = self.scale_unit if table == "scale" else self.minimum_unit
+        if unit is None:
+            return even.stored(values, torch.float16) if table == "scale" else values.half().float()
+        one = unit[:, number * self.kind.group // self.kind.size]
+        integers = (values / one).nan_to_num_(0).round_().clamp_(*self.kind.scale_range)
+        nearest = integers * one
+        return nearest if table == "minimum" else torch.where(integers == 0, self.scale[:, number], nearest)
+
+    def under(self, scale: Tensor, minimum: Tensor) -> Self:
+        """The same grid under other scales and minima, which can be stored; scales that were zero stay so."""
+        other = None if self.minimum is None else minimum
+        return replace(self, scale=scale.masked_fill(self.scale == 0, 0), minimum=other)
+
+    def form(self, steps: Tensor, config: GridConfig) -> Quantized:
+        """The stored form of `steps` under these tables."""
+        kind = self.kind
+        integers = torch.uint8 if kind.minimum else torch.int8
+
+        def table(values: Tensor, unit: Tensor | None) -> Form:
+            if unit is None or kind.nested is None:
+                return Dense(values.half())
+            per = kind.size // kind.group
+            codes = (values / unit.repeat_interleave(per, 1)).nan_to_num_(0).round_().to(integers)
+            return Quantized(codes, Dense(unit.half()), None, None, (1, per), kind.nested)
+
+        return Quantized(
+            codes=steps.to(integers) if kind.levels is None else steps.add(1).to(torch.uint8),
+            scale=table(self.scale, self.scale_unit),
+            zero=None,
+            levels=None
+            if kind.levels is None
+            else torch.tensor(kind.levels, device="cpu" if steps.is_meta else steps.device),
+            block=(1, kind.group),
+            bits=kind.bits,
+            minimum=None if self.minimum is None else table(self.minimum, self.minimum_unit),
+        )
+
+
 def round_to(grid: Grid, weight: Tensor, config: GridConfig) -> Tensor:
     """The steps [out, in] nearest to a float32 matrix."""
-    grouped = weight.view(*grid.scale.shape, -1)
-    zero = None if grid.zero is None else grid.zero.float()
-    return _nearest(grouped, grid.scale.float(), zero, config).view(weight.shape)
+    scale, minimum, lowest, highest = (table[..., None] for table in grid.tables(config))
+    steps = (weight.view(*grid.scale.shape, -1) + minimum).div_(scale)
+    return steps.round_().clamp_(lowest, highest).view(weight.shape)
 
 
 def choose_grid(weight: Tensor, config: GridConfig, dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
@@ -118,102 +218,7 @@ def choose_grid(weight: Tensor, config: GridConfig, dtype: torch.dtype, importan
         dtype: what the scales are stored in; they are rounded to it before the codes are chosen.
         importance: float32 [in], positive weights of the squared errors of each input; None: all equal.
     """
-    out, width = weight.shape
-    group = config.group(width)
-    # By a power of two, which changes no digit: squares of the importance must neither overflow nor vanish.
-    cost = weight.new_ones(width) if importance is None else importance.ldexp(-importance.mean().frexp().exponent)
-    parts = [
-        _choose(rows.reshape(len(rows), -1, group), cost.view(-1, group), config, dtype)
-        for rows in torch.split(weight, max(1, CHUNK // width))
-    ]
-    zeros = [zero for _, zero in parts if zero is not None]
-    return Grid(torch.cat([scale for scale, _ in parts]).to(dtype), torch.cat(zeros).to(torch.int8) if zeros else None)
-
-
-def _choose(w: Tensor, cost: Tensor, config: GridConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point [rows, groups] of `w` [rows, groups, group] under the costs [groups, group].
-
-    For fixed steps c the best scale is s = <w, c> / <c, c> (weighted), and it takes <w, c>^2 / <c, c> off the error:
-    so every scale tried stands for its steps, and these are judged by the best scale that they could have.
-    """
-    if config.scales == "minmax":
-        scale, zero = _covering(w, config)
-        return stored(scale, dtype), zero
-    weighted = w * cost
-    most = w.new_full(w.shape[:2], -1)
-    best, best_zero = torch.ones_like(most), None if config.symmetric else torch.zeros_like(most)
-    for steps, sign, zero in _candidates(w, config):
-        along, square = _moments(steps, weighted, cost)
-        gain = along.square() / square
-        better = gain > most
-        most, best = torch.where(better, gain, most), torch.where(better, along.mul_(sign) / square, best)
-        best_zero = zero if zero is None or best_zero is None else torch.where(better, zero, best_zero)
-    best = stored(best, dtype)
-    steps = _nearest(w, best, best_zero, config)
-    error = _error(w, steps, best, cost)
-    for _ in range(REFITS):
-        along, square = _moments(steps, weighted, cost)
-        scale = stored(along / square, dtype)
-        steps = _nearest(w, scale, best_zero, config)
-        again = _error(w, steps, scale, cost)
-        best, error = torch.where(again < error, scale, best), torch.minimum(again, error)
-    return best, best_zero
-
-
-def _covering(w: Tensor, config: GridConfig) -> tuple[Tensor, Tensor | None]:
-    """The scale and zero point [rows, groups] that just cover the range of each group, and zero."""
-    low, high = config.code_range
-    least, most = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
-    if config.symmetric:
-        return torch.maximum(most, -least) / ((high - low) / 2), None
-    scale = (most - least) / (high - low)
-    return scale, (low - least / scale).nan_to_num_().round_().clamp_(low, high)
-
-
-def _candidates(w: Tensor, config: GridConfig) -> Iterator[tuple[Tensor, float, Tensor | None]]:
-    """Steps [rows, groups, group] worth trying, the sign that their scale gets, and their zero points.
-
-    Steps and the same steps with the other sign take the same off the error, so these need not be turned round.
-    """
-    low, high = config.code_range
-    least, most = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
-    tightest = TIGHTEST[config.bits]
-    if config.symmetric:
-        reach = torch.maximum(most, -least)[..., None]
-        for factor in torch.linspace(tightest / -low, 1 / high, STEPS).tolist():
-            steps = (w / (factor * reach)).round_()
-            yield steps.clamp(low, high), 1.0, None
-            yield steps.clamp_(-high, -low), -1.0, None
-        return
-    for factor in torch.linspace(1, tightest, STEPS if tightest < 1 else 1).tolist():
-        scale = factor * (most - least) / (high - low)
-        middle = (low - factor * least / scale).nan_to_num_()
-        for shift in (0, -1, 1):
-            zero = (middle + shift).round_().clamp_(low, high)
-            yield _nearest(w, scale, zero, config), 1.0, zero
-
-
-def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as a reader finds them, in float32: rounded to `dtype`, and one where that is no usable number."""
-    rounded = scale.to(dtype).float()
-    usable = rounded.isfinite() & (rounded.abs() >= torch.finfo(dtype).tiny)
-    return torch.where(usable, rounded, 1.0)
-
-
-def _nearest(w: Tensor, scale: Tensor, zero: Tensor | None, config: GridConfig) -> Tensor:
-    """The steps nearest to `w` [rows, groups, group]."""
-    low, high = config.code_range
-    steps = w / scale[..., None]
-    if zero is None:
-        return steps.round_().clamp_(low, high)
-    return steps.round_().clamp_((low - zero)[..., None], (high - zero)[..., None])
-
-
-def _moments(steps: Tensor, weighted: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted <w, c> and <c, c> of each group."""
-    return torch.linalg.vecdot(steps, weighted), steps.square().mul_(cost).sum(2)
-
-
-def _error(w: Tensor, steps: Tensor, scale: Tensor, cost: Tensor) -> Tensor:
-    """Weighted squared error of each group."""
-    return torch.addcmul(w, steps, scale[..., None], value=-1).square_().mul_(cost).sum(2)
+    if config.block is not None:
+        found = blocks.search(weight, config.block, importance)
+        return BlockGrid(found.scale, None, found.minimum, found.scale_unit, found.minimum_unit, kind=config.block)
+    return Grid(*even.search(weight, config, dtype, importance))

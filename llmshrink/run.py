@@ -35,8 +35,9 @@ from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
+from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.io.files import copy_file, disk_faults, write_bytes, write_json
-from llmshrink.io.safetensors import INDEX
+from llmshrink.io.safetensors import INDEX, Checkpoint, read_header
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import PeakMonitor, anonymous_bytes, fix_malloc, memory_limit
 from llmshrink.model.source import Source, open_source
@@ -211,10 +212,10 @@ class _Run:
                 companions = _save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
-                result.files |= {**companions, INDEX: _write_index(work, workspace.folder)}
+                files = {**companions, **_finish_files(work, workspace, result.files)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
-            checks = self._verify(work, workspace.folder, written, result, probe, ends)
+            checks = self._verify(work, written, result, files, probe, ends)
             stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
             models = {"before": self.model, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
@@ -281,7 +282,13 @@ class _Run:
         return Compressor(work, workspace, embed, economy=economy, subset=subset, progress=self.progress).run(done)
 
     def _verify(
-        self, work: Work, folder: Path, written: StreamedModel, result: Result, probe: Tensor, ends: Tensor
+        self,
+        work: Work,
+        written: StreamedModel,
+        result: Result,
+        files: dict[str, str],
+        probe: Tensor,
+        ends: Tensor,
     ) -> list[Check]:
         """Read back everything that was written.
 
@@ -289,13 +296,14 @@ class _Run:
             GateError: a file is not what was meant; the unfinished folder is kept for a look.
         """
         self.progress.start("verify", 0)
+        folder = written.source.folder
         sizes = {name: (folder / name).stat().st_size for name in work.file_bytes}
         off = [name for name, size in sizes.items() if size != work.file_bytes[name]]
         checks = [
             Check(
                 name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
             ),
-            check_hashes(folder, result.files),
+            check_hashes(folder, files),
             *check_layers(self.model, written, result.layers),
             check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
@@ -368,6 +376,15 @@ def _save_companions(work: Work, folder: Path) -> dict[str, str]:
         copy_file(path, folder / name)
         written[name] = source.hashes[name]
     return written
+
+
+def _finish_files(work: Work, workspace: Workspace, shards: dict[str, str]) -> dict[str, str]:
+    """Make of the shards, whose SHA-256 is given, what loaders take; returns that of every file of the output."""
+    if work.blueprint is None:
+        return {**shards, INDEX: _write_index(work, workspace.folder)}
+    headers = (read_header(workspace.work / name) for name in work.shards.values())
+    checkpoint = Checkpoint(workspace.work, {name: info for header in headers for name, info in header.items()})
+    return {SINGLE: work.blueprint.write(workspace.folder / SINGLE, checkpoint.get)}
 
 
 def _write_index(work: Work, folder: Path) -> str:

@@ -60,6 +60,7 @@ def quantize(
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
+    type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
@@ -178,6 +179,7 @@ def plan(
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
+    type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name

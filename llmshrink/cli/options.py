@@ -19,6 +19,7 @@ RECIPE_KEYS = {
     "symmetric": "method.symmetric",
     "format": "format.name",
     "to": "format.name",
+    "type": "format.type",
     "calibration": "calibration.data",
     "samples": "calibration.samples",
     "length": "calibration.length",
@@ -64,6 +65,13 @@ def complete_format(incomplete: str) -> list[str]:
     return [name for name in format_names() if name.startswith(incomplete)]
 
 
+def complete_type(incomplete: str) -> list[str]:
+    """Names of GGUF mixes."""
+    from llmshrink.formats.gguf_mix import MIXES
+
+    return [name for name in MIXES if name.startswith(incomplete.upper())]
+
+
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Hub id or folder; without it the model inside llmshrink.")
 ]
@@ -89,6 +97,12 @@ Symmetric = Annotated[
 ]
 Format = Annotated[
     str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)
+]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        "--type", help="A mix of GGUF types, e.g. Q4_K_M.", autocompletion=complete_type, rich_help_panel=_WHAT
+    ),
 ]
 To = Annotated[
     str | None,

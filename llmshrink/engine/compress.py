@@ -75,6 +75,8 @@ class Compressor:
         self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
         self._hidden: Hidden
         self._groups = GroupCompressor(work)
+        # Shards that become one file are no part of the output.
+        self._folder = workspace.folder if work.blueprint is None else workspace.work
         self._saved = time.perf_counter()  # when states last were
         self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
         self._subset, self._progress = subset, progress
@@ -85,7 +87,7 @@ class Compressor:
         """Compress every part that `done`, the journal's entries, does not hold yet.
 
         Returns:
-            What became of the parts, and the states [rows, length, hidden] in which the probe rows leave the last block.
+            What became of the parts, and the states [rows, length, hidden] of the probe rows behind the last block.
         """
         result = Result()
         for entry in done:
@@ -177,7 +179,7 @@ class Compressor:
         return whole
 
     def _file(self, part: Part) -> safetensors.Checkpoint:
-        path = self._workspace.folder / self._work.shards[part.index]
+        path = self._folder / self._work.shards[part.index]
         return safetensors.Checkpoint(path.parent, safetensors.read_header(path))
 
     def _written(self, part: Part) -> dict[str, Callable[[], Tensor]]:
@@ -312,17 +314,20 @@ class Compressor:
 
     # --- files
 
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self._workspace.folder).as_posix()
+
     def _write(
         self, part: Part, tensors: dict[str, Tensor], states: list[Tensor] | None, entry: dict[str, Any]
     ) -> dict[str, Any]:
         start = time.perf_counter()
-        name = self._work.shards[part.index]
-        entry = {**entry, "files": {name: safetensors.write(self._workspace.folder / name, tensors)}}
+        path = self._folder / self._work.shards[part.index]
+        entry = {**entry, "files": {self._below(path): safetensors.write(path, tensors)}}
         older: list[Path] = []
         if states:
             path = self._workspace.work / _hidden_name(f"{part.index:05d}")
             older = [found for found in self._workspace.work.glob(_hidden_name("*")) if found != path]
-            entry["states"] = {path.relative_to(self._workspace.folder).as_posix(): save_states(path, states)}
+            entry["states"] = {self._below(path): save_states(path, states)}
         entry["seconds"]["write"] = time.perf_counter() - start
         self._workspace.append(entry)
         for path in older:

@@ -17,8 +17,9 @@ from transformers.models.llama import modeling_llama
 
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
+from llmshrink.gguf.checkpoint import SINGLE as GGUF
 from llmshrink.memory import PeakMonitor, resident_bytes
-from llmshrink.model.source import forget_kernels
+from llmshrink.model.source import Source, forget_kernels
 from llmshrink.model.task import Task, positions, task_of
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
@@ -36,11 +37,13 @@ def read(request: ReadRequest) -> ReadResult:
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
     config, task = _prepare(request.folder)
+    # A GGUF file describes the model itself: what stands beside it for llmshrink must not help.
+    given = {"gguf_file": GGUF} if Source(request.folder, Path(request.folder), None).gguf else {"config": config}
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
         start = time.perf_counter()
         model, info = task.loader.from_pretrained(
             request.folder,
-            config=config,
+            **given,
             dtype=request.dtype,
             device_map={"": request.device},  # bitsandbytes would take a GPU by itself
             local_files_only=True,

@@ -18,16 +18,19 @@ from llmshrink.forms import Scheme
 Support = Literal["native", "plugin", "dense-only", "no"]
 Runtime = Literal["transformers", "vllm", "llama.cpp"]
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "dense")
+FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "dense")
 # What transformers needs to read each, beside itself, by its names on PyPI.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
     "bnb": ("accelerate", "bitsandbytes"),
+    "gguf": ("gguf",),
     "dense": (),
 }
 RUNTIMES: tuple[Runtime, ...] = ("transformers", "vllm", "llama.cpp")
+# Of whose tensors llmshrink knows the names in GGUF.
+GGUF_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"}
 ORDER: tuple[Support, ...] = ("no", "plugin", "dense-only", "native")  # from the weakest
 
 
@@ -110,7 +113,13 @@ def _not_causal(stored: Stored) -> bool:
     return not stored.causal
 
 
+def _no_gguf(stored: Stored) -> bool:
+    return stored.model_type not in GGUF_FAMILIES
+
+
 TRIED = "tests/e2e/test_families.py"
+LLAMACPP = "tests/readers/test_llamacpp.py"
+NO_NAMES = "llmshrink has no names for this family in GGUF"
 READERS = "tests/readers/test_gptqmodel.py"
 GPTQ, AWQ = "vLLM auto_gptq.py", "vLLM auto_awq.py"
 WNA16 = "vLLM compressed_tensors_wNa16.py"
@@ -223,7 +232,23 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("plugin", "needs vllm-bnb-plugin since vLLM 0.28", "vLLM PR 43529"),
         Entry("no", UNTRIED, BERT, _not_causal),
     ),
-    **{(name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),) for name in FORMATS},
+    ("gguf", "transformers"): (
+        Entry("dense-only", "needs gguf; decodes all weights while loading", TRIED),
+        Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
+    ),
+    ("gguf", "vllm"): (
+        Entry("plugin", "needs vllm-gguf-plugin since vLLM 0.24", "vLLM PR 39612"),
+        Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
+    ),
+    ("gguf", "llama.cpp"): (
+        Entry("native", "its own format", LLAMACPP),
+        Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
+    ),
+    **{
+        (name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),)
+        for name in FORMATS
+        if name != "gguf"
+    },
 }
 
 

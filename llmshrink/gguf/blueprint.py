@@ -96,7 +96,7 @@ def draw(
     tokenizer: PreTrainedTokenizerBase,
     tensors: Mapping[str, Described],
     *,
-    type: str,
+    type: str | None,
     name: str,
     licence: str | None = None,
 ) -> Blueprint:
@@ -107,7 +107,7 @@ def draw(
         tokenizer: of the model, as transformers loaded it.
         tensors: all of the checkpoint by their keys: dense ones under their own, a matrix stored as the ggml type T
             under `<key>.T`, as [out, bytes of a row] (uint8) or, for F32, F16 and BF16, as [out, in].
-        type: of the whole file, e.g. Q4_K_M.
+        type: of the whole file, e.g. Q4_K_M; None: one that has no name.
         name: of the model.
         licence: of the model.
 
@@ -132,7 +132,7 @@ def draw(
         "general.type": "model",
         "general.name": name,
         **({"general.license": licence} if licence else {}),
-        "general.file_type": LlamaFileType["ALL_F32" if type == "F32" else f"MOSTLY_{type}"].value,
+        "general.file_type": _file_type(type),
         "general.quantization_version": GGML_QUANT_VERSION,
         **values,
         **words,
@@ -144,6 +144,11 @@ def draw(
     ):
         metadata[CAST] = cast
     return Blueprint(metadata, tuple(parts), computed, (*notes, *more))
+
+
+def _file_type(mix: str | None) -> int:
+    name = {None: "GUESSED", "F32": "ALL_F32"}.get(mix, f"MOSTLY_{mix}")
+    return int(LlamaFileType[name].value)
 
 
 def _split(key: str) -> tuple[str, str | None]:

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshrink.errors import InputError, ModelNotFoundError, UnsafeError, UsageError
+from llmshrink.gguf.checkpoint import SINGLE as GGUF
+from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.files import parse_json, sha256
-from llmshrink.io.safetensors import Checkpoint, leads_outside, refuse_outside
+from llmshrink.io.safetensors import INDEX, Checkpoint, leads_outside, refuse_outside
 from llmshrink.model.hub import download
 
 COMPANIONS = re.compile(
@@ -66,7 +68,12 @@ class Source:
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config`; older tools put it into a file of its own, with keys of its own."""
+        """The `quantization_config`; older tools put it into a file of its own, with keys of its own.
+
+        A GGUF file says itself how it is quantized.
+        """
+        if self.gguf:
+            return {"quant_method": "gguf"}
         if "quantization_config" in self.config_dict:
             found: dict[str, Any] | None = self.config_dict["quantization_config"]
             if found is not None and not isinstance(found, dict):
@@ -78,9 +85,15 @@ class Source:
         return None
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint | GgufCheckpoint:
         """The weights, mapped."""
-        return Checkpoint.open(self.folder)
+        return GgufCheckpoint.open(self.folder) if self.gguf else Checkpoint.open(self.folder)
+
+    @property
+    def gguf(self) -> bool:
+        """Whether a GGUF file is all the weights there are."""
+        names = {path.name for path in self.folder.iterdir()}
+        return GGUF in names and not any(name.endswith((".safetensors", INDEX)) for name in names)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

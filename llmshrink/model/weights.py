@@ -14,6 +14,7 @@ from llmshrink.errors import InputError, PlanError
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Rows, Slot
 from llmshrink.forms import Form, check_blocks, decode
+from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.memory import memory_error
 
@@ -22,7 +23,10 @@ class Weights:
     """The dense view of a checkpoint: names, shapes and dtypes as if nothing were compressed."""
 
     def __init__(
-        self, checkpoint: Checkpoint, quantization: dict[str, Any] | None, dtype: torch.dtype | None = None
+        self,
+        checkpoint: Checkpoint | GgufCheckpoint,
+        quantization: dict[str, Any] | None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`quantization` is the `quantization_config`; `dtype` the model's: what a compressed matrix is when dense."""
         self._checkpoint, self._config = checkpoint, quantization

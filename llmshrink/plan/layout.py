@@ -10,8 +10,9 @@ from torch import nn
 
 from llmshrink.errors import PlanError
 from llmshrink.formats.base import Format, Slot
-from llmshrink.formats.runtimes import entry
+from llmshrink.formats.runtimes import Runtime, entry
 from llmshrink.forms import Event
+from llmshrink.gguf.blueprint import draw
 from llmshrink.io import safetensors
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Matrix
@@ -22,6 +23,7 @@ from llmshrink.plan.work import Work, main_method, method_name
 from llmshrink.recipe.schema import Recipe
 
 DEFAULT_LENGTH = 2048
+PROOF: dict[str, Runtime] = {"gguf": "llama.cpp"}  # the runtime that must load a format; else transformers
 
 
 def lay_out(
@@ -31,6 +33,7 @@ def lay_out(
     methods: dict[Matrix, Method[Any]],
     left: dict[Matrix, str],
     events: list[Event],
+    mix: str | None = None,
 ) -> Work:
     """The work that these methods make, with every file known.
 
@@ -41,11 +44,12 @@ def lay_out(
         methods: of every matrix that is compressed.
         left: matrices that stay as they are, and why.
         events: what was decided otherwise than asked.
+        mix: of the types in a GGUF file; None: it has none that has a name.
 
     Raises:
         PlanError: the format cannot hold a layer, or transformers would not read it back; all such layers are listed.
     """
-    matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+    matrices = [*(m for block in model.anatomy.blocks for m in block.matrices), *methods]
     work = Work(
         model,
         fmt,
@@ -70,6 +74,8 @@ def lay_out(
     rehearse(work)
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)
+    if fmt.name == "gguf":
+        _draw(work, mix)
     return work
 
 
@@ -124,8 +130,8 @@ def _check_format(work: Work) -> None:
     problems = [f"{_some(found)}: {why}" for why, found in names.items()]
     if not problems and (why := work.format.check_all(given, _left_modules(work))):
         problems.append(f"the layers together: {why}")
-    if not problems and (found := entry(stored(work), "transformers")).support == "no":
-        problems.append(f"transformers would not load it: {found.reason}")
+    if not problems and (found := entry(stored(work), proof := PROOF.get(name, "transformers"))).support == "no":
+        problems.append(f"{proof} would not load it: {found.reason}")
     hint = "choose another format or method, or leave the layers out with `ignore`"
     if main_method(work.methods).task == "export":
         hint = "--to dense holds every stored form; `llmshrink quantize` then makes codes that the format holds"
@@ -157,4 +163,17 @@ def _lay_out_files(work: Work) -> None:
     for number, part in enumerate(work.parts, 1):
         name = f"model-{number:05d}-of-{len(work.parts):05d}.safetensors"
         work.shards[part.index] = name
-        work.file_bytes[name] = safetensors.file_size(work.meta_tensors(part))
+        work.shard_bytes[name] = safetensors.file_size(work.meta_tensors(part))
+
+
+def _draw(work: Work, mix: str | None) -> None:
+    """Describe the one file that the shards become.
+
+    Raises:
+        PlanError: llama.cpp does not run this model.
+    """
+    source = work.model.source
+    tensors = {name: tensor for part in work.parts for name, tensor in work.meta_tensors(part).items()}
+    name = Path(source.id).name or source.folder.name
+    work.blueprint = draw(source.config, source.tokenizer, tensors, type=mix, name=name, licence=source.licence)
+    work.events += [Event("differs", note) for note in work.blueprint.notes]

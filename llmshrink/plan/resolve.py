@@ -18,6 +18,7 @@ from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
+from llmshrink.plan.mix import mix_of, mix_specs
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
@@ -34,6 +35,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     Raises:
         PlanError: layers that cannot be done as asked (all are listed), an expression that matches nothing.
     """
+    mix = mix_of(stage)
     matrices = [m for block in model.anatomy.blocks for m in block.matrices]
     if not matrices:
         raise PlanError(
@@ -45,11 +47,13 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         events.append(Event("requantized", message))
     default = _default_method(stage, matrices, events)
     try:
-        specs = {m: stage.method_for(m.name, default) for m in matrices}
+        specs = (
+            {m: stage.method_for(m.name, default) for m in matrices} if mix is None else mix_specs(mix, stage, model)
+        )
     except ValidationError as error:
         raise PlanError(f"The keys in `layers` do not fit {default.name}: {error.errors()[0]['msg']}") from error
-    _check_patterns(stage, matrices)
-    usual = _usual_group(stage, default, matrices, events)
+    _check_patterns(stage, list(specs))
+    usual = _usual_group(stage, default, matrices, events) if mix is None else GROUP_SIZES[0]
     methods, left, problems = {}, {}, []
     for matrix, spec in specs.items():
         if spec is None:
@@ -67,7 +71,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     chosen = _choose_format(stage, methods)
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
-    return lay_out(recipe, model, chosen, methods, left, events)
+    return lay_out(recipe, model, chosen, methods, left, events, mix)
 
 
 def _coverage(model: StreamedModel) -> list[Event]:
@@ -150,7 +154,7 @@ def _fit(
     """The method with a group size that fits the matrix, or None and why it is left out."""
     cls = load_method(spec.name or "gptq")
     config = cls.Config(**spec.settings)
-    if "group_size" not in cls.Config.model_fields:
+    if "group_size" not in cls.Config.model_fields or getattr(config, "type", None) is not None:
         return cls(config), None
     width, asked = matrix.shape[1], getattr(config, "group_size")  # noqa: B009 - not every Config has it
     size = usual if asked is None else asked

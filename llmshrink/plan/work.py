@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event
+from llmshrink.gguf.blueprint import Blueprint
+from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
@@ -33,10 +35,16 @@ class Work:
     length: int  # tokens of a calibration row
     output: Path
     shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
-    file_bytes: dict[str, int] = field(default_factory=dict)
+    shard_bytes: dict[str, int] = field(default_factory=dict)
+    blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
     scoring: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the comparison of both models
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """Every file of the output that holds tensors, with its size."""
+        return self.shard_bytes if self.blueprint is None else {SINGLE: self.blueprint.size}
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -21,6 +21,7 @@ from pydantic_core import InitErrorDetails
 
 from llmshrink import patterns
 from llmshrink.formats import format_names as format_names
+from llmshrink.formats.gguf_mix import MIXES
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
@@ -80,7 +81,24 @@ class MethodSpec(BaseModel):
 class FormatSpec(Section):
     """How the result is written."""
 
-    name: str = Field(description="the checkpoint format")
+    name: str = Field(description="the checkpoint format; null: gguf, where a type is named")
+    type: str | None = Field(
+        None, description="gguf: which mix of block types, e.g. Q4_K_M; null: the one that people mean by the bits"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_is_gguf(cls, given: Any) -> Any:
+        return {"name": "gguf", **given} if isinstance(given, dict) and given.get("type") is not None else given
+
+    @field_validator("type")
+    @classmethod
+    def _check_type(cls, mix: str | None, info: ValidationInfo) -> str | None:
+        if mix is not None and mix not in MIXES:
+            raise refuse([fault((), f"there is no GGUF type '{mix}'" + did_you_mean(mix, list(MIXES)), mix)])
+        if mix is not None and info.data.get("name", "gguf") != "gguf":
+            raise refuse([fault((), f"types are for the format gguf, not for {info.data['name']}", mix)])
+        return mix
 
     @field_validator("name")
     @classmethod

@@ -103,9 +103,7 @@ def read(work: Path, requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
     if python is None:
         pytest.fail(f"{PYTHON} does not name the Python of llama.cpp's environment; `make test-readers` sets it")
     (work / "requests.json").write_text(json.dumps(requests))
-    done = subprocess.run(
-        [python, SCRIPT, work], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = subprocess.run([python, SCRIPT, work], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     return (json.loads((work / f"{number}.json").read_text()) for number in range(len(requests)))
 

@@ -1,0 +1,81 @@
+"""A GGUF mix such as Q4_K_M as a method for every matrix."""
+
+from __future__ import annotations
+
+from llmshrink.errors import PlanError
+from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type
+from llmshrink.gguf.names import family_of
+from llmshrink.methods import load_method
+from llmshrink.model.anatomy import Matrix
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
+
+BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
+
+
+def mix_of(stage: QuantizeStage) -> str | None:
+    """The mix that a stage asks for; None where it does not write GGUF.
+
+    Raises:
+        PlanError: it names a mix, and bits or groups too.
+    """
+    if stage.format is None or stage.format.name != "gguf":
+        return None
+    settings = stage.method.settings if stage.method else {}
+    said = sorted(settings.keys() & {"bits", "group_size", "symmetric"})
+    if said == ["bits"] and stage.format.type is None:
+        return BY_BITS[settings["bits"]]
+    if said:
+        raise PlanError(
+            f"A GGUF type says the bits and the groups of every matrix: {', '.join(said)} cannot be chosen beside it.",
+            hint=f"Choose a type: --type {' | '.join(MIXES)}; or the bits alone (--bits 4 is {BY_BITS[4]}).",
+        )
+    return stage.format.type or BY_BITS[4]
+
+
+def mix_specs(mix: str, stage: QuantizeStage, model: StreamedModel) -> dict[Matrix, MethodSpec | None]:
+    """The method of every matrix, the embedding's and the head's too; None leaves one as it is."""
+    typed = stage.method or MethodSpec.model_validate({})
+    kept = {key: value for key, value in typed.settings.items() if key != "bits"}
+    method = MethodSpec.model_validate({**kept, "name": typed.name or DEFAULT_METHOD})
+    found: dict[Matrix, MethodSpec | None] = {}
+    for matrix in model.anatomy.matrices:
+        spec = stage.method_for(matrix.name, method)
+        weighted = spec is not None and load_method(spec.name or DEFAULT_METHOD).needs.bytes(1) > 0
+        found[matrix] = spec and _typed(spec, matrix, tensor_type(mix, _place(matrix, model, weighted)))
+    return found
+
+
+def _typed(spec: MethodSpec, matrix: Matrix, usual: str) -> MethodSpec:
+    """A method with the type that a matrix gets; another method where the type or the matrix asks for it."""
+    cls, kind = load_method(spec.name or DEFAULT_METHOD), str(spec.settings.get("type", usual))
+    if "type" not in cls.Config.model_fields:
+        return spec
+    if kind in FLOATS:
+        return MethodSpec.model_validate({"name": "cast", "dtype": FLOATS[kind]})
+    if matrix.kind != "embedding" or cls.baseline is None:
+        return MethodSpec.model_validate({**spec.settings, "name": spec.name, "type": kind})
+    # Its rows are looked up, not multiplied with inputs: only its weights count.
+    fields = load_method(cls.baseline).Config.model_fields
+    settings = {key: value for key, value in spec.settings.items() if key in fields}
+    return MethodSpec.model_validate({**settings, "name": cls.baseline, "type": kind})
+
+
+def _place(matrix: Matrix, model: StreamedModel, weighted: bool) -> Place:
+    config = model.source.config
+    name = family_of(config.model_type).name(matrix.key) or ""
+    part = name.removesuffix(".weight")
+    block, _, role = part.rpartition(".")
+    return Place(
+        role=ROLES.get(role, "other"),
+        width=matrix.shape[1],
+        layer=int(block.removeprefix("blk.") or 0),
+        layers=len(model.anatomy.blocks),
+        heads_per_kv=config.num_attention_heads
+        // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        tied=bool(config.tie_word_embeddings),
+        importance=weighted,
+    )
+
+
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # what `cast` calls them

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llmshrink.block_types import BlockType
+
 
 def optimal_brain_quantizer(
     W: Tensor, H: Tensor, order: list[int], scale: Tensor, zero: Tensor, code_range: tuple[int, int]
@@ -95,3 +97,38 @@ def coordinate_descent(
                     tried[objective(row)] = code
                 codes[row, column] = tried[min(tried)]
     return scale, codes
+
+
+def least_error_of_any_pair(groups: Tensor, costs: Tensor, high: int, tried: int = 60) -> Tensor:
+    """The least weighted squared error found for groups [n, size] stored as s q - m, 0 <= q <= high, over a dense grid.
+
+    Each pair tried gives codes; the error is that of the scale and minimum that fit these codes best.
+    """
+    x, cost = groups.double(), costs.double()
+    least, reach = x.amin(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    best = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    for begin in torch.linspace(-2, 3, tried).tolist():
+        for end in torch.linspace(-2, 3, tried).tolist():
+            scale = reach * (1 - (begin + end) / high) / high
+            codes = ((x - least - begin * reach / high) / scale).round().clamp(0, high)
+            mean_q, mean_x = ((cost * t).sum(1, keepdim=True) / cost.sum(1, keepdim=True) for t in (codes, x))
+            q, rest = codes - mean_q, x - mean_x
+            slope = (cost * q * rest).sum(1, keepdim=True) / (cost * q * q).sum(1, keepdim=True)
+            best = torch.minimum(best, (cost * (rest - slope * q).square()).sum(1))
+    return best
+
+
+def least_error_of_any_integers(
+    groups: Tensor, costs: Tensor, kind: BlockType, scale_unit: Tensor, minimum_unit: Tensor | None
+) -> Tensor:
+    """The least weighted squared error of blocks [n, groups, size] over every integer scale and minimum of a group."""
+    (low, high), (first, last) = kind.code_range, kind.scale_range
+    best = torch.full(groups.shape[:2], torch.inf, dtype=torch.float64)
+    x, cost = groups.double(), costs.double()
+    for integer in range(first, last + 1):
+        scale = (integer * scale_unit.double())[:, None, None]
+        for other in range(last + 1) if minimum_unit is not None else (0,):
+            minimum = 0 * scale if minimum_unit is None else (other * minimum_unit.double())[:, None, None]
+            codes = ((x + minimum) / scale).nan_to_num(0, 0, 0).round().clamp(low, high)
+            best = torch.minimum(best, (cost * (x - codes * scale + minimum).square()).sum(2))
+    return best.sum(1)

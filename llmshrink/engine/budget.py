@@ -74,9 +74,13 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:
-    """Bytes of hidden states on disk: an older and a newer file for a resume, and those in use where they lie there."""
+    """Bytes on disk beside the output: hidden states, and the shards that become one file at the end.
+
+    Of the states an older and a newer file for a resume, and those in use where they lie there.
+    """
     rows = recipe.calibration.samples if work.needs_data else 0
-    return (2 + work.economy.on_disk) * rows * work.length * work.model.hidden * FLOAT
+    shards = 0 if work.blueprint is None else sum(work.shard_bytes.values())
+    return shards + (2 + work.economy.on_disk) * rows * work.length * work.model.hidden * FLOAT
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:

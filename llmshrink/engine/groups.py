@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.formats.base import Slot
+from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
@@ -102,7 +102,7 @@ class GroupCompressor:
                 error = relative_error(weight, made.decoded[matrix.key]())
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)
-                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format.name, seconds)
+                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format, seconds)
                 made.layers.append(report)
         return made
 
@@ -165,7 +165,7 @@ def _report(
     bytes_before: int,
     error: float,
     fallback: bool,
-    format_name: str,
+    stored_as: Format,
     seconds: float,
 ) -> LayerReport:
     form = layer.weight
@@ -175,9 +175,10 @@ def _report(
         shape=matrix.shape,
         method=method_name(method),
         form=type(form).__name__,
-        format=format_name,
+        format=stored_as.name,
         bits=form.bits if isinstance(form, Quantized) else None,
         group_size=_group_size(form, matrix.shape[1]),
+        type=stored_as.type_of(layer),
         parameters=matrix.numel,
         bytes_before=bytes_before,
         bytes_after=size,

@@ -65,6 +65,10 @@ class Format(ABC):
         """What scales are stored in where the dense weight has this dtype."""
         return dtype
 
+    def type_of(self, layer: Layer) -> str | None:
+        """The format's own name for the way a layer is stored, where it has several."""
+        return None
+
     def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
         """Whether transformers decodes a matrix in the checkpoint's dtype, whatever it computes in."""
         return False

@@ -38,6 +38,10 @@ class Gguf(Format):
             )
         return None
 
+    def type_of(self, layer: Layer) -> str | None:
+        """The block type, or the float."""
+        return _type_of(layer.weight)
+
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Always float16."""
         return torch.float16

@@ -22,8 +22,9 @@ from llmshrink.block_types import BlockType
 
 CHUNK = 1 << 18  # weights searched at a time
 # How far inside the range of a group its grid begins and ends, in steps of a grid that just covers it: out of 256 such
-# pairs those that together leave the least error, by greedy choice over normal and heavy-tailed weights.
+# pairs those that together leave the least error, by greedy choice over normal and heavy-tailed weights; and none.
 ENDS = (
+    (0.0, 0.0),
     *((0.25, 0.0), (-0.25, 0.25), (0.25, -0.75), (0.0, 0.25), (0.5, -0.25), (-1.0, -1.0), (0.0, 0.75), (0.0, -1.25)),
     *((0.0, -0.25), (0.75, 0.25), (-0.25, -1.0), (1.75, 0.25), (0.25, 0.25), (0.0, 1.25), (0.0, 2.0), (1.25, 0.25)),
 )
@@ -31,7 +32,8 @@ COARSE_ENDS = (  # of 2 bits
     *((0.25, 0.25), (0.0, 0.5), (0.5, 0.0), (0.25, 1.0), (1.0, 0.25), (0.5, 0.25)),
     *((0.25, 0.5), (0.0, 1.25), (0.0, 0.0), (0.5, 0.75), (0.75, -0.25), (-1.0, 0.25)),
 )
-REACHES = (-1.5, -0.75, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)  # steps by which the largest weight lies beyond the last code
+# Steps by which the largest weight of a group lies beyond the last code; no more inside than half of the codes.
+REACHES = (-5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 TERNARY_REACHES = (0.2, 1.0, 1.5, 2.0, 2.5, 3.2, 4.0)
 ROUNDS = 2  # of integers, codes and the block's float16 in turn
 PROBES = (-2, -1, 1, 2)  # neighbours of a scale's integer whose codes are tried
@@ -167,7 +169,8 @@ def _starts(groups: _Groups) -> Iterator[_Pair]:
         reach = groups.x.abs().amax(0)
         for beyond in REACHES if kind.levels is None else TERNARY_REACHES:
             for sign in (1, -1) if kind.levels is None else (1,):
-                yield _Pair(reach * (sign / (beyond - low)), groups.zeros)
+                if beyond > low / 2:
+                    yield _Pair(reach * (sign / (beyond - low)), groups.zeros)
         return
     least, most = groups.x.amin(0), groups.x.amax(0)
     if kind.nested is not None:
@@ -196,7 +199,7 @@ def _nested(groups: _Groups) -> Tables:
     per = kind.size // kind.group
     free = _free(groups)
     of = groups.moments(free)
-    curvature = of.qq - of.q.square() / groups.total
+    curvature = of.qq - torch.where(free.minimum > 0, of.q.square() / groups.total, 0)
     scale = _unit(free.scale, curvature, kind).repeat_interleave(per)
     minima = groups.minimum(of, (free.scale * _inverse(scale)).round_() * scale).clamp_(min=0)
     minimum = _unit(minima, groups.total, kind).repeat_interleave(per) if kind.minimum else groups.zeros
@@ -269,14 +272,14 @@ def _refit(groups: _Groups, pair: _Pair, unit: _Pair) -> _Pair:
     of = groups.moments(pair.times(unit))
     a, b = pair
     square, along = over_block(a.square() * of.qq), over_block(a * of.xq)
-    scale, minimum = along / square, groups.zeros
+    scale, minimum = (along / square).nan_to_num_(0, 0, 0), groups.zeros
     if kind.minimum:
         cross, other = over_block(a * b * of.q), over_block(b.square() * groups.total)
         shift = over_block(b * groups.along)
-        scale = (along * other - shift * cross) / (square * other - cross.square())
-        scale = torch.where(scale.isfinite() & (scale > 0), scale, unit.scale)
+        apart = square * other - cross.square()  # zero where all minima are zero
+        scale = _half(torch.where(apart > 1e-6 * square * other, (along * other - shift * cross) / apart, scale))
         minimum = _half(((scale * cross - shift) / other).nan_to_num_(0, 0, 0).clamp_(min=0))
-    fitted = _Pair(_half(scale.nan_to_num_(0, 0, 0)), minimum)
+    fitted = _Pair(_half(scale), minimum)
     after = groups.gain(groups.moments(pair.times(fitted)), pair.times(fitted))
     better = over_block(after) > over_block(groups.gain(of, pair.times(unit)))
     return _Pair(*(torch.where(better, new, old) for new, old in zip(fitted, unit, strict=True)))

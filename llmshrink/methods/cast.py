@@ -36,13 +36,13 @@ class Cast(Method[CastConfig]):
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Cast one matrix [out, in]."""
-        limit = torch.finfo(self.dtype).max
-        outside = int((weight.abs() > limit).sum())
+        limit, exact = torch.finfo(self.dtype).max, weight.float()
+        outside = int((exact.abs() > limit).sum())
         if not outside:
-            return Layer(Dense(weight.to(self.dtype, copy=True).contiguous()))
+            return Layer(Dense(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format)))
         message = f"{outside} weights beyond {limit:g}, the largest number of {self.config.dtype}, were cut to it"
         event = Event("overflow", message, data={"weights": float(outside)})
-        return Layer(Dense(weight.clamp(-limit, limit).to(self.dtype)), events=(event,))
+        return Layer(Dense(exact.clamp(-limit, limit).to(self.dtype)), events=(event,))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""

@@ -28,7 +28,7 @@ def describe(
         max_bytes: what the recipe allows for all files that hold tensors; None: any size.
     """
     model, infos = work.model, work.model.weights.infos
-    after = sum(t.nbytes for part in work.parts for t in work.meta_tensors(part).values())
+    sizes = work.tensor_bytes
     blocks = [
         BlockPlan(index=block.index, layers=[_layer_plan(work, m) for m in block.matrices])
         for block in model.anatomy.blocks
@@ -36,7 +36,7 @@ def describe(
     outside = [_layer_plan(work, m) for m in (model.anatomy.embedding, model.anatomy.head) if m in work.methods]
     inside = {m.key for part in work.parts for m in part.matrices}
     others = [
-        TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=i.bytes, parameters=i.numel)
+        TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=sizes.get(k, 0), parameters=i.numel)
         for k, i in sorted(infos.items())
         if k not in inside
     ]
@@ -53,10 +53,10 @@ def describe(
         parameters=parameters,
         parameters_compressed=sum(matrix.numel for matrix in work.methods),
         bytes_before=model.source.checkpoint.bytes,
-        bytes_after=after,
+        bytes_after=sum(sizes.values()),
         file_bytes=work.file_bytes,
         max_bytes=max_bytes,
-        bits_per_weight=8 * after / parameters,
+        bits_per_weight=8 * sum(sizes.values()) / parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
         disk_bytes=max(0, sum(work.file_bytes.values()) + scratch_bytes - _already(work.output)),
@@ -75,7 +75,7 @@ def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:
 def _layer_plan(work: Work, matrix: Matrix) -> LayerPlan:
     method = work.methods.get(matrix)
     if method is None:
-        layer, config, after = None, None, work.model.weights.infos[matrix.key].bytes
+        layer, config, after = None, None, work.tensor_bytes[matrix.key]
     else:
         layer, config = method.form(matrix.shape, matrix.dtype), method.config
         after = sum(t.nbytes for t in work.format.pack(work.slots[matrix], layer).values())
@@ -86,6 +86,7 @@ def _layer_plan(work: Work, matrix: Matrix) -> LayerPlan:
         method=None if method is None else method_name(method),
         bits=None if layer is None else getattr(layer.weight, "bits", None),
         group_size=getattr(config, "group_size", getattr(config, "block_size", None)),
+        type=None if layer is None else work.format.type_of(layer),
         bytes_before=work.model.weights.stored_bytes(matrix.key),
         bytes_after=after,
         reason=work.left.get(matrix),

@@ -20,6 +20,7 @@ class LayerPlan(_Part):
     method: str | None
     bits: int | None
     group_size: int | None
+    type: str | None  # what the format calls it, where it has several: a block type of GGUF
     bytes_before: int
     bytes_after: int
     reason: str | None

@@ -47,6 +47,15 @@ class Work:
         return self.shard_bytes if self.blueprint is None else {SINGLE: self.blueprint.size}
 
     @cached_property
+    def tensor_bytes(self) -> dict[str, int]:
+        """Every tensor of the output, by its name in the checkpoint, with the bytes of its data."""
+        tensors = {name: t.nbytes for part in self.parts for name, t in self.meta_tensors(part).items()}
+        if self.blueprint is None:
+            return tensors
+        computed = {name: t.nbytes for name, t in self.blueprint.computed.items()}
+        return {**computed, **{part.key: part.entry.bytes for part in self.blueprint.parts}}
+
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order they are done: what the first block's inputs depend on first, all other tensors last.
 

@@ -29,7 +29,7 @@ TRANSFORMERS = """\
 from transformers import {auto}, AutoTokenizer
 
 folder = "path/to/this/folder"
-model = {auto}.from_pretrained(folder)
+model = {auto}.from_pretrained(folder{file})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {use}
 ```"""
@@ -52,7 +52,11 @@ print(model(**tokens).last_hidden_state)  # one vector for each token; pool them
 }
 VLLM = """\
 ```sh
-vllm serve path/to/this/folder
+vllm serve path/to/this/folder{file}
+```"""
+LLAMA_CPP = """\
+```sh
+llama-cli -m path/to/this/folder/model.gguf -p "Once upon a time" -n 50
 ```"""
 
 
@@ -94,7 +98,7 @@ def front_matter(report: Report) -> str:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]
     tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
-    data |= {"library_name": "transformers", "pipeline_tag": report.model.task, "tags": list(tags)}
+    data |= {"library_name": "gguf" if "gguf" in formats else "transformers", "pipeline_tag": report.model.task, "tags": list(tags)}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -158,12 +162,16 @@ def _usage(report: Report) -> list[str]:
     for line in stage.loads_in:
         if line.support == "no":
             continue
+        gguf = stage.format == "gguf"
         if line.runtime == "transformers":
             packages = " ".join(["torch transformers", *PACKAGES[stage.format]])
-            model = report.model
-            parts += [TRANSFORMERS.format(packages=packages, auto=model.auto_class, use=USE[model.task]), ""]
+            model, file = report.model, ', gguf_file="model.gguf"' if gguf else ""
+            snippet = TRANSFORMERS.format(packages=packages, auto=model.auto_class, file=file, use=USE[model.task])
+            parts += [snippet, ""]
         elif line.runtime == "vllm":
-            parts += [VLLM, ""]
+            parts += [VLLM.format(file="/model.gguf" if gguf else ""), ""]
+        else:
+            parts += [LLAMA_CPP, ""]
     return parts
 
 

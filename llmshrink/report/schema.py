@@ -60,6 +60,7 @@ class LayerReport(Record):
     format: str
     bits: int | None = None
     group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
+    type: str | None = Field(default=None, description="what the format calls it: a block type of GGUF")
     parameters: int
     bytes_before: int
     bytes_after: int

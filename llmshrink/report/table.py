@@ -132,6 +132,8 @@ def _kind(name: str) -> str:
 def _how(layer: LayerPlan) -> str:
     if layer.method is None:
         return "left as it is"
+    if layer.type is not None:
+        return clean(f"{_method(layer.method)} {layer.type}")
     group = {None: "", -1: " per channel"}.get(layer.group_size, f" g{layer.group_size}")
     return clean(f"{_method(layer.method)} W{layer.bits}{group}")
 

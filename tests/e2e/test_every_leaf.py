@@ -48,6 +48,8 @@ DENSE = {"stages.0.format": {"name": "dense"}}
 NF4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "nf4"}}]}
 FP4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "fp4"}}]}
 RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
+GPTQ = {"stages": [{"task": "quantize", "method": {"name": "gptq"}}]}
+CAST = {"stages": [{"task": "quantize", "method": {"name": "cast"}}]}
 RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
 EXPORT = {"model.id": "{quantized}", "stages": [{"task": "export", "format": {"name": "compressed-tensors"}}]}
 EVAL = {"stages": [{"task": "eval"}], "evaluation.data": ["{text}"]}
@@ -60,6 +62,7 @@ TRIALS = {
     "stages.quantize.method.gptq.group_size": Trial(16),
     "stages.quantize.method.gptq.symmetric": Trial(False, DENSE),
     "stages.quantize.method.gptq.scales": Trial("minmax"),
+    "stages.quantize.method.gptq.type": Trial("Q4_0", {**GPTQ, **DENSE}),
     "stages.quantize.method.gptq.act_order": Trial(False),
     "stages.quantize.method.gptq.damp": Trial(0.5),
     "stages.quantize.method.gptq.refine": Trial(0),
@@ -67,6 +70,8 @@ TRIALS = {
     "stages.quantize.method.rtn.group_size": Trial(16, RTN_32),
     "stages.quantize.method.rtn.symmetric": Trial(False, {**RTN_32, **DENSE}),
     "stages.quantize.method.rtn.scales": Trial("minmax", RTN_32),
+    "stages.quantize.method.rtn.type": Trial("Q4_0", {**RTN, **DENSE}),
+    "stages.quantize.method.cast.dtype": Trial("bfloat16", {**CAST, **DENSE}),
     "stages.quantize.method.nf4.block_size": Trial(32, NF4),
     "stages.quantize.method.nf4.double_quant": Trial(True, NF4),
     "stages.quantize.method.fp4.block_size": Trial(32, FP4),

@@ -10,6 +10,7 @@ import torch
 from oracles import coordinate_descent, optimal_brain_quantizer
 from torch import Tensor
 
+from llmshrink.block_types import BLOCK_TYPES
 from llmshrink.forms import Quantized, decode
 from llmshrink.methods import gptq
 from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
@@ -259,3 +260,54 @@ def test_activation_order_pays_where_a_few_inputs_dominate() -> None:
         assert isinstance(form, Quantized)
         errors.append(objective(weight, form, statistic.matrix).sum())
     assert errors[0] < errors[1]
+
+
+BLOCK_WIDTH = 256
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_block_types_are_swept_as_brute_force_does(name: str) -> None:
+    config = GptqConfig(type=name)
+    method, statistic, weight = Gptq(config), hessian(BLOCK_WIDTH, tokens=400), matrix(3, BLOCK_WIDTH)
+    factors = prepared(method, statistic)
+    grid = choose_grid(weight, config, torch.float16, factors.importance)
+    found = method._sweep(weight, grid, factors)
+    scale, minimum, low, high = (t.repeat_interleave(config.group(BLOCK_WIDTH), 1) for t in grid.tables(config))
+    H = statistic.matrix.double()
+    H.diagonal().add_(config.damp * H.diagonal().mean())
+    order = H.diagonal().argsort(descending=True).tolist()
+    exact = optimal_brain_quantizer(weight + minimum, H, order, scale, torch.zeros_like(scale), config.code_range)
+    assert (found.double() == exact.clamp(low, high)).float().mean() > 0.999  # of 8 bits one code may round otherwise
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_refining_block_types_never_makes_the_objective_larger(name: str) -> None:
+    config = GptqConfig(type=name)
+    method, weight = Gptq(config), matrix(12, BLOCK_WIDTH)
+    weight[0, : config.group(BLOCK_WIDTH)] *= 1e-5  # in the k-quants a scale of zero
+    factors = prepared(method, hessian(BLOCK_WIDTH, tokens=400))
+    H = factors.H + factors.damp * torch.eye(BLOCK_WIDTH)
+    grid = choose_grid(weight, config, torch.float16, factors.importance)
+    steps = method._sweep(weight, grid, factors)
+    errors = [objective(weight, grid.form(steps, config), H)]
+    for _ in range(3):
+        grid, steps = method._refine(weight, grid, steps, factors)
+        assert torch.equal(decode(grid.form(steps, config)), grid.decode(steps))  # it can be stored
+        errors.append(objective(weight, grid.form(steps, config), H))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-5)).all()
+    if name != "Q8_0":
+        assert errors[-1].sum() < 0.99 * errors[0].sum()
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_no_row_of_a_block_type_is_worse_than_rounding_to_nearest(name: str) -> None:
+    statistic, weight = hessian(BLOCK_WIDTH, tokens=100), matrix(40, BLOCK_WIDTH).bfloat16()
+    method = Gptq(GptqConfig(type=name))
+    layer = method.compress(weight, prepared(method, statistic))
+    rtn = Rtn(RtnConfig(type=name))
+    plain = rtn.compress(weight, rtn.prepare(statistic)).weight
+    assert isinstance(layer.weight, Quantized) and isinstance(plain, Quantized) and layer.objective is not None
+    assert (layer.objective.own <= layer.objective.baseline).all()
+    mine = objective(weight, layer.weight, statistic.matrix)
+    torch.testing.assert_close(layer.objective.own, mine.float(), rtol=1e-2, atol=1e-6)
+    assert mine.sum() < 0.8 * objective(weight, plain, statistic.matrix).sum()

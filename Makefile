@@ -42,8 +42,14 @@ test-oldest: ## the default tests with the oldest releases that pyproject.toml a
 	.venv-readers/bin/python -m pip install --quiet --disable-pip-version-check -c $< optimum gptqmodel
 	@touch $@
 
-test-readers: $(STAMP) .venv-readers/.installed ## gptq and awq in optimum and gptqmodel: an environment of 6 GB, minutes
-	LLMSHRINK_READERS_PYTHON=$(CURDIR)/.venv-readers/bin/python $(BIN)/python -m pytest -m readers
+.venv-llamacpp/.installed: tests/readers/llamacpp.txt
+	test -x .venv-llamacpp/bin/python || $(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-readers: $(STAMP) .venv-readers/.installed .venv-llamacpp/.installed ## gptq and awq in optimum and gptqmodel (6 GB), gguf in llama.cpp; minutes
+	LLMSHRINK_READERS_PYTHON=$(CURDIR)/.venv-readers/bin/python \
+	LLMSHRINK_LLAMACPP_PYTHON=$(CURDIR)/.venv-llamacpp/bin/python $(BIN)/python -m pytest -m readers
 
 fuzz: $(STAMP) ## fuzz the readers of foreign files for SECONDS (60) each; TARGETS names some of them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
@@ -63,5 +69,5 @@ bench: $(STAMP) ## the benches of bench/results.md that need nothing but this pr
 	$(BIN)/python -m bench.startup
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-oldest .venv-readers build dist out/demo out/fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-readers .venv-llamacpp build dist out/demo out/fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -418,7 +418,8 @@ def _shareable(recipe: Recipe) -> Recipe:
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:
     """The same recipe on the truncated model: few short rows, nothing measured or gated, no other block's patterns."""
-    names = [m.name for block in work.model.anatomy.blocks[: last + 1] for m in block.matrices]
+    cut = {m for block in work.model.anatomy.blocks[last + 1 :] for m in block.matrices}
+    names = [m.name for m in work.model.anatomy.matrices if m not in cut]
     data = json.loads(recipe.model_dump_json())
     for stage in data["stages"]:
         stage["gate"] = {}

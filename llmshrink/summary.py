@@ -149,6 +149,7 @@ def writing_stage(
         task=first.task,
         method={"name": plan.method, **first.config.model_dump(mode="json")},
         format=work.format.name,
+        type=work.mix,
         layers=[*result.layers, *_left(plan)],
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,

@@ -90,7 +90,7 @@ def _sentencepiece(kind: str) -> Tokenizer:
     _train(trained, [], [])
     special = ["<unk>", "<s>", "</s>"]
     found: dict[str, int] = json.loads(trained.to_str())["model"]["vocab"]
-    learned = {text: number for text, number in found.items() if text not in special}
+    learned = {text: number for text, number in found.items() if not any(name in text for name in special)}
     pieces = [*special, *(f"<0x{n:02X}>" for n in range(256)), *sorted(learned, key=lambda text: learned[text])]
     vocab = {text: number for number, text in enumerate(pieces)}
     merges = [(t[:n], t[n:]) for t in learned for n in range(1, len(t)) if t[:n] in learned and t[n:] in learned]

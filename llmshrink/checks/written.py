@@ -12,7 +12,7 @@ from torch import Tensor
 from llmshrink.engine.budget import LIBRARIES
 from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.reader import ReadRequest, measure
-from llmshrink.formats.runtimes import missing_packages
+from llmshrink.formats.runtimes import Stored, entry, missing_packages
 from llmshrink.forms import relative_error_of
 from llmshrink.io.files import has_hash
 from llmshrink.memory import available_memory
@@ -119,6 +119,9 @@ def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]
     if missing := missing_packages(written.weights.format.name):
         detail = f"transformers needs {' and '.join(missing)} for this format: not installed here"
         return Check(name="reader", passed=None, detail=detail)
+    kind = Stored(written.weights.format.name, frozenset(), model_type=written.source.config.model_type)
+    if (known := entry(kind, "transformers")).support == "no":
+        return Check(name="reader", passed=None, detail=f"transformers cannot load it: {known.reason}")
     needed = 2 * LIBRARIES + ROOM * written.parameters * 4 + written.source.checkpoint.bytes
     if needed > available_memory():
         return Check(name="reader", passed=None, detail="the dense model does not fit into memory here")

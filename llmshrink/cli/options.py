@@ -67,7 +67,7 @@ def complete_format(incomplete: str) -> list[str]:
 
 def complete_type(incomplete: str) -> list[str]:
     """Names of GGUF mixes."""
-    from llmshrink.formats.gguf_mix import MIXES
+    from llmshrink.recipe.schema import MIXES
 
     return [name for name in MIXES if name.startswith(incomplete.upper())]
 

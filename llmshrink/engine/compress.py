@@ -136,11 +136,13 @@ class Compressor:
 
     def _begin(self, done: list[dict[str, Any]], result: Result) -> None:
         """Embed all rows, as the written embedding does, and go on behind the last finished block."""
-        embedding = self._model.anatomy.embedding
+        model, embedding = self._model, self._model.anatomy.embedding
         if embedding is not None and embedding in self._work.methods:
             checkpoint, slot = self._file(self._work.parts[0]), self._work.slots[embedding]
-            rows = self._work.format.reader(slot, checkpoint.get, self._work.quantization_config)
-            self._model.replace_embedding(rows)
+            model.replace_embedding(self._work.format.reader(slot, checkpoint.get, self._work.quantization_config))
+        elif embedding is not None and embedding.key in model.weights.compressed:
+            stored, dtype = model.weights.rows(embedding.key), model.weights.infos[embedding.key].dtype
+            model.replace_embedding(lambda rows: stored(rows).to(dtype))  # it is written dense
         self._hidden, self._saved = self._embed(), time.perf_counter()
         self._restore([entry for entry in done if "batches" in entry], result)
 

@@ -37,12 +37,13 @@ def read(request: ReadRequest) -> ReadResult:
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
     config, task = _prepare(request.folder)
-    # A GGUF file describes the model itself: what stands beside it for llmshrink must not help.
-    given = {"gguf_file": GGUF} if Source(request.folder, Path(request.folder), None).gguf else {"config": config}
+    # With the configuration that stands beside a GGUF file: from the file itself it takes only a part of it.
+    given = {"gguf_file": GGUF} if Source(request.folder, Path(request.folder), None).gguf else {}
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
         start = time.perf_counter()
         model, info = task.loader.from_pretrained(
             request.folder,
+            config=config,
             **given,
             dtype=request.dtype,
             device_map={"": request.device},  # bitsandbytes would take a GPU by itself

@@ -63,8 +63,8 @@ class Gguf(Format):
     def config(
         self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
     ) -> dict[str, Any] | None:
-        """Its name: all else is said by the names of the tensors."""
-        return {"quant_method": self.quant_method}
+        """The file says it itself."""
+        return None
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Types that are not known here are not among its tensors' names."""

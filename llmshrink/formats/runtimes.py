@@ -118,6 +118,7 @@ def _no_gguf(stored: Stored) -> bool:
 
 
 TRIED = "tests/e2e/test_families.py"
+GGUF = "tests/e2e/test_gguf.py"
 LLAMACPP = "tests/readers/test_llamacpp.py"
 NO_NAMES = "llmshrink has no names for this family in GGUF"
 READERS = "tests/readers/test_gptqmodel.py"
@@ -233,7 +234,13 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("no", UNTRIED, BERT, _not_causal),
     ),
     ("gguf", "transformers"): (
-        Entry("dense-only", "needs gguf; decodes all weights while loading", TRIED),
+        Entry("dense-only", "needs gguf, and the config.json beside the file; decodes all weights while loading", GGUF),
+        Entry(
+            "no",
+            "it takes a file named after Mistral for a family that gguf has no names for",
+            "transformers modeling_gguf_pytorch_utils.py",
+            lambda s: s.model_type == "mistral",
+        ),
         Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
     ),
     ("gguf", "vllm"): (

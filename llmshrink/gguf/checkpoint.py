@@ -65,7 +65,7 @@ class GgufCheckpoint:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.bytes for info in self.infos.values())
+        return sum(entry.bytes for entry in self._file.entries.values())
 
     @property
     def files(self) -> list[str]:

@@ -83,7 +83,7 @@ def describe(config: PretrainedConfig, architecture: str) -> tuple[dict[str, Val
     if architecture.startswith("gemma"):
         values |= _gemma(config, architecture, head)
         return _prefixed(architecture, values), tensors, []
-    return _prefixed(architecture, values), tensors, _windows(config)
+    return _prefixed(architecture, values), tensors, _windows(config) + _factors(config, tensors)
 
 
 def _prefixed(architecture: str, values: dict[str, Value]) -> dict[str, Value]:
@@ -104,6 +104,17 @@ def _windows(config: PretrainedConfig) -> list[str]:
     return [
         f"llama.cpp runs {config.model_type} without its sliding window: from {window} tokens on it attends to more "
         "than the model was trained with."
+    ]
+
+
+def _factors(config: PretrainedConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """When llama.cpp takes the divisors for long texts."""
+    if "rope_factors_long.weight" not in tensors:
+        return []
+    original = config.rope_parameters["original_max_position_embeddings"]
+    return [
+        f"With a context of more than {original} tokens llama.cpp computes positions of short texts too as those of "
+        f"long ones: give it `-c {original}` where that is enough."
     ]
 
 

@@ -81,10 +81,11 @@ class Family:
         """The key of a tensor of llama.cpp's, or None where the checkpoint has no such."""
         part, _, leaf = name.rpartition(".")
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)", part):
-            found = _reversed(self.block_modules).get(match[2])
-            return f"{self.prefix}{self.blocks}.{match[1]}.{found}.{leaf}" if found else None
-        found = _reversed(self.modules).get(part)
-        return f"{'' if part == HEAD else self.prefix}{found}.{leaf}" if found else None
+            found, start = _reversed(self.block_modules).get(match[2]), f"{self.prefix}{self.blocks}.{match[1]}."
+        else:
+            found, start = _reversed(self.modules).get(part), "" if part == HEAD else self.prefix
+        key = f"{start}{found}.{leaf}"
+        return key if found and self.name(key) == name else None
 
     def change(self, name: str, heads: tuple[int, int], *, packed: bool) -> Change:
         """What happens to a tensor.

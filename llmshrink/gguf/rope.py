@@ -49,7 +49,7 @@ def rope(config: PretrainedConfig, architecture: str, head: int) -> Result:
     if kind == "llama3" and architecture == "llama":
         return values, {"rope_freqs.weight": _llama3(config, found, head)}
     if kind == "longrope" and architecture == "phi3":
-        settings, tensors = _longrope(config, found, rotated)
+        settings, tensors = _longrope(config, found)
         return values | settings, tensors
     raise PlanError(f"llama.cpp has no positions of the kind {kind!r} for {architecture}.")
 
@@ -57,13 +57,15 @@ def rope(config: PretrainedConfig, architecture: str, head: int) -> Result:
 def _yarn(config: PretrainedConfig, found: dict[str, Any]) -> dict[str, Value]:
     """YaRN (Peng et al. 2023, section 3.4), whose temperature llama.cpp computes by itself."""
     _, temperature = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    own = 0.1 * math.log(found["factor"]) + 1.0
+    original = int(found["original_max_position_embeddings"])
+    factor = float(found.get("factor") or config.max_position_embeddings / original)
+    own = 0.1 * math.log(factor) + 1.0
     if abs(temperature - own) > CLOSE or not found.get("truncate", True):
         raise PlanError(f"llama.cpp computes YaRN with the factor {own:.6g} for attention, and this model otherwise.")
     return {
         "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(found["factor"]),
-        "rope.scaling.original_context_length": int(found["original_max_position_embeddings"]),
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": original,
         "rope.scaling.yarn_beta_fast": float(found.get("beta_fast") or 32.0),
         "rope.scaling.yarn_beta_slow": float(found.get("beta_slow") or 1.0),
     }
@@ -77,12 +79,10 @@ def _llama3(config: PretrainedConfig, found: dict[str, Any], head: int) -> Tenso
     return divisors
 
 
-def _longrope(config: PretrainedConfig, found: dict[str, Any], rotated: int) -> Result:
+def _longrope(config: PretrainedConfig, found: dict[str, Any]) -> Result:
     """Divisors for texts within and beyond the original context (LongRoPE, Ding et al. 2024)."""
     _, factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")
     tensors = {f"rope_factors_{name}.weight": torch.tensor(found[f"{name}_factor"]) for name in ("long", "short")}
-    if any(tensor.shape != (rotated // 2,) for tensor in tensors.values()):
-        raise PlanError(f"rope_parameters has not {rotated // 2} factors, one for each pair of rotated values.")
     return {
         "rope.scaling.type": "longrope",
         "rope.scaling.original_context_length": int(found["original_max_position_embeddings"]),

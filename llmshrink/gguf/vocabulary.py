@@ -53,9 +53,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, row
     tokens, types = _tokens(described, rows)
     named = {name: number for name, number in _named(tokenizer, config).items() if number < rows}
     if "eos" not in named:
-        raise PlanError(
-            "Neither the tokenizer nor config.json says which of the model's tokens ends a text (eos_token)."
-        )
+        raise PlanError("Neither the tokenizer nor config.json says which token ends a text (eos_token).")
     kind, notes = (_sentencepiece if model["byte_fallback"] else _bytes)(described, tokenizer, tokens, types)
     before, after = _around(described["post_processor"], {name: named.get(name) for name in ("bos", "eos")})
     values: dict[str, Value] = {**kind, "tokens": tokens, "token_type": types}

@@ -32,8 +32,8 @@ class Keep(Method[KeepConfig]):
     needs = NoStatistic
     Config = KeepConfig
 
-    def __init__(self, read: Callable[[], Form], scales: torch.dtype) -> None:
-        """`read` gives the stored form [out, in]; scales are rounded to the dtype `scales`."""
+    def __init__(self, read: Callable[[], Form], scales: torch.dtype | None) -> None:
+        """`read` gives the stored form [out, in]; scales are rounded to the dtype `scales`, unless it is None."""
         self._read = read
         stored = read()
         form = _rescaled(stored, scales)
@@ -51,7 +51,6 @@ class Keep(Method[KeepConfig]):
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """The stored form; `weight`, which is what it decodes to, is not looked at."""
-        assert self.scales is not None
         return Layer(_rescaled(self._read(), self.scales))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
@@ -59,9 +58,9 @@ class Keep(Method[KeepConfig]):
         return self._meta
 
 
-def _rescaled(form: Form, dtype: torch.dtype) -> Form:
+def _rescaled(form: Form, dtype: torch.dtype | None) -> Form:
     """With scales in what the format stores; tables of scales (bitsandbytes) have a dtype of their own."""
-    if isinstance(form, Quantized) and form.levels is None and isinstance(form.scale, Dense):
+    if dtype is not None and isinstance(form, Quantized) and form.levels is None and isinstance(form.scale, Dense):
         return replace(form, scale=Dense(form.scale.weight.to(dtype)))
     return form
 

@@ -47,6 +47,7 @@ def describe(
         architecture=type(model.model).__name__,
         method=method_name(first),
         format=work.format.name,
+        type=work.mix,
         blocks=blocks,
         outside=outside,
         others=others,

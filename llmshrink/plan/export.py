@@ -28,7 +28,8 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
     problems: list[str] = []
     for matrix in (m for block in model.anatomy.blocks for m in block.matrices):
         if matrix.key in weights.compressed:
-            methods[matrix] = keep = Keep(partial(weights.form, matrix.key), fmt.scale_dtype(matrix.dtype))
+            scales = None if fmt.name == "dense" else fmt.scale_dtype(matrix.dtype)  # decoded, and rounded once
+            methods[matrix] = keep = Keep(partial(weights.form, matrix.key), scales)
             if why := keep.check(matrix.shape):
                 problems.append(f"{matrix.name}: {why}")
         else:

@@ -58,7 +58,7 @@ def lay_out(
         left,
         None,
         0,
-        _output(recipe, model.source.id, main_method(methods), fmt),
+        _output(recipe, model.source.id, main_method(methods), fmt, mix),
     )
     _check_format(work)
     events += [Event("left_dense", f"left as it is: {why}", key) for b in model.anatomy.blocks for key, why in b.left]
@@ -96,13 +96,13 @@ def row_length(asked: int | None, model: StreamedModel, events: list[Event]) -> 
     return min(asked or DEFAULT_LENGTH, positions)
 
 
-def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format) -> Path:
-    """The folder of the result: as the recipe says, else out/<model>-<method>[-w<bits>] or, exported, -<format>."""
+def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format, mix: str | None) -> Path:
+    """The folder of the result: as the recipe says, else out/<model>-<method>[-w<bits>], -<mix>, or -<format>."""
     if recipe.output is not None:
         return Path(recipe.output).expanduser()
     name, bits = method_name(method), getattr(method.config, "bits", None)
-    if method.task == "export":
-        name, bits = fmt.name, None
+    if method.task == "export" or mix is not None:
+        name, bits = mix or fmt.name, None
     label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name or Path(model_id).resolve().name)
     return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
 
@@ -175,5 +175,6 @@ def _draw(work: Work, mix: str | None) -> None:
     source = work.model.source
     tensors = {name: tensor for part in work.parts for name, tensor in work.meta_tensors(part).items()}
     name = Path(source.id).name or source.folder.name
+    work.mix = mix
     work.blueprint = draw(source.config, source.tokenizer, tensors, type=mix, name=name, licence=source.licence)
     work.events += [Event("differs", note) for note in work.blueprint.notes]

@@ -66,6 +66,7 @@ class Plan(_Part):
     architecture: str
     method: str
     format: str
+    type: str | None  # the mix of block types in a GGUF file
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed
     others: list[TensorPlan]

@@ -36,6 +36,7 @@ class Work:
     output: Path
     shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
     shard_bytes: dict[str, int] = field(default_factory=dict)
+    mix: str | None = None  # of the block types in a GGUF file
     blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step

@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails
 
 from llmshrink import patterns
 from llmshrink.formats import format_names as format_names
-from llmshrink.formats.gguf_mix import MIXES
+from llmshrink.formats.gguf_mix import MIXES as MIXES
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
@@ -277,7 +277,8 @@ class Recipe(Section):
     output: str | None = Field(
         None,
         min_length=1,
-        description="folder of the result; null: out/<model>-<method><bits>, or out/<model>-<format> of an export",
+        description="folder of the result; null: out/<model>-<method><bits>, out/<model>-<type> as GGUF, or "
+        "out/<model>-<format> of an export",
     )
 
 

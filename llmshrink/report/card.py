@@ -29,7 +29,7 @@ TRANSFORMERS = """\
 from transformers import {auto}, AutoTokenizer
 
 folder = "path/to/this/folder"
-model = {auto}.from_pretrained(folder{file})
+model = {auto}.from_pretrained(folder{more})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {use}
 ```"""
@@ -54,6 +54,7 @@ VLLM = """\
 ```sh
 vllm serve path/to/this/folder{file}
 ```"""
+GGUF_FILE = ', gguf_file="model.gguf", config=AutoConfig.from_pretrained(folder)'
 LLAMA_CPP = """\
 ```sh
 llama-cli -m path/to/this/folder/model.gguf -p "Once upon a time" -n 50
@@ -98,7 +99,11 @@ def front_matter(report: Report) -> str:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]
     tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
-    data |= {"library_name": "gguf" if "gguf" in formats else "transformers", "pipeline_tag": report.model.task, "tags": list(tags)}
+    data |= {
+        "library_name": "gguf" if "gguf" in formats else "transformers",
+        "pipeline_tag": report.model.task,
+        "tags": list(tags),
+    }
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -165,8 +170,10 @@ def _usage(report: Report) -> list[str]:
         gguf = stage.format == "gguf"
         if line.runtime == "transformers":
             packages = " ".join(["torch transformers", *PACKAGES[stage.format]])
-            model, file = report.model, ', gguf_file="model.gguf"' if gguf else ""
-            snippet = TRANSFORMERS.format(packages=packages, auto=model.auto_class, file=file, use=USE[model.task])
+            model, more = report.model, GGUF_FILE if gguf else ""
+            snippet = TRANSFORMERS.format(packages=packages, auto=model.auto_class, more=more, use=USE[model.task])
+            if gguf:
+                snippet = snippet.replace("AutoTokenizer", "AutoConfig, AutoTokenizer", 1)
             parts += [snippet, ""]
         elif line.runtime == "vllm":
             parts += [VLLM.format(file="/model.gguf" if gguf else ""), ""]

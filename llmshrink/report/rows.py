@@ -200,7 +200,9 @@ def stage_lines(stage: StageReport) -> list[str]:
     what = f" with {stage.method['name']} ({settings or 'default settings'})" if stage.method else ""
     if stage.task == "export":
         what = f" of what was stored ({settings or 'of several kinds'})"
-    lines = [f"{stage.task}{what}, {stage.format}"]
+    if stage.type is not None:
+        what = f" with {stage.method['name']}"
+    lines = [f"{stage.task}{what}, {stage.format}" + (f" {stage.type}" if stage.type else "")]
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")

@@ -145,6 +145,7 @@ class StageReport(Record):
         default_factory=dict, description="resolved settings, with the method's name; empty for eval"
     )
     format: str
+    type: str | None = Field(default=None, description="the mix of block types in a GGUF file")
     layers: list[LayerReport] = Field(default_factory=list)
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")

@@ -79,7 +79,8 @@ def render_plan(plan: Plan) -> Group:
         verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"
         lines.append(f"files {size:,} bytes, max_size allows {plan.max_bytes:,}: {verdict}")
     reasons = sorted({layer.reason for layer in plan.layers if layer.reason})
-    title = f"{plan.model}: {_method(plan.method)} -> {plan.format}, {count(len(plan.blocks), 'block')}"
+    name = f"{plan.format} {plan.type}" if plan.type else plan.format
+    title = f"{plan.model}: {_method(plan.method)} -> {name}, {count(len(plan.blocks), 'block')}"
     return Group(
         Text(clean(title), style="bold"),
         _plan_table(plan),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.formats import load_format
 from llmshrink.formats.base import Slot
 from llmshrink.formats.bnb import STATE
+from llmshrink.gguf.checkpoint import SINGLE, GgufCheckpoint
 from llmshrink.io import safetensors
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Prepared
@@ -130,6 +132,60 @@ def index(folder: Path) -> Target:
         safetensors.Checkpoint.open(folder)
 
     return Target(read, [as_json(seed)])
+
+
+def _count(value: Any) -> bytes:
+    return struct.pack("<Q", (value if isinstance(value, int) else 7) % 2**64)
+
+
+def _text(value: Any) -> bytes:
+    raw = str(value).encode(errors="surrogatepass")
+    return _count(len(raw)) + raw
+
+
+def _entry(key: str, value: Any) -> bytes:
+    """A metadata entry: texts, numbers, and lists of them as lists of texts."""
+    if isinstance(value, list):
+        return _text(key) + struct.pack("<II", 9, 8) + _count(len(value)) + b"".join(map(_text, value))
+    raw = struct.pack("<I", 8) + _text(value) if isinstance(value, str) else struct.pack("<I", 10) + _count(value)
+    return _text(key) + raw
+
+
+def _tensor(name: str, value: Any) -> bytes:
+    found = {"sizes": [], "type": 0, "offset": 0, **(value if isinstance(value, dict) else {})}
+    sizes = found["sizes"] if isinstance(found["sizes"], list) else [found["sizes"]]
+    kinds = [_count(found[part]) for part in ("type", "offset")]
+    return _text(name) + _count(len(sizes))[:4] + b"".join(map(_count, sizes)) + kinds[0][:4] + kinds[1]
+
+
+def gguf_file(folder: Path) -> Target:
+    """A GGUF file: as JSON, what its header says."""
+
+    def read(data: bytes) -> None:
+        (folder / SINGLE).write_bytes(data)
+        found = GgufCheckpoint.open(folder)
+        for name, info in found.infos.items():
+            assert tuple(found.get(name).shape) == info.shape
+
+    def written(value: Any) -> bytes:
+        said = {"metadata": {}, "tensors": {}, **(value if isinstance(value, dict) else {})}
+        entries, tensors = (part if isinstance(part, dict) else {} for part in (said["metadata"], said["tensors"]))
+        raw = b"GGUF" + struct.pack("<I", 3) + _count(len(tensors)) + _count(len(entries))
+        raw += b"".join(_entry(*item) for item in entries.items()) + b"".join(
+            _tensor(*item) for item in tensors.items()
+        )
+        return raw.ljust(-(-len(raw) // 32) * 32, b"\0") + bytes(544)
+
+    heads = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
+    tensors = {
+        "blk.0.attn_q.weight": {"sizes": [32, 4], "type": 8, "offset": 0},
+        "blk.0.attn_k.weight": {"sizes": [4, 2], "type": 1, "offset": 160},
+        "output_norm.weight": {"sizes": [72], "type": 0, "offset": 192},
+        "rope_freqs.weight": {"sizes": [16], "type": 0, "offset": 480},
+    }
+    metadata = {"general.architecture": "llama", "general.alignment": 32, **heads, "llmshrink.cast": ["a", "b"]}
+    seed = {"metadata": metadata, "tensors": tensors}
+    return Target(read, [written(seed)], lambda _: seed, written)
 
 
 def stored(fmt: str, method: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -297,7 +353,7 @@ def calibration_text(folder: Path) -> Target:
 TARGETS: dict[str, Callable[[Path], Target]] = {
     f.__name__: f
     for f in (
-        recipe, overrides, container, index, settings, quant_state, configuration, manifest, journal, rows, report,
-        calibration_text,
+        recipe, overrides, container, index, gguf_file, settings, quant_state, configuration, manifest, journal, rows,
+        report, calibration_text,
     )
 }  # fmt: skip

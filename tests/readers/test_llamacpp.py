@@ -33,7 +33,8 @@ SPREAD = 0.5  # of the logits: without one any comparison passes
 KL_LIMIT = {"F32": 1e-6, "F16": 2e-5, "BF16": 1e-3}  # nats per token; measured: 1.7e-7, 3.7e-6, 1.9e-4 at most
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LONG = {"rope_type": "longrope", "factor": 4.0, "long_factor": [1.5 + n for n in range(8)], "short_factor": [1.0] * 8}
+FACTORS = {"long_factor": [1.5 + n for n in range(8)], "short_factor": [1.0 + n / 4 for n in range(8)]}
+LONG = {"rope_type": "longrope", "factor": 4.0, **FACTORS}
 ORIGINAL = {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
 POSITIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
@@ -55,6 +56,14 @@ POSITIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3-windows": ("gemma3", {"layer_types": ["sliding_attention"] * 2}),
     "phi3-long": ("phi3", {"rope_parameters": {**LONG, **ORIGINAL}, "original_max_position_embeddings": 32}),
+    "phi3-short": (
+        "phi3",
+        {
+            "rope_parameters": {**LONG, **ORIGINAL, "original_max_position_embeddings": 256},
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+        },
+    ),
     "phi3-partial": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
@@ -133,7 +142,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 @torch.no_grad()
 def compare(found: Found, case: Case) -> tuple[float, float, bool]:
-    """The largest mean KL(ours || llama.cpp) of a row, the spread of our logits, and whether all tokens are the same."""
+    """The largest mean KL(ours || llama.cpp) of a row, the spread of our logits, whether all tokens are the same."""
     reading, model = found.readings[case], rounded(found.sources[case.name], case.type)
     assert reading["error"] is None, reading["error"]
     kls, spreads, same = [], [], []

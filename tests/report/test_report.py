@@ -310,23 +310,24 @@ def test_grown_numbers_stay_within_80_columns() -> None:
 def plan(blocks: int = 3) -> Any:
     def one(name: str, method: str | None, reason: str | None = None) -> SimpleNamespace:
         return SimpleNamespace(
-            name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None, group_size=128,
+            name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None, group_size=128, type=None,
             bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
         )  # fmt: skip
 
     def outside(name: str, size: int) -> SimpleNamespace:
         return SimpleNamespace(name=name, bytes_before=size, bytes_after=size, parameters=size // 2)
 
+    found = [
+        SimpleNamespace(index=i, layers=[
+            one(f"model.layers.{i}.self_attn.q_proj", "gptq"),
+            *(one(f"model.layers.{i}.mlp.experts.{e}.up_proj", "gptq") for e in range(8)),
+            one(f"model.layers.{i}.mlp.down_proj", None, "the recipe leaves it out"),
+        ])
+        for i in range(blocks)
+    ]  # fmt: skip
     return SimpleNamespace(
-        model="someone/moe\x1b[31m", method="gptq", format="compressed-tensors",
-        blocks=[
-            SimpleNamespace(index=i, layers=[
-                one(f"model.layers.{i}.self_attn.q_proj", "gptq"),
-                *(one(f"model.layers.{i}.mlp.experts.{e}.up_proj", "gptq") for e in range(8)),
-                one(f"model.layers.{i}.mlp.down_proj", None, "the recipe leaves it out"),
-            ])
-            for i in range(blocks)
-        ],
+        model="someone/moe\x1b[31m", method="gptq", format="compressed-tensors", type=None,
+        blocks=found, layers=[layer for block in found for layer in block.layers],
         others=[
             outside("model.embed_tokens.weight", 2_000_000),
             *(outside(f"model.layers.{i}.norm_{n}.weight", 512) for i in range(blocks) for n in "abc"),

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from llmshrink.forms import Dense, Layer, Quantized
-from llmshrink.methods.base import MethodConfig
+from llmshrink.methods.base import GroupConfig
 
 CHUNK = 1 << 17  # weights searched at a time: the temporaries stay in the processor's cache
 STEPS = 5  # scales tried per group, each with both signs
@@ -29,41 +29,17 @@ TIGHTEST = {
 }  # by bits: the smallest scale tried, as a share of the one that covers all
 
 
-class GridConfig(MethodConfig):
+class GridConfig(GroupConfig):
     """Settings shared by the methods that store codes on an even grid."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
-    group_size: int | None = Field(
-        None, description="adjacent inputs that share a scale; -1: one scale per output; null: resolved by the plan"
-    )
     symmetric: bool = Field(True, description="zero is the code 0; false stores a zero point for every scale")
     scales: Literal["minmax", "mse"] = Field("mse", description="cover the range, or search for the least error")
-
-    @field_validator("group_size")
-    @classmethod
-    def _check_group_size(cls, size: int | None) -> int | None:
-        if size is not None and size != -1 and size < 1:
-            raise ValueError("group_size is -1 (one scale per output) or a positive number")
-        return size
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code, both included."""
         return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
-
-    def group(self, width: int) -> int:
-        """The number of adjacent inputs that share a scale in a matrix of this width."""
-        if self.group_size is None:
-            raise ValueError("group_size is null: the plan resolves it to a number before anything is compressed")
-        return width if self.group_size == -1 else self.group_size
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix [out, in] of this shape cannot be cut into these groups, or None."""
-        if self.group_size is None or self.group_size == -1:
-            return None
-        if shape[1] % self.group_size:
-            return f"group_size {self.group_size} does not divide the width {shape[1]}"
-        return None
 
     def meta(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """A result of the right shapes and dtypes on the `meta` device."""

@@ -65,6 +65,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
+    events += [Event("caution", method.caution, m.name) for m, method in methods.items() if method.caution]
     chosen = _choose_format(stage, methods)
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     return lay_out(recipe, model, chosen, methods, left, events)

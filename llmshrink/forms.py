@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ROWS = 256  # of a matrix that are compared at a time
+InputKind = Literal["llm-int8", "bitnet"]
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,41 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class InputScheme:
+    """How the inputs of a linear are rounded to 8 bits before it multiplies them: each token has a scale of its own."""
+
+    kind: InputKind
+    threshold: float = 0.0  # of llm-int8: a feature in which a token reaches it is not rounded; 0: every feature is
+
+    def round(self, x: Tensor) -> Tensor:
+        """The inputs [..., tokens, in] that the rounded numbers mean, in the dtype of `x`."""
+        return _round_llm_int8(x, self.threshold) if self.kind == "llm-int8" else _round_bitnet(x)
+
+
+def _round_llm_int8(x: Tensor, threshold: float) -> Tensor:
+    """LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, section 3.2), as bitsandbytes 0.50 does it on a CPU."""
+    half = x.half()
+    outlier = half.abs() >= threshold if threshold else torch.zeros_like(half, dtype=torch.bool)
+    half = half.masked_fill(outlier, 0)
+    largest = half.abs().amax(-1, keepdim=True).float()
+    rounded = (half * (127.0 / largest)).round_().nan_to_num_() * (largest / 127.0)
+    return torch.where(outlier.any(-2, keepdim=True), x, rounded.to(x.dtype))
+
+
+def _round_bitnet(x: Tensor) -> Tensor:
+    """BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, section 2), as `ActQuant` of transformers 5.23 does it."""
+    share = 127 / x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-5)
+    return ((x.float() * share).round_().clamp_(-128, 127) / share).to(x.dtype)
+
+
+@dataclass(frozen=True)
 class Layer:
     """The result of compressing one matrix."""
 
     weight: Form
     objective: Objective | None = None
     events: tuple[Event, ...] = ()
+    input: InputScheme | None = None  # None: inputs are not rounded
 
     @property
     def scheme(self) -> Scheme | None:
@@ -209,6 +240,7 @@ __all__ = [
     "Dense",
     "Event",
     "Form",
+    "InputScheme",
     "Layer",
     "Objective",
     "Quantized",

@@ -75,8 +75,14 @@ def read(request: ReadRequest) -> ReadResult:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config."""
+    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config.
+
+    Its 8-bit linears round their inputs, where a difference in the last digit can grow to a step of the rounding: as in
+    training they multiply decoded weights instead, which is what is compared.
+    """
     for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.train()
         for parameter in module.parameters(recurse=False):
             state = getattr(parameter, "quant_state", None)
             if state is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llmshrink.forms import Form, Layer
+from llmshrink.forms import Form, InputScheme, Layer
 
 # What holds a matrix in memory: nn.Linear, a subclass of it with its own forward, Conv1D, or experts fused into one
 # parameter, of which each is a matrix of its own on disk.
@@ -77,6 +77,12 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """The form behind the tensors that `get` returns by name; `config` is the `quantization_config`."""
+
+    def unpack_input(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> InputScheme | None:
+        """How the inputs of this matrix are rounded, or None: they are not."""
+        return None
 
     @abstractmethod
     def config(

@@ -26,6 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "awq": ("gptqmodel",),
     "bnb": ("accelerate", "bitsandbytes"),
     "dense": (),
+    "bitnet": ("accelerate",),
 }
 RUNTIMES: tuple[Runtime, ...] = ("transformers", "vllm", "llama.cpp")
 ORDER: tuple[Support, ...] = ("no", "plugin", "dense-only", "native")  # from the weakest

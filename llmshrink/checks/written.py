@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from llmshrink.forms import relative_error
 from llmshrink.io.files import has_hash
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
-from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.streamed import Decoded, StreamedModel
 from llmshrink.report.schema import Check, LayerReport
 
 ROOM = 1.2  # what a reader needs to load a model in float32, as a multiple of its weights
@@ -44,11 +44,15 @@ def streamed_output(model: StreamedModel, tokens: Tensor, *, as_read: bool = Fal
         return model.output(tokens, hidden.states[0])
 
 
-def _as_read(model: StreamedModel, block: Block) -> dict[str, Callable[[], Tensor]]:
+def _as_read(model: StreamedModel, block: Block) -> dict[str, Decoded]:
     def read(matrix: Matrix) -> Tensor:
         return matrix.seen(model.weights.as_read(matrix.key, matrix.kind))
 
-    return {m.key: partial(read, m) for m in block.matrices if m.key in model.weights.compressed}
+    return {
+        m.key: Decoded(partial(read, m), model.weights.input_as_read(m.key, m.kind))
+        for m in block.matrices
+        if m.key in model.weights.compressed
+    }
 
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:

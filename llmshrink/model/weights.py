@@ -13,7 +13,7 @@ from torch import Tensor
 from llmshrink.errors import InputError, PlanError
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Slot
-from llmshrink.forms import Form, check_blocks, decode
+from llmshrink.forms import Form, InputScheme, check_blocks, decode
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.memory import memory_error
 
@@ -72,14 +72,27 @@ class Weights:
 
     def form(self, key: str) -> Form:
         """The stored form of a compressed matrix, seen as [out, in]."""
+        with self._reading(key):
+            form = self.format.unpack(self._slot(key), self._checkpoint.get, self._config)
+            check_blocks(form)
+        return form
+
+    def input(self, key: str) -> InputScheme | None:
+        """How the inputs of a matrix are rounded; None: they are not."""
+        if key not in self.compressed:
+            return None
+        with self._reading(key):
+            return self.format.unpack_input(self._slot(key), self._checkpoint.get, self._config)
+
+    def input_as_read(self, key: str, kind: Kind) -> InputScheme | None:
+        """How transformers rounds the inputs of a compressed matrix; None: it does not, whatever the settings say."""
+        return self.input(key) if self.format.rounds_inputs(kind, self._config) else None
+
+    def _slot(self, key: str) -> Slot:
         info, flipped = self.infos[key], key in self._transposed
         rows, cols = info.shape[::-1] if flipped else info.shape
         module = self._modules.get(key, key.removesuffix(".weight"))
-        slot = Slot(key, module, (rows, cols), info.dtype, "conv1d" if flipped else "linear")
-        with self._reading(key):
-            form = self.format.unpack(slot, self._checkpoint.get, self._config)
-            check_blocks(form)
-        return form
+        return Slot(key, module, (rows, cols), info.dtype, "conv1d" if flipped else "linear")
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from llmshrink.engine.budget import LIBRARIES
 from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import missing_packages
-from llmshrink.forms import relative_error
+from llmshrink.forms import InputScheme, relative_error
 from llmshrink.io.files import has_hash
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
@@ -35,24 +35,35 @@ def probe_tokens(model: StreamedModel) -> Tensor:
 
 def streamed_output(model: StreamedModel, tokens: Tensor, *, as_read: bool = False) -> Tensor:
     """What a folder gives out [rows, length, width], block by block; `as_read`: with the weights transformers holds."""
-    hidden = Hidden(model, [tokens])
+    batches = list(torch.split(tokens, 1)) if as_read else [tokens]  # the reader takes one row at a time
+    hidden = Hidden(model, batches)
     for block in model.anatomy.blocks:
         model.load_block(block.index, _as_read(model, block) if as_read else None)
         hidden.advance(block.index)
         model.drop_block(block.index)
     with torch.no_grad():
-        return model.output(tokens, hidden.states[0])
+        return torch.cat([model.output(rows, state) for rows, state in zip(batches, hidden.states, strict=True)])
 
 
 def _as_read(model: StreamedModel, block: Block) -> dict[str, Decoded]:
     def read(matrix: Matrix) -> Tensor:
         return matrix.seen(model.weights.as_read(matrix.key, matrix.kind))
 
-    return {
-        m.key: Decoded(partial(read, m), model.weights.input_as_read(m.key, m.kind))
-        for m in block.matrices
-        if m.key in model.weights.compressed
-    }
+    found = {}
+    for matrix in block.matrices:
+        if matrix.key in model.weights.compressed:
+            scheme = model.weights.input_as_read(matrix.key, matrix.kind)
+            found[matrix.key] = Decoded(
+                partial(read, matrix), None if scheme is None else _InputAsRead(scheme.kind, scheme.scale)
+            )
+    return found
+
+
+class _InputAsRead(InputScheme):
+    """compressed-tensors 0.20 takes two dimensions for rows and positions: a tensor [tokens, in] gets one scale."""
+
+    def round(self, x: Tensor) -> Tensor:
+        return super().round(x.reshape(1, -1)).view(x.shape) if x.ndim == 2 else super().round(x)
 
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:

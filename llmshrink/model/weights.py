@@ -77,6 +77,11 @@ class Weights:
             check_blocks(form)
         return form
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of any matrix are rounded."""
+        return any(self.input(key) is not None for key in self.compressed)
+
     def input(self, key: str) -> InputScheme | None:
         """How the inputs of a matrix are rounded; None: they are not."""
         if key not in self.compressed:

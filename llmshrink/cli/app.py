@@ -59,6 +59,7 @@ def quantize(
     bits: opt.Bits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
+    inputs: opt.Inputs = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
     output: opt.Output = None,
@@ -177,6 +178,7 @@ def plan(
     bits: opt.Bits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
+    inputs: opt.Inputs = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
     output: opt.Output = None,

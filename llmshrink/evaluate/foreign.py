@@ -51,6 +51,8 @@ def read(request: ReadRequest) -> ReadResult:
         model.eval()
         if request.dtype == "float32":
             compute_in_float32(model)
+        if not request.round_inputs:
+            keep_inputs(model)
         seconds = time.perf_counter() - start
         model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
         after = loaded_bytes(model)
@@ -75,14 +77,8 @@ def read(request: ReadRequest) -> ReadResult:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config.
-
-    Its 8-bit linears round their inputs, where a difference in the last digit can grow to a step of the rounding: as in
-    training they multiply decoded weights instead, which is what is compared.
-    """
+    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config."""
     for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":
-            module.train()
         for parameter in module.parameters(recurse=False):
             state = getattr(parameter, "quant_state", None)
             if state is not None:
@@ -90,6 +86,18 @@ def compute_in_float32(model: nn.Module) -> None:
                 setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - a plain attribute of Linear4bit
             elif parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+
+
+def keep_inputs(model: nn.Module) -> None:
+    """Let linears multiply their inputs as they are.
+
+    compressed-tensors looks at this attribute in each forward; bitsandbytes multiplies decoded weights in training.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.train()
+        if hasattr(module, "quantization_scheme"):
+            setattr(module, "quantization_enabled", False)  # noqa: B010 - no attribute of nn.Module
 
 
 def loaded_bytes(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llmshrink.forms import Form, InputScheme, Layer
+from llmshrink.forms import Form, InputKind, InputScheme, Layer
 
 # What holds a matrix in memory: nn.Linear, a subclass of it with its own forward, Conv1D, or experts fused into one
 # parameter, of which each is a matrix of its own on disk.
@@ -49,6 +49,7 @@ class Format(ABC):
     quant_method: ClassVar[str | None]  # of `quantization_config`, by which loaders choose
     parts: ClassVar[tuple[str, ...]] = ()  # what follows a layer's name in the tensors that store its weight
     marks: ClassVar[tuple[str, ...]] = ()  # those of them by which a compressed matrix is known
+    rounded_inputs: ClassVar[tuple[InputKind, ...]] = ()  # how it can say that inputs are rounded
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -64,6 +65,10 @@ class Format(ABC):
 
     def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
         """Whether transformers decodes a matrix in the checkpoint's dtype, whatever it computes in."""
+        return False
+
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Whether transformers rounds the inputs of a matrix where the settings say that they are rounded."""
         return False
 
     def files(self, config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,9 @@
 A matrix `X.weight` [out, in] of codes in {-1, 0, 1} is
     X.weight         uint8 [out / 4, in], four codes + 1 a byte: that of row r + i * out / 4 at bit 2 i of row r
     X.weight_scale   [1], one for the whole matrix
-W = code * weight_scale for `"linear_class": "autobitlinear"`, code / weight_scale for `bitlinear`, the default. Inputs are
-rounded to 8 bits while the model runs. It is not written, because its loader computes with rounded inputs alone: what it
-gives out cannot be compared with anything closely.
+W = code * weight_scale for `"linear_class": "autobitlinear"`, code / weight_scale for `bitlinear`, the default. Inputs
+are rounded to 8 bits while the model runs. It is not written, because its loader computes with rounded inputs alone:
+what it gives out cannot be compared with anything closely.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import InputError
-from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.base import Format, Kind, Slot
 from llmshrink.forms import Dense, Form, InputScheme, Layer, Quantized
 
 PER_BYTE = 4
@@ -51,6 +51,10 @@ class BitNet(Format):
         scale = scale.view(1, 1) if _multiplies(config) else 1 / scale.float().view(1, 1)
         table = Dense(scale.expand(len(codes), 1).contiguous())
         return Quantized(codes.view(torch.int8) - 1, table, None, None, (1, slot.shape[1]), BITS)
+
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Always."""
+        return True
 
     def unpack_input(
         self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import InputError
-from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Form, InputScheme, Layer, Quantized, Scheme
+from llmshrink.formats.base import Format, Kind, Slot
+from llmshrink.forms import Dense, Form, InputKind, InputScheme, Layer, Quantized, Scheme
 
 FLOAT_DIGITS = 32  # room for any float64 in JSON
 STATE = "quant_state.bitsandbytes__"
@@ -45,6 +45,7 @@ class BitsAndBytes(Format):
         *(".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
         *(*marks, ".weight_format"),
     )
+    rounded_inputs: ClassVar[tuple[InputKind, ...]] = ("llm-int8",)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Scales are stored in float32, whatever the model's dtype."""
@@ -63,6 +64,10 @@ class BitsAndBytes(Format):
         if slot.shape[0] * slot.shape[1] % 2:
             return "an odd number of weights does not fill whole bytes"
         return None
+
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Those of 8-bit codes."""
+        return True
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """One `quantization_config` describes all layers."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmshrink.methods.base import Method
 
-_SUPPORT = {"base", "grid", "keep"}  # modules of this folder that no recipe names as a method
+_SUPPORT = {"base", "grid", "inputs", "keep"}  # modules of this folder that no recipe names as a method
 
 
 def method_names() -> list[str]:

@@ -71,7 +71,7 @@ class Method(ABC, Generic[C]):
 
     task: ClassVar[Task]
     needs: ClassVar[type[Statistic]]
-    by_row: ClassVar[bool] = False  # rows do not depend on each other: small matrices of a group go in one call
+    by_row: bool = False  # rows do not depend on each other: small matrices of a group go in one call
     baseline: ClassVar[str | None] = None  # the method that stands in where the statistic is too poor
     caution: ClassVar[str | None] = None  # what its user should know before any compute: told as an event
     Config: ClassVar[type[MethodConfig]]

@@ -1,4 +1,4 @@
-"""Binary weights: every weight becomes -s or s, with the scale s of its group (Rastegari et al. 2016, arXiv 1603.05279).
+"""Binary weights: every weight becomes -s or s, with the scale s of its group (Rastegari 2016, arXiv 1603.05279).
 
 Worth having after training that knows of it, like `ternary`. The least squared error is at s = mean |w| (equation 6 of
 the paper). No loader of plain checkpoints reads codes of one bit: they are stored in two.

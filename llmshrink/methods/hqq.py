@@ -4,11 +4,11 @@ A rest r of rounding is split into an outlier e and what is left of it, and e co
 
     min over s, z, e of  sum |e|^p + beta / 2 (r - e)^2,    r = (w - s (c - z)) / u,  p < 1
 
-in turns: c is the nearest code, e comes from a shrinkage operator, s and z from a regression of what the outliers leave.
-Three differences to its library, which fixes s, stores z in float16 and has no unit. Here r is counted in u, the scale
-that the group began with: in weights, which are small, beta = 10 makes every e zero. Both s and z are fitted, and z is
-an integer, as loaders of plain checkpoints read it, in a quarter of the bytes. And beta stays as it is, so that a step
-either lowers the sum or is not taken.
+in turns: c is the nearest code, e comes from a shrinkage operator, s and z from a regression of what outliers leave.
+Three differences to its library, which fixes s, stores z in float16 and has no unit. Here r is counted in u, the
+scale that the group began with: in weights, which are small, beta = 10 makes every e zero. Both s and z are fitted, and
+z is an integer, as loaders of plain checkpoints read it, in a quarter of the bytes. And beta stays as it is, so that a
+step either lowers the sum or is not taken.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Hqq(Method[HqqConfig]):
         parts = [self._fit(rows, dtype) for rows in torch.split(matrix, max(1, CHUNK // matrix.shape[1]))]
         zeros = [grid.zero for grid, _, _ in parts if grid.zero is not None]
         grid = Grid(torch.cat([grid.scale for grid, _, _ in parts]), torch.cat(zeros) if zeros else None)
-        own, start = (torch.cat([part[i].sum(1) for part in parts]) for i in (1, 2))
+        own = torch.cat([least.sum(1) for _, least, _ in parts])
+        start = torch.cat([first.sum(1) for _, _, first in parts])
         return Layer(grid.form(round_to(grid, matrix, self.config), self.config), Objective(own, start))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:

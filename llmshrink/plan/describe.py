@@ -40,7 +40,7 @@ def describe(
             if method is None:
                 layers.append(_left_plan(matrix, before, infos[matrix.key].bytes, work.left[matrix]))
                 continue
-            layer = method.form(matrix.shape, matrix.dtype)
+            layer = work.form(matrix)
             packed = work.format.pack(work.slots[matrix], layer)
             compressed += matrix.numel
             layers.append(

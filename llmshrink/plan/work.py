@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event
+from llmshrink.forms import Event, Layer
 from llmshrink.methods.base import Method
+from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
-from llmshrink.statistics import NoStatistic, Statistic
+from llmshrink.statistics import NoStatistic, Range, Statistic
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Work:
     format: Format
     methods: dict[Matrix, Method[Any]]
     slots: dict[Matrix, Slot]
+    inputs: dict[Matrix, Inputs]  # whose inputs are to be rounded
     left: dict[Matrix, str]  # matrices that stay as they are, and why
     quantization_config: dict[str, Any] | None
     length: int  # tokens of a calibration row
@@ -39,13 +41,24 @@ class Work:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method looks at calibration text."""
-        return any(method.needs.bytes(1) > 0 for method in self.methods.values())
+        """Whether any method, or any static scale, looks at calibration text."""
+        return any(self.statistic_bytes(group) for block in self.model.anatomy.blocks for group in block.groups)
 
-    def needs(self, group: Group) -> type[Statistic]:
-        """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
-        kinds = [self.methods[m].needs for m in group.matrices if m in self.methods]
-        return max(kinds, key=lambda kind: kind.bytes(group.width), default=NoStatistic)
+    def needs(self, group: Group) -> tuple[type[Statistic], ...]:
+        """What is gathered of a group: tokens always, what its methods ask for, and the range of static inputs."""
+        methods = [self.methods[m].needs for m in group.matrices if m in self.methods]
+        static = any(self.inputs[m].observer for m in group.matrices if m in self.inputs)
+        return tuple(dict.fromkeys((NoStatistic, *methods, *([Range] if static else []))))
+
+    def statistic_bytes(self, group: Group) -> int:
+        """Bytes of all that is gathered of a group."""
+        return sum(kind.bytes(group.width) for kind in self.needs(group))
+
+    def form(self, matrix: Matrix) -> Layer:
+        """What becomes of a compressed matrix, without data."""
+        method, inputs = self.methods[matrix], self.inputs.get(matrix)
+        layer = method.form(matrix.shape, matrix.dtype)
+        return layer if inputs is None else replace(layer, input=inputs.meta(method.scales or matrix.dtype))
 
     def meta_tensors(self, block: Block) -> dict[str, Tensor]:
         """All tensors of a block's file, without data."""
@@ -54,7 +67,7 @@ class Work:
         for key in block.keys:
             if key in compressed:
                 matrix = compressed[key]
-                tensors |= self.format.pack(self.slots[matrix], self.methods[matrix].form(matrix.shape, matrix.dtype))
+                tensors |= self.format.pack(self.slots[matrix], self.form(matrix))
             else:
                 tensors[key] = _empty(self.model, key)
         return tensors

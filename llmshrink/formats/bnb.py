@@ -71,12 +71,7 @@ class BitsAndBytes(Format):
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """One `quantization_config` describes all layers."""
-        kinds = set()
-        for _, layer in layers:
-            form = layer.weight
-            assert isinstance(form, Quantized)
-            kind = (_quant_type(form), form.block, isinstance(form.scale, Quantized))
-            kinds.add(_threshold(layer) if _by_row(layer) else kind)
+        kinds = {_threshold(layer) if _by_row(layer) else _four_bits(layer) for _, layer in layers}
         return "it has one kind, block size, scale table and threshold for all layers" if len(kinds) > 1 else None
 
     def unpack_input(
@@ -190,6 +185,13 @@ class BitsAndBytes(Format):
 def _by_row(layer: Layer) -> bool:
     """Whether it is one of 8-bit codes, a scale for each row."""
     return isinstance(layer.weight, Quantized) and layer.weight.scheme == ROWS
+
+
+def _four_bits(layer: Layer) -> tuple[Any, ...]:
+    """What may not differ between layers of 4 bits."""
+    form = layer.weight
+    assert isinstance(form, Quantized)
+    return _quant_type(form), form.block, isinstance(form.scale, Quantized)
 
 
 def _threshold(layer: Layer) -> float:

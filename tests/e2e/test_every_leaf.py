@@ -51,6 +51,9 @@ RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
 RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
 EXPORT = {"model.id": "{quantized}", "stages": [{"task": "export", "format": {"name": "compressed-tensors"}}]}
 EVAL = {"stages": [{"task": "eval"}], "evaluation.data": ["{text}"]}
+INT8 = {**RTN, "stages.0.method.bits": 8, "stages.0.inputs": {"type": "int8"}}
+STATIC = {**INT8, "stages.0.inputs": {"type": "int8", "scales": "static"}}
+FP8 = {"stages": [{"task": "quantize", "method": {"name": "fp8"}}]}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -71,6 +74,11 @@ TRIALS = {
     "stages.quantize.method.nf4.double_quant": Trial(True, NF4),
     "stages.quantize.method.fp4.block_size": Trial(32, FP4),
     "stages.quantize.method.fp4.double_quant": Trial(True, FP4),
+    "stages.quantize.method.fp8.scale_per": Trial("tensor", FP8),
+    "stages.quantize.method.fp8.scales": Trial("minmax", FP8),
+    "stages.quantize.inputs.type": Trial("fp8", {"stages": [{"task": "quantize", "inputs": {"type": "int8"}}]}),
+    "stages.quantize.inputs.scales": Trial("static", INT8),
+    "stages.quantize.inputs.observer": Trial("minmax", STATIC),
     "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
     "stages.quantize.ignore": Trial([".*k_proj"]),
     "stages.quantize.format.name": Trial("dense"),

@@ -46,7 +46,9 @@ def test_range_counts_every_magnitude_in_the_bin_it_lies_in() -> None:
     found.finish()
     ends, middles, counts = found.bins()
     magnitudes = x.abs().flatten()
-    assert found.tokens == len(x) and int(counts.sum()) == x.numel() and torch.equal(found.largest, magnitudes.max()[None])
+    assert (
+        found.tokens == len(x) and int(counts.sum()) == x.numel() and torch.equal(found.largest, magnitudes.max()[None])
+    )
     below = torch.cat([torch.zeros(1), ends[:-1]])
     for low, middle, high, count in zip(below, middles, ends, counts, strict=True):
         inside = (magnitudes >= low) & (magnitudes < high)

@@ -24,6 +24,7 @@ from llmshrink.formats import format_names as format_names
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.recipe.units import Bytes
 
@@ -89,31 +90,6 @@ class FormatSpec(Section):
             message = f"there is no format '{name}'" + did_you_mean(name, format_names())
             raise refuse([fault((), message, name)])
         return name
-
-
-class InputSpec(Section):
-    """How inputs of linears are rounded, so that runtimes multiply 8-bit numbers."""
-
-    type: Literal["int8", "fp8"] = Field(description="what inputs are rounded to; weights must be of the same kind")
-    scales: Literal["dynamic", "static"] = Field(
-        "dynamic", description="of inputs: found anew for each token, or one for each layer, from calibration text"
-    )
-    observer: Literal["minmax", "percentile", "mse"] | None = Field(
-        None,
-        description="where static scales clip: at the largest input seen, at its 99.99th percentile, or where the "
-        "squared error is least; null: mse",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _type_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _check_observer(self) -> Self:
-        if self.observer is not None and self.scales == "dynamic":
-            raise refuse([fault(("observer",), "only static scales have one: set scales to static", self.observer)])
-        return self
 
 
 class QuantizeStage(Section):

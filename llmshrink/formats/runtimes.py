@@ -121,6 +121,10 @@ def _inputs(kind: str) -> Callable[[Stored], bool]:
     return lambda stored: any(found == kind for found, _ in stored.inputs)
 
 
+def _llm_int8(stored: Stored) -> bool:
+    return ("llm-int8", "dynamic") in stored.inputs
+
+
 def _not_causal(stored: Stored) -> bool:
     return not stored.causal
 
@@ -273,6 +277,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("bnb", "transformers"): (
         Entry("native", "needs bitsandbytes", TRIED),
+        Entry("native", "needs bitsandbytes; rounds inputs but for outliers", "tests/formats/test_bnb.py", _llm_int8),
         Entry("no", "it leaves fused experts dense, so the file does not fit the model", TRIED, _with("experts")),
         Entry("no", "it leaves linears of a class of their own dense", TRIED, _with("subclass")),
     ),

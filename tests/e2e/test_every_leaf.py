@@ -49,7 +49,7 @@ NF4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"n
 FP4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "fp4"}}]}
 RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
 RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
-HQQ = {"stages": [{"task": "quantize", "method": {"name": "hqq", "group_size": 32}}]}
+HQQ = {"stages": [{"task": "quantize", "method": {"name": "hqq", "group_size": 32}}], **DENSE}
 TERNARY = {"stages": [{"task": "quantize", "method": {"name": "ternary", "group_size": 32}}]}
 BINARY = {"stages": [{"task": "quantize", "method": {"name": "binary", "group_size": 32}}]}
 LLM_INT8 = {"stages": [{"task": "quantize", "method": {"name": "int8"}}]}
@@ -80,7 +80,7 @@ TRIALS = {
     "stages.quantize.method.fp4.double_quant": Trial(True, FP4),
     "stages.quantize.method.hqq.bits": Trial(3, HQQ),
     "stages.quantize.method.hqq.group_size": Trial(16, HQQ),
-    "stages.quantize.method.hqq.symmetric": Trial(True, {**HQQ, **DENSE}),
+    "stages.quantize.method.hqq.symmetric": Trial(True, HQQ),
     "stages.quantize.method.hqq.scales": Trial("minmax", HQQ),
     "stages.quantize.method.hqq.norm": Trial(0.3, {**HQQ, "stages.0.method.bits": 2, "stages.0.method.beta": 30}),
     "stages.quantize.method.hqq.beta": Trial(30, {**HQQ, "stages.0.method.bits": 2}),

@@ -23,7 +23,7 @@ def errors(form: Quantized, weight: Tensor, group: int) -> Tensor:
 
 
 def least_error(w: Tensor) -> float:
-    """The least squared error of ternary weights for a group [n]: of every pattern, with the scale that suits it best."""
+    """The least squared error of ternary weights for a group [n]: of all patterns, each with its best scale."""
     codes = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * len(w)).double()
     along, square = codes @ w.double(), codes.square().sum(1)
     gain = (along.square() / square).nan_to_num()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmshrink import run
-from llmshrink.errors import InputError
+from llmshrink.errors import InputError, PlanError
 from llmshrink.evaluate.foreign import compute_in_float32, keep_inputs
 from llmshrink.formats import load_format
 from llmshrink.formats.base import Slot
@@ -22,6 +22,7 @@ from llmshrink.forms import Dense, InputScheme, Layer, Quantized, decode
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
+from llmshrink.recipe.load import validate
 
 FORMAT = load_format("bnb")
 SLOT = Slot("a.b.weight", "a.b", (8, 16), torch.bfloat16)
@@ -128,3 +129,40 @@ def test_a_code_that_changed_shows(models_folder: Callable[..., Path], text_file
         compute_in_float32(model)
         keep_inputs(model)
         assert ((expected - logits(model)).abs().max() > 1e-4 * expected.std()) == flipped
+
+
+@pytest.mark.parametrize("to", ["bnb", "compressed-tensors", "dense"])
+def test_exports(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, to: str) -> None:
+    source = models_folder("llama", torch.float16)
+    run.execute(recipe(source, tmp_path / "int8", text_file, {"name": "int8", "threshold": 4.0}), progress=Silent())
+    wanted = {
+        "version": 1,
+        "model": {"id": str(tmp_path / "int8")},
+        "stages": [{"task": "export", "format": {"name": to}}],
+        "evaluation": {"data": [], "speed": False},
+        "output": str(tmp_path / "out"),
+    }
+    report = run.execute(validate(wanted), progress=Silent())
+    kept = to == "bnb"
+    assert [event.kind for event in report.events] == ([] if kept else ["exact_inputs", "rounded"])
+    before, after = (StreamedModel(open_source(str(tmp_path / n)), torch.device("cpu")) for n in ("int8", "out"))
+    for key in before.weights.compressed:
+        one, other = before.weights.get(key), after.weights.get(key).float()
+        assert torch.equal(one, other) if kept else (one - other).norm() < 2**-10 * one.norm()
+    if kept:
+        assert all(
+            torch.equal(t, tensors_of(tmp_path / "int8")[name]) for name, t in tensors_of(tmp_path / "out").items()
+        )
+        configs = [(tmp_path / n / "config.json").read_bytes() for n in ("int8", "out")]
+        assert configs[0] == configs[1]
+
+
+def test_only_bitsandbytes_is_told_of_outliers(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    for fmt in ("compressed-tensors", "gptq", "dense"):
+        wanted = recipe(
+            models_folder("llama"), tmp_path / "out", text_file, {"name": "int8"}, stage={"format": {"name": fmt}}
+        )
+        with pytest.raises(PlanError, match="inputs are rounded so; bnb can"):
+            run.make_plan(wanted)

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ROWS = 256  # of a matrix that are compared at a time
+CodeKind = Literal["int", "float"]  # of 8-bit numbers: int8, or float8_e4m3fn
+LARGEST: dict[CodeKind, float] = {"int": 127.5, "float": 448.0}  # what the largest magnitude is divided by for a scale
+LIMITS: dict[CodeKind, tuple[float, float]] = {"int": (-128.0, 127.0), "float": (-448.0, 448.0)}
+InputKind = CodeKind | Literal["llm-int8", "bitnet"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Integer codes under a table of scales.
+    """Codes, integers or 8-bit floats, under a table of scales.
 
     `block` says which weights share a scale: a pair (rows, cols) tiles the matrix, e.g. (1, 128) for groups of 128
-    inputs, (1, in) for one scale per output channel; an int counts weights of the flattened matrix (bitsandbytes).
+    inputs, (1, in) for one scale per output channel, (out, in) for one of the whole matrix; an int counts weights of
+    the flattened matrix (bitsandbytes).
 
     A weight means `scale * (code - zero)`, or `scale * levels[code]` where a table of levels is given; `minimum`, where
     there is one, is subtracted from that.
     """
 
-    codes: Tensor  # [out, in]; int8, signed in [-2^(bits-1), 2^(bits-1)-1], or uint8: counted from 0, or into `levels`
+    codes: Tensor  # [out, in]; int8 in [-2^(bits-1), 2^(bits-1)-1], uint8 from 0 or into `levels`, or float8_e4m3fn
     scale: Form  # decodes to [out / rows, in / cols], or [ceil(out * in / block)]
     zero: Tensor | None  # int8, the shape of the scales, signed like the codes; None: symmetric
     levels: Tensor | None  # float32, one for each code, None for an even grid
@@ -45,25 +51,60 @@ class Quantized:
 
     @property
     def scheme(self) -> Scheme | None:
-        """What a loader must be told to decode it; None for levels, minima, nested scales and ones that span rows."""
+        """What a loader must be told to decode it; None for levels, minima, nested scales and ones of some rows."""
         plain = self.levels is None and self.minimum is None and isinstance(self.scale, Dense)
-        if not plain or not _by_row(self):
+        if not plain or isinstance(self.block, int):
             return None
-        assert not isinstance(self.block, int)
-        size = self.block[1]
-        return Scheme(self.bits, self.zero is None, None if size == self.codes.shape[1] else size)
+        (rows, size), (out, width) = self.block, self.codes.shape
+        whole = (rows, size) == (out, width) and out > 1
+        if rows != 1 and not whole:
+            return None
+        kind: CodeKind = "float" if self.codes.is_floating_point() else "int"
+        return Scheme(self.bits, self.zero is None, None if size == width else size, kind, whole)
 
 
 Form = Dense | Quantized
 
 
 @dataclass(frozen=True)
+class InputScheme:
+    """How the inputs of a linear are rounded to 8 bits before it multiplies them, symmetric around zero."""
+
+    kind: InputKind
+    scale: Tensor | None = None  # [1], in the dtype it is stored in; None: each token has its own (dynamic)
+    threshold: float = 0.0  # of llm-int8: a feature in which a token reaches it is not rounded; 0: every feature is
+
+    def round(self, x: Tensor) -> Tensor:
+        """The inputs [..., tokens, in] that the rounded numbers mean, in the dtype of `x`.
+
+        Int and float as in compressed-tensors 0.20 (`forward`): a token's own scale is its largest magnitude / 127.5,
+        of float8 / 448, and the dtype's epsilon where that is 0.
+        """
+        if self.kind == "llm-int8":
+            return _round_llm_int8(x, self.threshold)
+        if self.kind == "bitnet":
+            return _round_bitnet(x)
+        if self.scale is None:
+            low, high = torch.aminmax(x, dim=-1, keepdim=True)
+            scale = torch.maximum(high, -low) / LARGEST[self.kind]
+            scale = scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
+        else:
+            scale = self.scale.to(x.device, x.dtype)
+        codes = (x / scale).clamp_(*LIMITS[self.kind])
+        codes = codes.round_() if self.kind == "int" else codes.to(torch.float8_e4m3fn).to(x.dtype)
+        return codes.mul_(scale)
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """How codes on an even grid are to be read."""
+    """How codes that mean multiples of a scale are to be read, and what becomes of the inputs they multiply."""
 
     bits: int
     symmetric: bool
     group_size: int | None  # adjacent inputs that share a scale; None: one scale per output
+    kind: CodeKind = "int"
+    whole: bool = False  # one scale for the whole matrix
+    inputs: tuple[InputKind, Literal["dynamic", "static"]] | None = None  # None: not rounded
 
 
 @dataclass(frozen=True)
@@ -90,6 +131,22 @@ class Objective:
         return float(self.own.sum()) / total if total else 1.0
 
 
+def _round_llm_int8(x: Tensor, threshold: float) -> Tensor:
+    """LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, section 3.2), as bitsandbytes 0.50 does it on a CPU."""
+    half = x.half()
+    outlier = half.abs() >= threshold if threshold else torch.zeros_like(half, dtype=torch.bool)
+    half = half.masked_fill(outlier, 0)
+    largest = half.abs().amax(-1, keepdim=True).float()
+    rounded = (half * (127.0 / largest)).round_().nan_to_num_() * (largest / 127.0)
+    return torch.where(outlier.any(-2, keepdim=True), x, rounded.to(x.dtype))
+
+
+def _round_bitnet(x: Tensor) -> Tensor:
+    """BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, section 2), as `ActQuant` of transformers 5.23 does it."""
+    share = 127 / x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-5)
+    return ((x.float() * share).round_().clamp_(-128, 127) / share).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Layer:
     """The result of compressing one matrix."""
@@ -97,11 +154,15 @@ class Layer:
     weight: Form
     objective: Objective | None = None
     events: tuple[Event, ...] = ()
+    input: InputScheme | None = None  # None: inputs are not rounded
 
     @property
     def scheme(self) -> Scheme | None:
-        """What a loader must be told to decode it; None where it is no codes on an even grid."""
-        return self.weight.scheme if isinstance(self.weight, Quantized) else None
+        """What a loader must be told to decode it; None where its codes are no multiples of a scale."""
+        found = self.weight.scheme if isinstance(self.weight, Quantized) else None
+        if found is None or self.input is None:
+            return found
+        return replace(found, inputs=(self.input.kind, "dynamic" if self.input.scale is None else "static"))
 
 
 def decode(form: Form) -> Tensor:
@@ -235,6 +296,7 @@ __all__ = [
     "Dense",
     "Event",
     "Form",
+    "InputScheme",
     "Layer",
     "Objective",
     "Quantized",

@@ -15,6 +15,7 @@ from torch import Tensor
 # Columns of one tile of the Hessian: only the tiles on and above the diagonal are multiplied. Narrow ones leave less to
 # multiply twice, but below a wide row they are slower (a third at 4096).
 TILE, NARROW_TILE, NARROW = 256, 64, 1024
+CUT = 17  # bits of a float32 that are left out of the histogram of magnitudes
 
 
 class Statistic(Protocol):
@@ -36,6 +37,9 @@ class Statistic(Protocol):
     @staticmethod
     def bytes(width: int) -> int:
         """Memory of one instance for a linear of this input width."""
+
+
+Gathered = dict[type[Statistic], Statistic]  # what was gathered of one input, by kind
 
 
 class Norm:
@@ -62,6 +66,44 @@ class Norm:
     def bytes(width: int) -> int:
         """Memory of one instance for a linear of this input width."""
         return 4 * width
+
+
+class Range:
+    """How large inputs are, whatever the feature: a histogram of |x| over float32 cut to 6 bits of mantissa.
+
+    Bins follow each other as numbers do, each 1/64 of a power of two wide: none needs to be known before the data.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.largest = torch.zeros(1, device=device)  # exact
+        self.counts = torch.zeros(1 << 31 - CUT, dtype=torch.int64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        self.tokens += x.shape[0]
+        if x.numel():
+            magnitudes = x.abs().flatten()
+            torch.maximum(self.largest, magnitudes.amax(), out=self.largest)
+            self.counts += torch.bincount(magnitudes.view(torch.int32) >> CUT, minlength=len(self.counts))
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        self.largest, self.counts = self.largest.to(device), self.counts.to(device)
+
+    def bins(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The upper end and the middle of each bin that is not empty, float32, and how many magnitudes lie in it."""
+        filled = self.counts.nonzero().flatten()
+        low, high = ((filled + step << CUT).to(torch.int32).view(torch.float32) for step in (0, 1))
+        return high, (low + high) / 2, self.counts[filled]
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 8 * (1 << 31 - CUT) + 4
 
 
 class Hessian:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmshrink.statistics import NARROW, NARROW_TILE, Hessian, Norm, NoStatistic
+from llmshrink.statistics import NARROW, NARROW_TILE, Hessian, Norm, NoStatistic, Range
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,26 @@ def test_norm_is_the_mean_square_of_each_feature() -> None:
     assert found.tokens == len(x)
 
 
-@pytest.mark.parametrize("kind", [Norm, Hessian, NoStatistic])
+def test_range_counts_every_magnitude_in_the_bin_it_lies_in() -> None:
+    x = inputs(7) * torch.logspace(-30, 4, 7)
+    x[3, 2] = 0
+    found = Range(7, CPU)
+    for part in x.split([9, 1, 30]):
+        found.update(part)
+    found.finish()
+    ends, middles, counts = found.bins()
+    magnitudes = x.abs().flatten()
+    assert (
+        found.tokens == len(x) and int(counts.sum()) == x.numel() and torch.equal(found.largest, magnitudes.max()[None])
+    )
+    below = torch.cat([torch.zeros(1), ends[:-1]])
+    for low, middle, high, count in zip(below, middles, ends, counts, strict=True):
+        inside = (magnitudes >= low) & (magnitudes < high)
+        assert int(inside.sum()) == int(count) > 0
+        assert ((magnitudes[inside] - middle).abs() <= middle / 64).all() or low == 0
+
+
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian, NoStatistic])
 def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     found = kind(4, CPU)
     found.finish()
@@ -45,13 +64,13 @@ def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     assert all(not value.any() for value in vars(found).values() if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("kind", [Norm, Hessian, NoStatistic])
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian, NoStatistic])
 def test_bytes_are_those_of_the_tensors(kind: type[Norm]) -> None:
     tensors = [value for value in vars(kind(48, CPU)).values() if isinstance(value, torch.Tensor)]
     assert kind.bytes(48) == sum(t.numel() * t.itemsize for t in tensors)
 
 
-@pytest.mark.parametrize("kind", [Norm, Hessian])
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian])
 def test_inputs_are_not_changed(kind: type[Norm]) -> None:
     x = inputs(6)
     copy = x.clone()

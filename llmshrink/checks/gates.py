@@ -23,6 +23,7 @@ KL_NOISE = 1e-5  # nats: KL is never below 0, but for the rounding of log-softma
 # Events that --strict lets pass: nothing was degraded.
 NOTICES = {
     "left_dense",
+    "caution",
     "default_method",
     "length_cut",
     "unused_tensors",

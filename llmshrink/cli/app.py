@@ -59,6 +59,7 @@ def quantize(
     bits: opt.Bits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
+    inputs: opt.Inputs = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
@@ -178,6 +179,7 @@ def plan(
     bits: opt.Bits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
+    inputs: opt.Inputs = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,

@@ -17,6 +17,7 @@ RECIPE_KEYS = {
     "bits": "method.bits",
     "group_size": "method.group_size",
     "symmetric": "method.symmetric",
+    "inputs": "inputs.type",
     "format": "format.name",
     "to": "format.name",
     "type": "format.type",
@@ -94,6 +95,10 @@ GroupSize = Annotated[
 ]
 Symmetric = Annotated[
     bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", rich_help_panel=_WHAT)
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(help="Round inputs to 8 bits too: int8 or fp8.", metavar="int8|fp8", rich_help_panel=_WHAT),
 ]
 Format = Annotated[
     str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)

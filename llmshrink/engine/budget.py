@@ -91,7 +91,7 @@ def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:
 def statistics_bytes(work: Work) -> int:
     """Bytes of the statistics of the block that has most of them."""
     blocks = work.model.anatomy.blocks
-    return max(sum(work.needs(group).bytes(group.width) for group in block.groups) for block in blocks)
+    return max(sum(map(work.statistic_bytes, block.groups)) for block in blocks)
 
 
 def planned_evaluation(model: StreamedModel, economy: Economy, *, rows: int, length: int) -> int:
@@ -117,7 +117,7 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
     packed = sum(t.numel() * t.itemsize for t in work.meta_tensors(block).values())
     groups = [g for g in block.groups if any(m in work.methods for m in g.matrices)]
-    sizes = [work.needs(group).bytes(group.width) for group in groups]
+    sizes = [work.statistic_bytes(group) for group in groups]
     together = passes(sizes, 0 if subset else economy.statistics)
     phases = [0]
     for part in together:
@@ -125,7 +125,7 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         phases.append(loaded + kept if kept else 0)
         for group, size in zip(groups[part], sizes[part], strict=True):
             methods = [work.methods[m] for m in group.matrices if m in work.methods]
-            factors = int(PANELS * size / FLOAT) if work.needs(group) is Hessian else 0
+            factors = int(PANELS * Hessian.bytes(group.width) / FLOAT) if Hessian in work.needs(group) else 0
             matrices = [m.numel for m in group.matrices]
             sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
             lanes = lanes_of(work.model.device) if is_small(group) else 1
@@ -140,8 +140,8 @@ def _outside(work: Work, part: Part) -> int:
     if isinstance(part, Block) or not part.matrices:
         return 0
     matrix, (group,) = part.matrices[0], part.groups
-    size = work.needs(group).bytes(group.width)
-    factors = int(PANELS * size / FLOAT) if work.needs(group) is Hessian else 0
+    size = work.statistic_bytes(group)
+    factors = int(PANELS * Hessian.bytes(group.width) / FLOAT) if Hessian in work.needs(group) else 0
     packed = sum(tensor.nbytes for tensor in work.meta_tensors(part).values())
     return size + factors + SWEEP * FLOAT * min(matrix.numel, STACK) + PACKING * matrix.numel + packed
 

@@ -28,11 +28,12 @@ from llmshrink.forms import Event
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
+from llmshrink.model.streamed import Decoded
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.report.schema import LayerReport
-from llmshrink.statistics import NoStatistic, Statistic
+from llmshrink.statistics import Gathered, NoStatistic
 
 FP16_MAX = torch.finfo(torch.float16).max
 NEAR = 0.25  # of it: another text may well give activations four times as large
@@ -184,14 +185,17 @@ class Compressor:
         path = self._folder / self._work.shards[part.index]
         return safetensors.Checkpoint(path.parent, safetensors.read_header(path))
 
-    def _written(self, part: Part) -> dict[str, Callable[[], Tensor]]:
+    def _written(self, part: Part) -> dict[str, Decoded]:
         """The compressed matrices of a finished part, from its file."""
         checkpoint, decoded = self._file(part), self._opened(part)
+
+        def get(name: str) -> Tensor:
+            # A copy: what is computed with must not lie in a mapped file, nor be aligned otherwise than when made.
+            return checkpoint.get(name).clone()
+
         for matrix in part.matrices:
-            if method := self._work.methods.get(matrix):
-                slot = self._work.slots[matrix]
-                names = list(self._work.format.pack(slot, method.form(matrix.shape, matrix.dtype)))
-                decoded[matrix.key] = partial(self._groups.decode_stored, slot, checkpoint, names)
+            if matrix in self._work.methods:
+                decoded[matrix.key] = self._groups.decoded(self._work.slots[matrix], get)
         return decoded
 
     # --- one part
@@ -200,14 +204,13 @@ class Compressor:
         """A part that is no block: the embedding from its weights alone, the head from what leaves the last block."""
         clock, compressed = _Clock(), {m.key for m in part.matrices}
         made = Made(tensors={key: self._model.weights.dense(key) for key in part.keys if key not in compressed})
-        statistics = {}
+        statistics: dict[Group, Gathered] = {}
         for group in part.groups:
-            kind = self._work.needs(group)
-            statistics[group] = (
-                NoStatistic(group.width, self._model.device)
-                if kind is NoStatistic
-                else gather_head(self._model, group, kind, self._hidden)
-            )
+            kinds = self._work.needs(group)
+            if self._work.statistic_bytes(group):
+                statistics[group] = gather_head(self._model, group, kinds, self._hidden)
+            else:
+                statistics[group] = {kind: kind(group.width, self._model.device) for kind in kinds}
         clock.lap("calibrate")
         for found in self._groups.compress(list(part.groups), statistics):
             made.add(found)
@@ -222,7 +225,7 @@ class Compressor:
         made.events, self._unwritten = self._unwritten, []
         for step in self._steps(block):
             before = dict(made.decoded)  # what is compressed in a step is seen by the next one only
-            sizes = [self._work.needs(group).bytes(group.width) for group in step]
+            sizes = [self._work.statistic_bytes(group) for group in step]
             for groups in (step[part] for part in passes(sizes, self._statistics)):
                 statistics = self._gather(block, groups, before, made.events)
                 clock.lap("calibrate")
@@ -237,16 +240,16 @@ class Compressor:
         clock.lap("forward")
         return {**_entry(block, made, clock), "batches": batches}, made.tensors
 
-    def _opened(self, part: Part) -> dict[str, Callable[[], Tensor]]:
+    def _opened(self, part: Part) -> dict[str, Decoded]:
         """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""
 
         def read(matrix: Matrix) -> Tensor:
             return matrix.seen(self._model.weights.dense(matrix.key).float())
 
         left = [m for m in part.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
-        return {matrix.key: partial(read, matrix) for matrix in left}
+        return {matrix.key: Decoded(partial(read, matrix)) for matrix in left}
 
-    def _forward(self, block: Block, decoded: dict[str, Callable[[], Tensor]]) -> float:
+    def _forward(self, block: Block, decoded: dict[str, Decoded]) -> float:
         """Take all states through a compressed block; the largest magnitude that comes out."""
         head = self._model.anatomy.head
         if block is self._model.anatomy.blocks[-1] and (head is None or not self._work.reads_data(head)):
@@ -286,15 +289,15 @@ class Compressor:
             yield list(members)
 
     def _gather(
-        self, block: Block, groups: list[Group], decoded: dict[str, Callable[[], Tensor]], events: list[Event]
-    ) -> dict[Group, Statistic]:
+        self, block: Block, groups: list[Group], decoded: dict[str, Decoded], events: list[Event]
+    ) -> dict[Group, Gathered]:
         """Statistics of the groups; the block is in memory only for this, not while matrices are compressed.
 
         Where memory runs out it is tried again: once as it was, then with ever smaller batches.
         """
         kinds = {g: self._work.needs(g) for g in groups}
-        if all(kind is NoStatistic for kind in kinds.values()):
-            return {g: NoStatistic(g.width, self._model.device) for g in groups}
+        if all(found == (NoStatistic,) for found in kinds.values()):
+            return {g: {NoStatistic: NoStatistic(g.width, self._model.device)} for g in groups}
         for attempt in itertools.count():
             try:
                 self._model.load_block(block.index, decoded)

@@ -12,7 +12,7 @@ from llmshrink.engine.lanes import Turns, side_by_side
 from llmshrink.errors import LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site, watch
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.statistics import Statistic
+from llmshrink.statistics import Gathered, Statistic
 
 
 class _Enough(Exception):  # noqa: N818 - the last wanted input was seen: what follows in the block is not needed
@@ -31,15 +31,17 @@ def gather(
     model: StreamedModel,
     block: Block,
     groups: list[Group],
-    kinds: dict[Group, type[Statistic]],
+    kinds: dict[Group, tuple[type[Statistic], ...]],
     hidden: Hidden,
-) -> dict[Group, Statistic]:
-    """Run all batches through the loaded block and gather one statistic for each group.
+) -> dict[Group, Gathered]:
+    """Run all batches through the loaded block and gather the statistics of each group, before inputs are rounded.
 
     Linears that the plan found to share an input must be handed the very same tensor here too; anything else would mean
     that one is compressed for the inputs of another, and is an error.
     """
-    statistics = {group: kinds[group](group.width, model.device) for group in groups}
+    statistics: dict[Group, Gathered] = {
+        group: {kind: kind(group.width, model.device) for kind in kinds[group]} for group in groups
+    }
     owner = {site: group for group in groups for site in group.sites}
     last = groups[-1].sites[-1] if groups[-1].sites[-1].expert is None else None
     batch, turns = _Batch(), Turns(len(hidden.batches))
@@ -51,7 +53,9 @@ def gather(
         if group not in seen:
             seen[group] = x
             with turns.turn(batch.number, group):
-                statistics[group].update(x.reshape(-1, x.shape[-1]).float())
+                rows = x.reshape(-1, x.shape[-1]).float()
+                for statistic in statistics[group].values():
+                    statistic.update(rows)
         elif seen[group].data_ptr() != x.data_ptr() or seen[group]._version != x._version:
             raise LlmshrinkError(f"{site.module}: its input is not the tensor that {group.sites[0].module} gets.")
         if site == group.sites[-1]:
@@ -67,16 +71,18 @@ def gather(
     with watch(model.model.get_submodule(block.prefix), block.prefix, observe):
         for _ in side_by_side(model.device, run, len(hidden.batches)):
             pass
-    for statistic in statistics.values():
+    for statistic in (s for gathered in statistics.values() for s in gathered.values()):
         statistic.finish()
     return statistics
 
 
-def gather_head(model: StreamedModel, group: Group, kind: type[Statistic], hidden: Hidden) -> Statistic:
-    """The statistic of the head's input over all batches, whose states have left the last block."""
-    statistic = kind(group.width, model.device)
+def gather_head(model: StreamedModel, group: Group, kinds: tuple[type[Statistic], ...], hidden: Hidden) -> Gathered:
+    """The statistics of the head's input over all batches, whose states have left the last block."""
+    gathered: Gathered = {kind: kind(group.width, model.device) for kind in kinds}
     for tokens, state in zip(hidden.batches, hidden.states, strict=False):
         x = model.head_input(tokens, state)
-        statistic.update(x.reshape(-1, x.shape[-1]).float())
-    statistic.finish()
-    return statistic
+        for statistic in gathered.values():
+            statistic.update(x.reshape(-1, x.shape[-1]).float())
+    for statistic in gathered.values():
+        statistic.finish()
+    return gathered

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
-from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
 from llmshrink.model.anatomy import Group, Matrix
+from llmshrink.model.streamed import Decoded
 from llmshrink.plan.work import Work, method_name
 from llmshrink.report.schema import LayerReport
-from llmshrink.statistics import Statistic
+from llmshrink.statistics import Gathered, NoStatistic, Range
 
 STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
 SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
@@ -33,7 +32,7 @@ class Made:
     """What became of a group, or of all groups of a block."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # to write
-    decoded: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # by key: what they mean
+    decoded: dict[str, Decoded] = field(default_factory=dict)  # by key: what they mean
     layers: list[LayerReport] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
@@ -51,7 +50,7 @@ class GroupCompressor:
     def __init__(self, work: Work) -> None:
         self._work, self._model = work, work.model
 
-    def compress(self, groups: list[Group], statistics: dict[Group, Statistic]) -> Iterator[Made]:
+    def compress(self, groups: list[Group], statistics: dict[Group, Gathered]) -> Iterator[Made]:
         """What becomes of each group; those with little to compute go side by side, the others one by one."""
         for small, members in groupby(groups, key=is_small):
             todo = list(members)
@@ -61,45 +60,47 @@ class GroupCompressor:
 
             yield from side_by_side(self._model.device, job, len(todo)) if small else map(job, range(len(todo)))
 
-    def _group_or_on_cpu(self, group: Group, statistic: Statistic) -> Made:
+    def _group_or_on_cpu(self, group: Group, gathered: Gathered) -> Made:
         """What becomes of a group; where memory runs out, tried once more, on the CPU."""
         try:
-            return self._group(group, statistic, self._model.device)
+            return self._group(group, gathered, self._model.device)
         except (MemoryError, RuntimeError) as error:
             if not memory_error(error):
                 raise
         release(self._model.device)
         cpu = torch.device("cpu")
-        statistic.to(cpu)
-        made = self._group(group, statistic, cpu)
+        for statistic in gathered.values():
+            statistic.to(cpu)
+        made = self._group(group, gathered, cpu)
         how = "tried again" if self._model.device == cpu else "done on the CPU"
         message = f"memory ran out while {group.matrices[0].name} was compressed: {how}"
         made.events.append(Event("out_of_memory", message))
         return made
 
-    def _group(self, group: Group, statistic: Statistic, device: torch.device) -> Made:
+    def _group(self, group: Group, gathered: Gathered, device: torch.device) -> Made:
         made = Made()
         prepared: dict[tuple[type[Method[Any]], Any], Prepared] = {}
         for method, matrices in self._stacks(group):
             start = time.perf_counter()
-            used, event = self._or_baseline(method, matrices[0], statistic)
+            used, event = self._or_baseline(method, matrices[0], gathered[NoStatistic].tokens)
             key = (type(used), used.config)
             if key not in prepared:
-                prepared[key] = used.prepare(statistic)
+                prepared[key] = used.prepare(gathered[used.needs])
                 trim()
             weights = [self._model.read(matrix).to(device) for matrix in matrices]
             layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
             found = [*([event] if event else []), *prepared[key].events, *layer.events]
             fallback = any(e.kind.endswith("_fallback") for e in found)
-            for matrix, weight, part in zip(matrices, weights, parts, strict=True):
-                made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in found]
+            for matrix, weight, whole in zip(matrices, weights, parts, strict=True):
+                part, told = self._with_input(matrix, whole, gathered)
+                made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
                 slot = self._work.slots[matrix]
                 packed = self._work.format.pack(slot, part)
                 # Go on with what the file means, not with what the method meant.
-                made.decoded[matrix.key] = partial(self._decode, slot, packed)
+                made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
                 made.tensors |= packed
-                error = relative_error(weight, made.decoded[matrix.key]())
+                error = relative_error(weight, made.decoded[matrix.key].weight())
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)
                 report = _report(matrix, used, part, packed, before, error, fallback, self._work.format, seconds)
@@ -121,28 +122,31 @@ class GroupCompressor:
                 stacks.append((method, [matrix]))
         return stacks
 
-    def decode_stored(self, slot: Slot, checkpoint: safetensors.Checkpoint, names: list[str]) -> Tensor:
-        """What the tensors of a file mean: a matrix [out, in], float32."""
-        # Copies: what is computed with must not lie in a mapped file, nor be aligned otherwise than when it was made.
-        return self._decode(slot, {name: checkpoint.get(name).clone() for name in names})
+    def decoded(self, slot: Slot, get: Callable[[str], Tensor]) -> Decoded:
+        """What the stored tensors that `get` returns by name mean."""
+        fmt, config = self._work.format, self._work.quantization_config
+        return Decoded(lambda: decode(fmt.unpack(slot, get, config)), fmt.unpack_input(slot, get, config))
 
-    def _decode(self, slot: Slot, packed: dict[str, Tensor]) -> Tensor:
-        return decode(self._work.format.unpack(slot, packed.__getitem__, self._work.quantization_config))
+    def _with_input(self, matrix: Matrix, layer: Layer, gathered: Gathered) -> tuple[Layer, list[Event]]:
+        """The layer with the scheme of its inputs, where they are rounded, and what to tell of it."""
+        inputs = self._work.inputs.get(matrix)
+        if inputs is None:
+            return layer, []
+        seen = gathered.get(Range)
+        assert seen is None or isinstance(seen, Range)
+        scheme, event = inputs.scheme(seen, self._work.methods[matrix].scales or matrix.dtype)
+        return replace(layer, input=scheme), [event] if event else []
 
-    def _or_baseline(
-        self, method: Method[Any], matrix: Matrix, statistic: Statistic
-    ) -> tuple[Method[Any], Event | None]:
+    def _or_baseline(self, method: Method[Any], matrix: Matrix, tokens: int) -> tuple[Method[Any], Event | None]:
         """An expert that saw fewer tokens than it has inputs has a singular Hessian: only its weights count."""
-        starved = matrix.site.expert is not None and statistic.tokens < matrix.shape[1]
+        starved = matrix.site.expert is not None and tokens < matrix.shape[1]
         if method.baseline is None or not starved:
             return method, None
         baseline = load_method(method.baseline)
         known = method.config.model_dump()
         config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
-        message = f"{method.baseline} from the weights alone: it saw {statistic.tokens} calibration tokens"
-        return baseline(config, method.scales), Event(
-            "expert_fallback", message, data={"tokens": float(statistic.tokens)}
-        )
+        message = f"{method.baseline} from the weights alone: it saw {tokens} calibration tokens"
+        return baseline(config, method.scales), Event("expert_fallback", message, data={"tokens": float(tokens)})
 
 
 def is_small(group: Group) -> bool:

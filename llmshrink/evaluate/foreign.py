@@ -55,6 +55,8 @@ def read(request: ReadRequest) -> ReadResult:
         model.eval()
         if request.dtype == "float32":
             compute_in_float32(model)
+        if not request.round_inputs:
+            keep_inputs(model)
         seconds = time.perf_counter() - start
         model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
         after = loaded_bytes(model)
@@ -88,6 +90,18 @@ def compute_in_float32(model: nn.Module) -> None:
                 setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - a plain attribute of Linear4bit
             elif parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+
+
+def keep_inputs(model: nn.Module) -> None:
+    """Let linears multiply their inputs as they are.
+
+    compressed-tensors looks at this attribute in each forward; bitsandbytes multiplies decoded weights in training.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.train()
+        if hasattr(module, "quantization_scheme"):
+            setattr(module, "quantization_enabled", False)  # noqa: B010 - no attribute of nn.Module
 
 
 def loaded_bytes(model: nn.Module) -> int:

@@ -33,6 +33,7 @@ class ReadRequest(BaseModel):
     folder: str
     tokens: list[list[int]] | None = None  # rows of one length whose output comes back
     dtype: str = "auto"  # "float32" computes in float32 whatever the checkpoint's dtype; "auto" as stored
+    round_inputs: bool = True  # False: where the folder says that inputs are rounded, they are not
     prompt: list[int] | None = None  # token ids to continue greedily, where the model predicts the next one
     max_new_tokens: int = 48
     speed: bool = False

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from llmshrink.formats.base import Format
 
 _SUPPORT = {"base", "bits", "ggml", "gguf_mix", "runtimes"}  # modules of this folder that are not formats
+_READ_ONLY = ("bitnet",)
 
 
 def format_names() -> list[str]:
-    """Names a recipe may use, from the file names: imports nothing."""
-    names = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SUPPORT)
+    """Names a recipe may use, of all that can be written, from the file names: imports nothing."""
+    names = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in {*_SUPPORT, *_READ_ONLY})
     return sorted(name.replace("_", "-") for name in names)
 
 
@@ -24,7 +25,7 @@ def load_format(name: str) -> Format:
     Raises:
         KeyError: there is no such format.
     """
-    if name not in format_names():
+    if name not in (*format_names(), *_READ_ONLY):
         raise KeyError(name)
     found: Format = import_module(f"llmshrink.formats.{name.replace('-', '_')}").FORMAT
     return found
@@ -34,7 +35,7 @@ def format_of(quantization: dict[str, Any] | None) -> Format | None:
     """The format of a checkpoint, from its `quantization_config`; None: quantized in a way that is not known here."""
     if quantization is None:
         return load_format("dense")
-    for name in format_names():
+    for name in (*format_names(), *_READ_ONLY):
         candidate = load_format(name)
         if candidate.quant_method is not None and candidate.quant_method == quantization.get("quant_method"):
             return candidate

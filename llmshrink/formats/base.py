@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llmshrink.forms import Form, Layer, decode
+from llmshrink.forms import Form, InputKind, InputScheme, Layer, decode
 
 Rows = Tensor | slice  # of a matrix: their numbers, int64, or a stretch
 
@@ -52,6 +52,7 @@ class Format(ABC):
     parts: ClassVar[tuple[str, ...]] = ()  # what follows a layer's name in the tensors that store its weight
     marks: ClassVar[tuple[str, ...]] = ()  # those of them by which a compressed matrix is known
     by_row: ClassVar[bool] = False  # a row of a matrix lies in that row of each of its tensors
+    rounded_inputs: ClassVar[tuple[InputKind, ...]] = ()  # how it can say that inputs are rounded
 
     @abstractmethod
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -71,6 +72,10 @@ class Format(ABC):
 
     def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
         """Whether transformers decodes a matrix in the checkpoint's dtype, whatever it computes in."""
+        return False
+
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Whether transformers rounds the inputs of a matrix where the settings say that they are rounded."""
         return False
 
     def files(self, config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -100,6 +105,12 @@ class Format(ABC):
             return decode(self.unpack(part, lambda name: get(name)[rows].clone(), config))
 
         return read
+
+    def unpack_input(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> InputScheme | None:
+        """How the inputs of this matrix are rounded, or None: they are not."""
+        return None
 
     @abstractmethod
     def config(

@@ -1,11 +1,15 @@
-"""bitsandbytes 4-bit, as transformers serializes it (`load_in_4bit`).
+"""bitsandbytes, as transformers serializes it (`load_in_4bit`, `load_in_8bit`).
 
-A matrix `X.weight` [out, in] becomes
+With 4 bits a matrix `X.weight` [out, in] becomes
     X.weight                uint8 [out * in / 2, 1], two codes a byte, the first in the high nibble, rows flattened
     X.weight.absmax         float32 [blocks], or uint8 where the scales are quantized themselves
     X.weight.quant_map      float32 [16]
     X.weight.nested_absmax, X.weight.nested_quant_map     float32 [blocks / 256], [256] (double quantization)
     X.weight.quant_state.bitsandbytes__nf4    uint8, a JSON object with dtype, shape, block sizes and offset
+and with 8 bits (LLM.int8)
+    X.weight                int8 [out, in]
+    X.SCB                   float32 [out], the largest magnitude of each row: W = code * SCB / 127
+    X.weight_format         uint8 scalar, 0: codes lie row by row
 Transformers replaces linears and Conv1Ds (a Conv1D is stored as [out, in]). The JSON is padded with spaces to a length
 that does not depend on the offset's digits: the plan knows the file's size exactly.
 """
@@ -21,43 +25,69 @@ import torch
 from torch import Tensor
 
 from llmshrink.errors import InputError
-from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Form, Layer, Quantized
+from llmshrink.formats.base import Format, Kind, Slot
+from llmshrink.forms import Dense, Form, InputKind, InputScheme, Layer, Quantized, Scheme
 
 FLOAT_DIGITS = 32  # room for any float64 in JSON
 STATE = "quant_state.bitsandbytes__"
+ROWS = Scheme(8, True, None)  # of LLM.int8
+LARGEST = 127  # its code for the largest magnitude of a row
+THRESHOLD = 6.0  # what loaders take where nothing is said
 
 
 class BitsAndBytes(Format):
-    """Blocks of the flattened matrix, a table of 16 levels."""
+    """Blocks of the flattened matrix and a table of 16 levels, or rows of 8-bit codes."""
 
     name: ClassVar[str] = "bnb"
     quant_method: ClassVar[str | None] = "bitsandbytes"
-    marks: ClassVar[tuple[str, ...]] = (f".weight.{STATE}nf4", f".weight.{STATE}fp4")
+    marks: ClassVar[tuple[str, ...]] = (f".weight.{STATE}nf4", f".weight.{STATE}fp4", ".SCB")
     parts: ClassVar[tuple[str, ...]] = (
         *(".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
-        *marks,
+        *(*marks, ".weight_format"),
     )
+    rounded_inputs: ClassVar[tuple[InputKind, ...]] = ("llm-int8",)
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Scales are stored in float32, whatever the model's dtype."""
+        return torch.float32
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
-        """4-bit codes into a level table, blocks over the flattened matrix."""
+        """4-bit codes into a level table, blocks over the flattened matrix; or 8-bit codes and a scale for each row."""
         form = layer.weight
+        if _by_row(layer):
+            return None
         if not isinstance(form, Quantized) or form.levels is None or form.bits != 4 or not isinstance(form.block, int):
-            return "it stores 4-bit codes into a table of levels (methods nf4 and fp4); use compressed-tensors or dense"
+            return (
+                "it stores 4-bit codes into a table of levels (methods nf4 and fp4), or 8-bit codes with one scale "
+                "per output (int8); use compressed-tensors or dense"
+            )
         if slot.shape[0] * slot.shape[1] % 2:
             return "an odd number of weights does not fill whole bytes"
         return None
 
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Those of 8-bit codes."""
+        return True
+
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:
         """One `quantization_config` describes all layers."""
-        kinds = {(_quant_type(f), f.block, isinstance(f.scale, Quantized)) for _, f in _forms(layers)}
-        return "it has one kind, block size and scale table for all layers" if len(kinds) > 1 else None
+        kinds = {_threshold(layer) if _by_row(layer) else _four_bits(layer) for _, layer in layers}
+        return "it has one kind, block size, scale table and threshold for all layers" if len(kinds) > 1 else None
+
+    def unpack_input(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> InputScheme | None:
+        """LLM.int8 rounds inputs, 4 bits do not."""
+        if config is None or not config.get("load_in_8bit"):
+            return None
+        return InputScheme("llm-int8", threshold=float(config.get("llm_int8_threshold", THRESHOLD)))
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """Codes, tables and the JSON that bitsandbytes reads back."""
         form = layer.weight
         assert isinstance(form, Quantized)
-        assert form.levels is not None
+        if form.levels is None:
+            return _pack_rows(slot, form)
         codes = form.codes.reshape(-1, 2)
         state: dict[str, Any] = {
             "quant_type": _quant_type(form),
@@ -84,6 +114,8 @@ class BitsAndBytes(Format):
 
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """Codes and tables as bitsandbytes would see them."""
+        if config is not None and config.get("load_in_8bit"):
+            return _unpack_rows(slot, get)
         state = _read_state(slot.key, get, config)
         data = get(slot.key).flatten()
         codes = torch.stack((data >> 4, data & 15), dim=1).view(slot.shape)
@@ -105,7 +137,18 @@ class BitsAndBytes(Format):
         self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
     ) -> dict[str, Any] | None:
         """What BitsAndBytesConfig needs to load without being told anything."""
-        _, form = next(iter(_forms(layers)))
+        layer = next(iter(layers))[1]
+        form = layer.weight
+        assert isinstance(form, Quantized)
+        if _by_row(layer):
+            return {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": False,
+                "load_in_8bit": True,
+                "llm_int8_threshold": _threshold(layer),
+                "llm_int8_has_fp16_weight": False,
+                "llm_int8_skip_modules": sorted(left),
+            }
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -118,16 +161,20 @@ class BitsAndBytes(Format):
         }
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Only the 4-bit kinds."""
+        """All that its readers serialize, but for 4-bit codes stored as other numbers than bytes."""
+        if config is not None and config.get("load_in_8bit"):
+            return None
         if config is None or not config.get("load_in_4bit"):
-            return "only its 4-bit kinds are read"
+            return "only its kinds of 4 and 8 bits are read"
         storage = config.get("bnb_4bit_quant_storage", "uint8")
         return None if storage == "uint8" else f"codes stored as {storage} are not read"
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
     ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype from the state."""
+        """Shape and dtype from the state; of 8 bits those of the codes and of what bitsandbytes computes in."""
+        if config is not None and config.get("load_in_8bit"):
+            return tuple(get(key).shape), torch.float16
         state = _read_state(key, get, None)
         shape, dtype = tuple(operator.index(n) for n in state["shape"]), getattr(torch, state["dtype"])
         if not isinstance(dtype, torch.dtype) or len(shape) != 2 or min(shape) < 1:
@@ -135,8 +182,46 @@ class BitsAndBytes(Format):
         return shape, dtype
 
 
-def _forms(layers: Iterable[tuple[Slot, Layer]]) -> Iterable[tuple[Slot, Quantized]]:
-    return ((slot, layer.weight) for slot, layer in layers if isinstance(layer.weight, Quantized))
+def _by_row(layer: Layer) -> bool:
+    """Whether it is one of 8-bit codes, a scale for each row."""
+    return isinstance(layer.weight, Quantized) and layer.weight.scheme == ROWS
+
+
+def _four_bits(layer: Layer) -> tuple[Any, ...]:
+    """What may not differ between layers of 4 bits."""
+    form = layer.weight
+    assert isinstance(form, Quantized)
+    return _quant_type(form), form.block, isinstance(form.scale, Quantized)
+
+
+def _threshold(layer: Layer) -> float:
+    return THRESHOLD if layer.input is None else layer.input.threshold
+
+
+def _pack_rows(slot: Slot, form: Quantized) -> dict[str, Tensor]:
+    """The tensors of 8-bit codes. That a row's largest magnitude is a float16 brings it back from its share exactly."""
+    assert isinstance(form.scale, Dense)
+    largest = form.scale.weight[:, 0].float() * LARGEST
+    half = largest.half().float()
+    return {
+        slot.key: form.codes,
+        f"{slot.name}.SCB": torch.where(half.mul(1 / LARGEST) == form.scale.weight[:, 0], half, largest),
+        f"{slot.name}.weight_format": torch.zeros((), dtype=torch.uint8, device=largest.device),
+    }
+
+
+def _unpack_rows(slot: Slot, get: Callable[[str], Tensor]) -> Quantized:
+    codes, largest = get(slot.key), get(f"{slot.name}.SCB")
+    if codes.dtype != torch.int8:
+        raise InputError(f"{slot.key}: its codes are {codes.dtype}, and its settings say 8 bits.")
+    try:
+        layout = int(get(f"{slot.name}.weight_format"))
+    except KeyError:
+        layout = 0
+    if layout:
+        raise InputError(f"{slot.key}: its codes are laid out for a kernel (weight_format {layout}); only 0 is read.")
+    scale = Dense(largest.float().mul(1 / LARGEST).view(-1, 1))
+    return Quantized(codes, scale, None, None, (1, codes.shape[1]), 8)
 
 
 def _quant_type(form: Quantized) -> str:

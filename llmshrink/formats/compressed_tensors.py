@@ -1,6 +1,6 @@
-"""compressed-tensors `pack-quantized`: what vLLM runs and transformers reads.
+"""compressed-tensors: what vLLM runs and transformers reads.
 
-A matrix `X.weight` [out, in] becomes
+`pack-quantized`, integer codes alone: a matrix `X.weight` [out, in] becomes
     X.weight_packed      int32 [out, ceil(in * bits / 32)], codes + 2^(bits-1), packed densely along each row
     X.weight_scale       [out, groups], in the checkpoint's dtype
     X.weight_zero_point  int32 [ceil(out * bits / 32), groups], asymmetric only, packed along the rows
@@ -8,6 +8,11 @@ A matrix `X.weight` [out, in] becomes
     X.weight_g_idx       int32 [in], the group of each input: read only, older releases wrote it (`actorder: "group"`)
 and W = scale * (code - zero). Tried against compressed-tensors 0.20 with transformers 5.23: asymmetric codes, and
 linears of a class of their own, load only with `"dequantize": true`.
+
+`int-quantized` and `float-quantized`, 8-bit codes whose inputs are rounded too (`naive-quantized`: without that):
+    X.weight         int8 or float8_e4m3fn [out, in], the codes as they are
+    X.weight_scale   [out, 1], or [1] for the whole matrix, in the checkpoint's dtype
+    X.input_scale    [1], static inputs only; dynamic ones get a scale for each token while the model runs
 """
 
 from __future__ import annotations
@@ -23,38 +28,63 @@ from llmshrink import patterns
 from llmshrink.errors import InputError
 from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Format, Kind, Slot
-from llmshrink.forms import Dense, Form, Layer, Quantized, Scheme
+from llmshrink.forms import CodeKind, Dense, Form, InputKind, InputScheme, Layer, Quantized, Scheme
 
 LAYOUT_VERSION = "0.18.0"  # the oldest release that reads 3-bit codes laid out like this
+PACKED = "pack-quantized"
+ROUNDED: dict[CodeKind, str] = {"int": "int-quantized", "float": "float-quantized"}  # with inputs of the same kind
+PLAIN = "naive-quantized"  # codes that are not packed
 
 
 class CompressedTensors(Format):
-    """Integer codes packed along each row."""
+    """Integer codes packed along each row; 8-bit codes as they are, where inputs are rounded to 8 bits too."""
 
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str | None] = "compressed-tensors"
     parts: ClassVar[tuple[str, ...]] = (
         *(".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx"),
+        *(".weight", ".input_scale"),
     )
-    marks: ClassVar[tuple[str, ...]] = (".weight_packed",)
+    marks: ClassVar[tuple[str, ...]] = (".weight_packed", ".weight_scale")
+    rounded_inputs: ClassVar[tuple[InputKind, ...]] = ("int", "float")
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
-        """Codes on an even grid, one scale per row or per group of adjacent inputs."""
-        form = layer.weight
+        """Codes under one scale per row, per group of adjacent inputs, or for all; with rounded inputs, 8-bit codes."""
+        form, scheme = layer.weight, layer.scheme
         if not isinstance(form, Quantized) or form.levels is not None:
-            return "it stores integer codes under scales, not level tables such as NF4; use format bnb or dense"
-        if isinstance(form.block, int) or form.block[0] != 1 or not isinstance(form.scale, Dense):
+            return "it stores codes under scales, not level tables such as NF4; use format bnb or dense"
+        if scheme is None or not isinstance(form.scale, Dense):
             return "it stores one scale per row or per group of adjacent inputs"
-        return None
+        if scheme.inputs is None:
+            return None
+        kind, _ = scheme.inputs
+        if (scheme.kind, scheme.bits, scheme.symmetric, scheme.group_size) == (kind, 8, True, None):
+            return None
+        return (
+            "rounded inputs go with symmetric 8-bit codes of their own kind without groups: inputs int8 with bits 8 "
+            "and group_size -1, inputs fp8 with method fp8"
+        )
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
-        """Codes, scales and shape; zeros where asymmetric."""
-        form = layer.weight
+        """Codes and scales; zeros where asymmetric, the shape where packed, the scale of static inputs."""
+        form, scheme = layer.weight, layer.scheme
         assert isinstance(form, Quantized)
         assert isinstance(form.scale, Dense)
+        assert scheme is not None
+        scale = form.scale.weight
+        if _layout(scheme) != PACKED:
+            tensors = {
+                f"{slot.name}.weight": form.codes,
+                f"{slot.name}.weight_scale": scale.view(1) if scheme.whole else scale,
+            }
+            if form.zero is not None:
+                tensors[f"{slot.name}.weight_zero_point"] = form.zero.view(1) if scheme.whole else form.zero
+            if layer.input is not None and layer.input.scale is not None:
+                tensors[f"{slot.name}.input_scale"] = layer.input.scale
+            return tensors
         tensors = {
             f"{slot.name}.weight_packed": bitpack.pack(bitpack.unsigned(form.codes, form.bits), form.bits),
-            f"{slot.name}.weight_scale": form.scale.weight,
+            f"{slot.name}.weight_scale": scale,
             f"{slot.name}.weight_shape": torch.tensor(slot.shape, dtype=torch.int64),
         }
         if form.zero is not None:
@@ -64,10 +94,17 @@ class CompressedTensors(Format):
 
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """Codes and scales by the scheme of this module; the decoded matrix where groups are not of adjacent inputs."""
-        weights = _find_weights(config or {}, slot.module, slot.name)
-        scheme = _read(weights)
+        group = _find_group(config or {}, slot.module, slot.name)
+        scheme = _read(group["weights"])
         out, width = slot.shape
-        group = scheme.group_size or width
+        size = scheme.group_size or width
+        scale = get(f"{slot.name}.weight_scale")
+        zero = _zero_points(slot, get, scheme, out)
+        if (group.get("format") or (config or {}).get("format")) != PACKED:
+            if scheme.whole:
+                zero = None if zero is None else zero.view(1, 1)
+                return Quantized(get(slot.key), Dense(scale.view(1, 1)), zero, None, (out, width), scheme.bits)
+            return Quantized(get(slot.key), Dense(scale.view(out, -1)), zero, None, (1, size), scheme.bits)
         packed = get(f"{slot.name}.weight_packed")
         if packed.shape[1] != math.ceil(width * scheme.bits / 32):
             raise InputError(
@@ -75,15 +112,23 @@ class CompressedTensors(Format):
                 f"of compressed-tensors before {LAYOUT_VERSION} is not read. Write it again with a newer release."
             )
         codes = bitpack.signed(bitpack.unpack(packed, scheme.bits, width), scheme.bits)
-        scale = get(f"{slot.name}.weight_scale")
-        zero = _zero_points(slot, get, scheme, out)
         groups = None
-        if weights.get("actorder") == "group":
+        if group["weights"].get("actorder") == "group":
             name = f"{slot.name}.weight_g_idx"
-            groups = bitpack.scattered(get(name), group, scale.shape[1], name)
+            groups = bitpack.scattered(get(name), size, scale.shape[1], name)
         if groups is not None:
             return Dense(bitpack.decode_scattered(codes, scale, zero, groups))
-        return Quantized(codes, Dense(scale), zero, None, (1, group), scheme.bits)
+        return Quantized(codes, Dense(scale), zero, None, (1, size), scheme.bits)
+
+    def unpack_input(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> InputScheme | None:
+        """How the inputs of this module are rounded, or None."""
+        inputs = _find_group(config or {}, slot.module, slot.name).get("input_activations")
+        if not inputs:
+            return None
+        scale = None if inputs.get("dynamic") else get(f"{slot.name}.input_scale").view(1)
+        return InputScheme(inputs.get("type", "int"), scale)
 
     def config(
         self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
@@ -100,16 +145,17 @@ class CompressedTensors(Format):
             f"group_{i}": {
                 "targets": ["Linear"] if len(by_scheme) == 1 else modules,
                 "weights": _weights(scheme),
-                "input_activations": None,
+                "input_activations": _inputs(scheme),
                 "output_activations": None,
-                "format": "pack-quantized",
+                "format": _layout(scheme),
             }
             for i, (scheme, modules) in enumerate(sorted(by_scheme.items(), key=lambda item: item[0].bits))
         }
+        layouts = {_layout(scheme) for scheme in by_scheme}
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,
-            "format": "pack-quantized",
+            "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": sorted(left),
@@ -125,28 +171,52 @@ class CompressedTensors(Format):
         return {**config, "dequantize": True}
 
     def rounds(self, kind: Kind, config: dict[str, Any] | None) -> bool:
-        """Experts, and whatever it must dequantize: these are made dense while loading, in the dtype of the scales."""
-        return kind == "experts" or bool((config or {}).get("dequantize"))
+        """Experts of integers, and what it must dequantize: made dense while loading, in the dtype of the scales."""
+        groups = (config or {}).get("config_groups", {}).values()
+        floats = any(group["weights"].get("type") == "float" for group in groups)
+        return (kind == "experts" and not floats) or bool((config or {}).get("dequantize"))
+
+    def rounds_inputs(self, kind: Kind, config: dict[str, Any] | None) -> bool:
+        """Those of linears that are not made dense while they are loaded."""
+        return kind != "experts" and not (config or {}).get("dequantize")
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Only packed integer weights without rounded inputs."""
+        """Integers of any width and 8-bit floats, with or without inputs rounded to 8 bits."""
         for key in ("transform_config", "kv_cache_scheme"):
             if (config or {}).get(key):
                 return f"what `{key}` asks for at run time is not done"
+        known = {PACKED, PLAIN, *ROUNDED.values()}
         for group in (config or {}).get("config_groups", {}).values():
-            weights = group.get("weights") or {}
-            if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-                return "only integer weights with scales per group or channel are read"
-            if group.get("input_activations"):
-                return "rounded inputs are not read"
-        packed = (config or {}).get("format") in ("pack-quantized", "mixed-precision")
-        return None if packed else "only its format pack-quantized is read"
+            layout = group.get("format") or (config or {}).get("format")
+            if layout not in known:
+                return f"only its formats {', '.join(sorted(known))} are read"
+            weights, inputs = group.get("weights") or {}, group.get("input_activations")
+            codes, strategy = (weights.get("type", "int"), weights.get("num_bits")), weights.get("strategy")
+            if codes[0] != "int" and (codes != ("float", 8) or layout == PACKED):
+                return "only integers and 8-bit floats are read"
+            if strategy not in ("group", "channel") and (strategy != "tensor" or layout == PACKED):
+                return "only weights with scales per group or channel are read, or per tensor where they are not packed"
+            if group.get("output_activations"):
+                return "rounded outputs are not read"
+            if inputs and not _is_known(inputs):
+                return "only inputs rounded to 8 bits, symmetric, per token or with one static scale, are read"
+        return None if (config or {}).get("config_groups") else "it says nothing of how weights are stored"
+
+    def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """For each matrix: its dense key -> the tensor of its codes, packed or as they are."""
+        names = set(stored)
+        keys = sorted(super().dense_names(names))
+        return {key: f"{key}_packed" if f"{key}_packed" in names else key for key in keys}
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
     ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape from the tensor that holds it, dtype from the scales."""
-        return tuple(int(n) for n in get(f"{key}_shape")), get(f"{key}_scale").dtype
+        """Shape from the codes, or from the tensor that holds it; dtype from the scales."""
+        dtype = get(f"{key}_scale").dtype
+        try:
+            return tuple(int(n) for n in get(f"{key}_shape")), dtype
+        except KeyError:
+            return tuple(get(key).shape), dtype
 
 
 def _zero_points(slot: Slot, get: Callable[[str], Tensor], scheme: Scheme, out: int) -> Tensor | None:
@@ -164,19 +234,46 @@ def _zero_points(slot: Slot, get: Callable[[str], Tensor], scheme: Scheme, out: 
     return bitpack.signed(bitpack.unpack(stored.T.contiguous(), scheme.bits, out).T.contiguous(), scheme.bits)
 
 
+def _layout(scheme: Scheme) -> str:
+    """What compressed-tensors calls the way in which such codes lie in a file."""
+    if scheme.inputs is not None:
+        return ROUNDED[scheme.kind]
+    return PLAIN if scheme.kind == "float" or scheme.whole else PACKED
+
+
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """The entry `weights` of a config group."""
-    strategy = {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
-    return {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy, "dynamic": False}
+    strategy: dict[str, Any] = {"strategy": "tensor" if scheme.whole else "channel"}
+    if scheme.group_size:
+        strategy = {"strategy": "group", "group_size": scheme.group_size}
+    return {"num_bits": scheme.bits, "type": scheme.kind, "symmetric": scheme.symmetric, **strategy, "dynamic": False}
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    """The entry `input_activations` of a config group."""
+    if scheme.inputs is None:
+        return None
+    kind, scales = scheme.inputs
+    how = {"strategy": "token", "dynamic": True} if scales == "dynamic" else {"strategy": "tensor", "dynamic": False}
+    return {"num_bits": 8, "type": kind, "symmetric": True, **how}
+
+
+def _is_known(inputs: dict[str, Any]) -> bool:
+    """Whether inputs are rounded in a way that `InputScheme` describes."""
+    how = (inputs.get("strategy", "tensor"), inputs.get("dynamic", False))
+    eight = inputs.get("num_bits", 8) == 8 and inputs.get("type", "int") in ROUNDED and inputs.get("symmetric", True)
+    return bool(eight) and how in (("token", True), ("tensor", False))
 
 
 def _read(weights: dict[str, Any]) -> Scheme:
-    group = weights.get("group_size") if weights.get("strategy") == "group" else None
-    return Scheme(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group)
+    strategy = weights.get("strategy")
+    group = weights.get("group_size") if strategy == "group" else None
+    kind = weights.get("type", "int")
+    return Scheme(int(weights["num_bits"]), bool(weights.get("symmetric", True)), group, kind, strategy == "tensor")
 
 
-def _find_weights(config: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The entry `weights` for a module: of one of its names first, of a pattern next, then of the class `Linear`."""
+def _find_group(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The config group of a module: of one of its names first, of a pattern next, then of the class `Linear`."""
     groups = list(config.get("config_groups", {}).values())
     ranked = []
     for group in groups:
@@ -188,9 +285,9 @@ def _find_weights(config: dict[str, Any], *names: str) -> dict[str, Any]:
             elif target == "Linear":
                 ranked.append((2, group))
     if ranked:
-        found: dict[str, Any] = min(ranked, key=lambda pair: pair[0])[1]["weights"]
+        found: dict[str, Any] = min(ranked, key=lambda pair: pair[0])[1]
         return found
-    raise InputError(f"quantization_config in config.json says nothing about {names[0]}, whose weight is packed.")
+    raise InputError(f"quantization_config in config.json says nothing about {names[0]}, whose weight is compressed.")
 
 
 FORMAT = CompressedTensors()

@@ -44,10 +44,13 @@ class Gptq(Format):
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """Codes on an even grid in groups of adjacent inputs; both sides fill whole words."""
         form = layer.weight
-        if not isinstance(form, Quantized) or form.scheme is None or not isinstance(form.scale, Dense):
+        scheme = form.scheme if isinstance(form, Quantized) and isinstance(form.scale, Dense) else None
+        if scheme is None or scheme.kind != "int" or scheme.whole:
             return "it stores integer codes with one scale per row or per group of adjacent inputs"
-        if any(size * form.bits % WORD for size in slot.shape):
-            return f"it packs {form.bits}-bit codes into whole words of 32 bits, which {list(slot.shape)} does not fill"
+        if any(size * scheme.bits % WORD for size in slot.shape):
+            return (
+                f"it packs {scheme.bits}-bit codes into whole words of 32 bits, which {list(slot.shape)} does not fill"
+            )
         return None
 
     def check_all(self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str]) -> str | None:

@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "bnb": ("accelerate", "bitsandbytes"),
     "gguf": ("gguf",),
     "dense": (),
+    "bitnet": ("accelerate",),
 }
 RUNTIMES: tuple[Runtime, ...] = ("transformers", "vllm", "llama.cpp")
 # Of whose tensors llmshrink knows the names in GGUF.
@@ -86,6 +87,11 @@ class Stored:
         return all(scheme.symmetric for scheme in self.schemes)
 
     @property
+    def inputs(self) -> frozenset[tuple[str, str]]:
+        """How inputs are rounded, where they are: to int or float, by dynamic or static scales."""
+        return frozenset(scheme.inputs for scheme in self.schemes if scheme.inputs is not None)
+
+    @property
     def bits(self) -> frozenset[int]:
         """All that occur."""
         return frozenset(scheme.bits for scheme in self.schemes)
@@ -109,6 +115,19 @@ def _four_bits_per_channel(stored: Stored) -> bool:
     return any(scheme.bits == 4 and scheme.group_size is None for scheme in stored.schemes)
 
 
+def _dense_in_memory(stored: Stored) -> bool:
+    """Whether transformers decodes matrices while it loads them, into modules that round no inputs."""
+    return not stored.kinds.isdisjoint(("experts", "subclass"))
+
+
+def _inputs(kind: str) -> Callable[[Stored], bool]:
+    return lambda stored: any(found == kind for found, _ in stored.inputs)
+
+
+def _llm_int8(stored: Stored) -> bool:
+    return ("llm-int8", "dynamic") in stored.inputs
+
+
 def _not_causal(stored: Stored) -> bool:
     return not stored.causal
 
@@ -121,6 +140,9 @@ TRIED = "tests/e2e/test_families.py"
 GGUF = "tests/e2e/test_gguf.py"
 LLAMACPP = "tests/readers/test_llamacpp.py"
 NO_NAMES = "llmshrink has no names for this family in GGUF"
+ROUNDED = "tests/e2e/test_inputs.py"
+DECOMPRESSES = "needs compressed-tensors >= 0.18; decompresses at the first forward pass"
+FLAT_INPUTS = {"opt"}  # families that hand some linears [tokens, in]: compressed-tensors gives all of them one scale
 READERS = "tests/readers/test_gptqmodel.py"
 GPTQ, AWQ = "vLLM auto_gptq.py", "vLLM auto_awq.py"
 WNA16 = "vLLM compressed_tensors_wNa16.py"
@@ -150,8 +172,34 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("no", UNTRIED, "vLLM's list of models", _not_causal),
     ),
     ("compressed-tensors", "transformers"): (
-        Entry("dense-only", "needs compressed-tensors >= 0.18; decompresses at the first forward pass", TRIED),
+        Entry("dense-only", DECOMPRESSES, TRIED),
+        Entry("dense-only", f"{DECOMPRESSES}, then rounds inputs", ROUNDED, lambda s: bool(s.inputs)),
+        Entry(
+            "dense-only",
+            f"{DECOMPRESSES}, then rounds inputs, some by one scale for all tokens of a row",
+            ROUNDED,
+            lambda s: s.model_type in FLAT_INPUTS and any(how == "dynamic" for _, how in s.inputs),
+        ),
+        Entry(
+            "dense-only",
+            "needs compressed-tensors >= 0.18; decompresses experts, and linears of a class of their own, while "
+            "loading, and does not round their inputs",
+            ROUNDED,
+            lambda s: bool(s.inputs) and _dense_in_memory(s),
+        ),
         Entry("no", "it fills Conv1D layers with random weights", TRIED, _with("conv1d")),
+        Entry(
+            "no",
+            "it has no place for static scales of inputs of experts, and of linears of a class of their own",
+            ROUNDED,
+            lambda s: any(how == "static" for _, how in s.inputs) and _dense_in_memory(s),
+        ),
+        Entry(
+            "no",
+            "of fused experts it reads integers only packed, and these meet no rounded inputs",
+            ROUNDED,
+            lambda s: "experts" in s.kinds and _inputs("int")(s),
+        ),
         Entry(
             "no",
             "it cannot load asymmetric codes of fused experts",
@@ -167,6 +215,19 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("compressed-tensors", "vllm"): (
         Entry("native", "WNA16 kernels", WNA16),
+        Entry("native", "int8 kernels, inputs rounded", "vLLM compressed_tensors_w8a8_int8.py", _inputs("int")),
+        Entry(
+            "native",
+            "FP8 kernels, inputs rounded, from compute capability 8.9 on; before that weights alone (Marlin)",
+            "vLLM compressed_tensors_w8a8_fp8.py",
+            _inputs("float"),
+        ),
+        Entry(
+            "native",
+            "FP8 weights alone (Marlin kernels)",
+            "vLLM compressed_tensors_w8a16_fp8.py",
+            lambda s: any(scheme.kind == "float" and scheme.inputs is None for scheme in s.schemes),
+        ),
         Entry("native", "2 and 3 bits need a recent vLLM (humming kernels)", WNA16, lambda s: bool(s.bits - {4, 8})),
         Entry(
             "no",
@@ -226,6 +287,7 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ),
     ("bnb", "transformers"): (
         Entry("native", "needs bitsandbytes", TRIED),
+        Entry("native", "needs bitsandbytes; rounds inputs but for outliers", "tests/formats/test_bnb.py", _llm_int8),
         Entry("no", "it leaves fused experts dense, so the file does not fit the model", TRIED, _with("experts")),
         Entry("no", "it leaves linears of a class of their own dense", TRIED, _with("subclass")),
     ),

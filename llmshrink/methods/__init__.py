@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmshrink.methods.base import Method
 
-_SUPPORT = {"base", "blocks", "even", "grid", "keep"}  # modules of this folder that no recipe names as a method
+# Modules of this folder that no recipe names as a method.
+_SUPPORT = {"base", "blocks", "even", "grid", "inputs", "keep"}
 
 
 def method_names() -> list[str]:

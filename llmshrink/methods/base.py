@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from llmshrink.forms import Event, Layer
@@ -25,6 +25,35 @@ class MethodConfig(BaseModel):
     """Base of every method's settings: frozen, unknown keys refused, each field described."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GroupConfig(MethodConfig):
+    """Settings of the methods that give adjacent inputs one scale."""
+
+    group_size: int | None = Field(
+        None, description="adjacent inputs that share a scale; -1: one scale per output; null: resolved by the plan"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, size: int | None) -> int | None:
+        if size is not None and size != -1 and size < 1:
+            raise ValueError("group_size is -1 (one scale per output) or a positive number")
+        return size
+
+    def group(self, width: int) -> int:
+        """The number of adjacent inputs that share a scale in a matrix of this width."""
+        if self.group_size is None:
+            raise ValueError("group_size is null: the plan resolves it to a number before anything is compressed")
+        return width if self.group_size == -1 else self.group_size
+
+    def why_not(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] of this shape cannot be cut into these groups, or None."""
+        if self.group_size is None or self.group_size == -1:
+            return None
+        if shape[1] % self.group_size:
+            return f"group_size {self.group_size} does not divide the width {shape[1]}"
+        return None
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -42,8 +71,9 @@ class Method(ABC, Generic[C]):
 
     task: ClassVar[Task]
     needs: ClassVar[type[Statistic]]
-    by_row: ClassVar[bool] = False  # rows do not depend on each other: small matrices of a group go in one call
+    by_row: bool = False  # rows do not depend on each other: small matrices of a group go in one call
     baseline: ClassVar[str | None] = None  # the method that stands in where the statistic is too poor
+    caution: ClassVar[str | None] = None  # what its user should know before any compute: told as an event
     Config: ClassVar[type[MethodConfig]]
 
     def __init__(self, config: C, scales: torch.dtype | None = None) -> None:

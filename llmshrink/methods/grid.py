@@ -12,36 +12,26 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmshrink.block_types import BLOCK_TYPES, BlockName, BlockType
 from llmshrink.forms import Dense, Form, Layer, Quantized
 from llmshrink.methods import blocks, even
-from llmshrink.methods.base import MethodConfig
+from llmshrink.methods.base import GroupConfig
 
 Table = Literal["scale", "minimum"]
 
 
-class GridConfig(MethodConfig):
+class GridConfig(GroupConfig):
     """Settings shared by the methods that store codes on an even grid."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
-    group_size: int | None = Field(
-        None, description="adjacent inputs that share a scale; -1: one scale per output; null: resolved by the plan"
-    )
     symmetric: bool = Field(True, description="zero is the code 0; false stores a zero point for every scale")
     scales: Literal["minmax", "mse"] = Field("mse", description="cover the range, or search for the least error")
     type: BlockName | None = Field(
         None, description="block type of GGUF, which says the bits, the group and what is stored of it; null: none"
     )
-
-    @field_validator("group_size")
-    @classmethod
-    def _check_group_size(cls, size: int | None) -> int | None:
-        if size is not None and size != -1 and size < 1:
-            raise ValueError("group_size is -1 (one scale per output) or a positive number")
-        return size
 
     @model_validator(mode="after")
     def _check_type(self) -> Self:
@@ -65,20 +55,14 @@ class GridConfig(MethodConfig):
 
     def group(self, width: int) -> int:
         """The number of adjacent inputs that share a scale in a matrix of this width."""
-        if self.block is not None:
-            return self.block.group
-        if self.group_size is None:
-            raise ValueError("group_size is null: the plan resolves it to a number before anything is compressed")
-        return width if self.group_size == -1 else self.group_size
+        return super().group(width) if self.block is None else self.block.group
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be cut into these groups, or None."""
-        if self.block is not None and shape[1] % self.block.size:
+        if self.block is None:
+            return super().why_not(shape)
+        if shape[1] % self.block.size:
             return f"{self.type} is stored in blocks of {self.block.size}, which does not divide the width {shape[1]}"
-        if self.block is not None or self.group_size is None or self.group_size == -1:
-            return None
-        if shape[1] % self.group_size:
-            return f"group_size {self.group_size} does not divide the width {shape[1]}"
         return None
 
     def meta(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:

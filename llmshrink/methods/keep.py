@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmshrink.forms import Dense, Form, Layer, Quantized, without_data
+from llmshrink.forms import Dense, Form, InputScheme, Layer, Quantized, without_data
 from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
 from llmshrink.statistics import NoStatistic
 
@@ -32,13 +32,15 @@ class Keep(Method[KeepConfig]):
     needs = NoStatistic
     Config = KeepConfig
 
-    def __init__(self, read: Callable[[], Form], scales: torch.dtype | None) -> None:
-        """`read` gives the stored form [out, in]; scales are rounded to the dtype `scales`, unless it is None."""
-        self._read = read
+    def __init__(
+        self, read: Callable[[], Form], scales: torch.dtype | None, rounded: InputScheme | None = None
+    ) -> None:
+        """`read` gives the stored form [out, in], `rounded` its inputs; scales get the dtype `scales`; None: their own."""
+        self._read, self._input = read, _stored_in(scales, rounded)
         stored = read()
         form = _rescaled(stored, scales)
         self._fits = _same_scales(stored, form)
-        self._meta = Layer(without_data(form))
+        self._meta = Layer(without_data(form), input=_stored_in(torch.device("meta"), self._input))
         scheme, size = self._meta.scheme, getattr(form, "block", None)
         if scheme is not None:
             size = scheme.group_size or -1
@@ -51,11 +53,18 @@ class Keep(Method[KeepConfig]):
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """The stored form; `weight`, which is what it decodes to, is not looked at."""
-        return Layer(_rescaled(self._read(), self.scales))
+        return Layer(_rescaled(self._read(), self.scales), input=self._input)
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         return self._meta
+
+
+def _stored_in(place: torch.dtype | torch.device | None, rounded: InputScheme | None) -> InputScheme | None:
+    """With its scale in another dtype, or on another device."""
+    if place is None or rounded is None or rounded.scale is None:
+        return rounded
+    return replace(rounded, scale=rounded.scale.to(place))
 
 
 def _rescaled(form: Form, dtype: torch.dtype | None) -> Form:

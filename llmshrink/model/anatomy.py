@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -347,6 +348,10 @@ def _input_groups(block: nn.Module, name: str, index: int, record: Record) -> li
     return list(seen.values())
 
 
+def _look(observe: Callable[[Site, Tensor], None], site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    observe(site, args[0])
+
+
 @contextmanager
 def watch(block: nn.Module, name: str, observe: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Call `observe(site, x)` for the input of every linear, Conv1D and fused expert in the block called `name`."""
@@ -354,7 +359,8 @@ def watch(block: nn.Module, name: str, observe: Callable[[Site, Tensor], None]) 
     for path, module in block.named_modules(prefix=name):
         if isinstance(module, nn.Linear | Conv1D):
             site = Site(path)
-            handles.append(module.register_forward_pre_hook(lambda _m, args, site=site: observe(site, args[0])))
+            look = partial(_look, observe, site)
+            handles.append(module.register_forward_pre_hook(look, prepend=True))  # before inputs are rounded
         elif hasattr(module, "is_transposed"):
             module.observer = lambda e, leaf, x, path=path: observe(Site(path, e, leaf), x)
             experts.append(module)

@@ -97,11 +97,13 @@ def build(
 
 
 def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Fused experts one after another, the way the eager implementation does it; `self.observer` sees their inputs.
+    """Fused experts one after another, the way the eager implementation does it.
+
+    `self.observer` sees the inputs of each, `self.rounder` gives what the linear multiplies in their place.
 
     hidden [tokens, H]; top_k_index and top_k_weights [tokens, k]. Registered with transformers under `EXPERTS`.
     """
-    observer = getattr(self, "observer", None)
+    observer, rounder = getattr(self, "observer", None), getattr(self, "rounder", None)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     activate: Any = self._apply_gate if self.has_gate else self.act_fn
     out = torch.zeros_like(hidden)
@@ -113,9 +115,13 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
         x = hidden[token]
         if observer:
             observer(expert, first, x)
+        if rounder:
+            x = rounder(expert, first, x)
         x = activate(nn.functional.linear(x, getattr(self, first)[expert]))
         if observer:
             observer(expert, "down_proj", x)
+        if rounder:
+            x = rounder(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]
         out.index_add_(0, token, x.to(out.dtype))
     return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import InputError, PlanError
 from llmshrink.formats.base import Rows
-from llmshrink.model.anatomy import Anatomy, Matrix, block_list, dissect
+from llmshrink.forms import InputScheme
+from llmshrink.model.anatomy import Anatomy, Block, Matrix, Site, block_list, dissect
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
+from llmshrink.model.rounding import round_inputs
 from llmshrink.model.skeleton import build, drop_parameters, room_of, set_parameter
 from llmshrink.model.source import Source
 from llmshrink.model.task import Task, positions, task_of
@@ -25,6 +28,14 @@ BATCH_TOKENS = 1024  # of one forward pass at most, and ...
 ACTIVATIONS = 1 << 20  # ... elements in the widest activation: what is small stays in the cache
 LOGITS = 256 << 20  # bytes of one model's logits to ask for at a time
 HEAD_ROWS = 8192  # rows of the head converted to the compute dtype at a time
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What stands for a matrix of the checkpoint once it was compressed."""
+
+    weight: Callable[[], Tensor]  # gives what the codes mean, float32 [out, in]
+    input: InputScheme | None = None  # None: inputs are not rounded
 
 
 class StreamedModel:
@@ -54,6 +65,7 @@ class StreamedModel:
         self._blocks = list(block_list(self.model)[1])
         self._moved = False
         self._replaced: dict[str, Callable[[Rows], Tensor]] = {}
+        self._rounding: dict[int, ExitStack] = {}  # of the blocks in memory
         self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
 
     def _refuse_more_blocks(self) -> None:
@@ -137,32 +149,45 @@ class StreamedModel:
         for name in self.map.origins:
             set_parameter(model, name, self.map.build(name, get).contiguous())
         model.tie_weights()
+        for block in self.anatomy.blocks:
+            round_inputs(model, self._inputs(block, {}))
         return model.to(self.device)
 
     # --- blocks
 
-    def load_block(self, index: int, decoded: Mapping[str, Callable[[], Tensor]] | None = None) -> None:
-        """Put one block into memory, in the compute dtype.
+    def load_block(self, index: int, decoded: Mapping[str, Decoded] | None = None) -> None:
+        """Put one block into memory, in the compute dtype; it rounds inputs where what is loaded says so.
 
         Args:
             index: which block.
-            decoded: for keys on disk whose matrix was compressed: gives the float32 [out, in] to load in its place.
+            decoded: for keys on disk whose matrix was compressed: what to load in its place.
         """
-        for name in self.anatomy.blocks[index].parameters:
+        block = self.anatomy.blocks[index]
+        for name in block.parameters:
             self._set(name, decoded or {})
+        self._rounding.pop(index, ExitStack()).close()
+        self._rounding[index] = round_inputs(self.model, self._inputs(block, decoded or {}))
 
     def drop_block(self, index: int) -> None:
         """Free one block."""
+        self._rounding.pop(index, ExitStack()).close()
         drop_parameters(self.model, list(self.anatomy.blocks[index].parameters))
 
     def read(self, matrix: Matrix) -> Tensor:
         """One matrix as stored in the checkpoint, seen as [out, in], on the compute device."""
         return matrix.seen(self.weights.get(matrix.key)).to(self.device)
 
-    def _set(self, name: str, decoded: Mapping[str, Callable[[], Tensor]]) -> None:
+    def _inputs(self, block: Block, decoded: Mapping[str, Decoded]) -> dict[Site, InputScheme]:
+        """How the inputs of a block's linears are rounded, where they are."""
+        found = {
+            m.site: decoded[m.key].input if m.key in decoded else self.weights.input(m.key) for m in block.matrices
+        }
+        return {site: scheme for site, scheme in found.items() if scheme is not None}
+
+    def _set(self, name: str, decoded: Mapping[str, Decoded]) -> None:
         def get(key: str) -> Tensor:
             if key in decoded:
-                weight = decoded[key]().to(self.device, self.dtype)
+                weight = decoded[key].weight().to(self.device, self.dtype)
                 return weight.T if self._is_conv1d(name) else weight
             tensor = self.weights.get(key)
             # A copy even where the dtype is right already: parameters must not lie in a file that is mapped.
@@ -230,7 +255,7 @@ class StreamedModel:
         self._moved = True
         inside = {p for block in self.anatomy.blocks for p in block.parameters}
         by_row = self._read_by_row()
-        replaced = {key: partial(rows, slice(None)) for key, rows in self._replaced.items()}
+        replaced = {key: Decoded(partial(rows, slice(None))) for key, rows in self._replaced.items()}
         for name in self.map.origins:
             if name in inside:
                 continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmshrink.errors import InputError, PlanError
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Kind, Rows, Slot
-from llmshrink.forms import Form, check_blocks, decode
+from llmshrink.forms import Form, InputScheme, check_blocks, decode
 from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.memory import memory_error
@@ -88,6 +88,22 @@ class Weights:
             return lambda rows: weight[rows]
         with self._reading(key):
             return self.format.reader(self._slot(key), self._checkpoint.get, self._config)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of any matrix are rounded."""
+        return any(self.input(key) is not None for key in self.compressed)
+
+    def input(self, key: str) -> InputScheme | None:
+        """How the inputs of a matrix are rounded; None: they are not."""
+        if key not in self.compressed:
+            return None
+        with self._reading(key):
+            return self.format.unpack_input(self._slot(key), self._checkpoint.get, self._config)
+
+    def input_as_read(self, key: str, kind: Kind) -> InputScheme | None:
+        """How transformers rounds the inputs of a compressed matrix; None: it does not, whatever the settings say."""
+        return self.input(key) if self.format.rounds_inputs(kind, self._config) else None
 
     def _slot(self, key: str) -> Slot:
         info, flipped = self.infos[key], key in self._transposed

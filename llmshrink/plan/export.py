@@ -7,6 +7,7 @@ from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
+from llmshrink.forms import Event
 from llmshrink.methods.base import Method
 from llmshrink.methods.keep import Keep
 from llmshrink.model.anatomy import Matrix
@@ -26,10 +27,16 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
     methods: dict[Matrix, Method[Any]] = {}
     left: dict[Matrix, str] = {}
     problems: list[str] = []
+    events: list[Event] = []
     for matrix in (m for block in model.anatomy.blocks for m in block.matrices):
         if matrix.key in weights.compressed:
+            rounded = weights.input(matrix.key)
+            if rounded is not None and rounded.kind not in fmt.rounded_inputs:
+                message = f"inputs are not rounded any more: {fmt.name} cannot say that they are (as {rounded.kind})"
+                events.append(Event("exact_inputs", message, matrix.name))
+                rounded = None
             scales = None if fmt.name == "dense" else fmt.scale_dtype(matrix.dtype)  # decoded, and rounded once
-            methods[matrix] = keep = Keep(partial(weights.form, matrix.key), scales)
+            methods[matrix] = keep = Keep(partial(weights.form, matrix.key), scales, rounded)
             if why := keep.check(matrix.shape):
                 problems.append(f"{matrix.name}: {why}")
         else:
@@ -40,4 +47,4 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
             f"{model.source.id}: no layer of its blocks is compressed, so there is nothing to export.",
             hint="`llmshrink quantize` compresses a model and writes any format (--format).",
         )
-    return lay_out(recipe, model, fmt, methods, left, [])
+    return lay_out(recipe, model, fmt, methods, {}, left, events)

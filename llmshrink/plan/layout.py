@@ -15,6 +15,7 @@ from llmshrink.forms import Event
 from llmshrink.gguf.blueprint import draw
 from llmshrink.io import safetensors
 from llmshrink.methods.base import Method
+from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.loading import layers, stored
@@ -31,6 +32,7 @@ def lay_out(
     model: StreamedModel,
     fmt: Format,
     methods: dict[Matrix, Method[Any]],
+    inputs: dict[Matrix, Inputs],
     left: dict[Matrix, str],
     events: list[Event],
     mix: str | None = None,
@@ -42,6 +44,7 @@ def lay_out(
         model: what is compressed.
         fmt: how it is written.
         methods: of every matrix that is compressed.
+        inputs: of those whose inputs are to be rounded.
         left: matrices that stay as they are, and why.
         events: what was decided otherwise than asked.
         mix: of the types in a GGUF file; None: it has none that has a name.
@@ -55,6 +58,7 @@ def lay_out(
         fmt,
         methods,
         {m: Slot(m.key, m.module, m.shape, m.dtype, m.kind) for m in matrices},
+        inputs,
         left,
         None,
         0,
@@ -125,7 +129,10 @@ def _check_format(work: Work) -> None:
     name, given = work.format.name, list(layers(work))
     names: dict[str, list[str]] = {}
     for slot, layer in given:
-        if why := work.format.check(slot, layer):
+        if layer.input is not None and layer.input.kind not in work.format.rounded_inputs:
+            able = "bnb" if layer.input.kind == "llm-int8" else "compressed-tensors"
+            names.setdefault(f"it cannot say that inputs are rounded so; {able} can", []).append(slot.name)
+        elif why := work.format.check(slot, layer):
             names.setdefault(why, []).append(slot.name)
     problems = [f"{_some(found)}: {why}" for why, found in names.items()]
     if not problems and (why := work.format.check_all(given, _left_modules(work))):

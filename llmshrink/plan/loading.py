@@ -15,8 +15,8 @@ FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 def layers(work: Work) -> Iterator[tuple[Slot, Layer]]:
     """Every compressed matrix without data."""
-    for matrix, method in work.methods.items():
-        yield work.slots[matrix], method.form(matrix.shape, matrix.dtype)
+    for matrix in work.methods:
+        yield work.slots[matrix], work.form(matrix)
 
 
 def stored(work: Work) -> Stored:

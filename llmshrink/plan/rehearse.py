@@ -40,6 +40,8 @@ def rehearse(work: Work) -> None:
     if other is not None and _failure(work, other) is None:
         work.quantization_config = other
         message = "transformers must decompress this model while loading it, and config.json says so"
+        if work.inputs:
+            message += "; it does not round inputs then"
         work.events.append(Event("loaded_dense", f"{message} ({why})"))
         return
     raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,14 +13,16 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import Event, Scheme
+from llmshrink.forms import CodeKind, Event, Scheme
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
-from llmshrink.model.anatomy import Matrix
+from llmshrink.methods.inputs import Inputs
+from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs
 from llmshrink.plan.work import Work
+from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
@@ -54,12 +57,15 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError(f"The keys in `layers` do not fit {default.name}: {error.errors()[0]['msg']}") from error
     _check_patterns(stage, list(specs))
     usual = _usual_group(stage, default, matrices, events) if mix is None else GROUP_SIZES[0]
-    methods, left, problems = {}, {}, []
+    methods: dict[Matrix, Method[Any]] = {}
+    left: dict[Matrix, str] = {}
+    problems: list[str] = []
     for matrix, spec in specs.items():
         if spec is None:
             left[matrix] = "the recipe leaves it out"
             continue
-        method, reason = _fit(spec, stage, matrix, usual, events)
+        size = usual if stage.inputs_for(matrix.name) is None else -1  # what meets rounded inputs has no groups
+        method, reason = _fit(spec, stage, matrix, size, events)
         if method is None:
             left[matrix] = reason or ""
         elif why := method.check(matrix.shape):
@@ -69,9 +75,30 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
+    events += [Event("caution", method.caution, m.name) for m, method in methods.items() if method.caution]
     chosen = _choose_format(stage, methods)
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
-    return lay_out(recipe, model, chosen, methods, left, events, mix)
+    return lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
+
+
+def _inputs(stage: QuantizeStage, methods: Iterable[Matrix]) -> dict[Matrix, Inputs]:
+    """How inputs are rounded, where they are.
+
+    Raises:
+        PlanError: matrices that are one in memory are to have other inputs.
+    """
+    asked = {m: stage.inputs_for(m.name) for m in methods}
+    sites: dict[Site, set[InputSpec | None]] = {}
+    for matrix, spec in asked.items():
+        sites.setdefault(matrix.site, set()).add(spec)
+    apart = [m.name for m in asked if len(sites[m.site]) > 1]
+    refuse([f"{name}: another matrix gets the very same inputs, with other `inputs`" for name in apart], "say the same")
+    kinds: dict[str, CodeKind] = {"int8": "int", "fp8": "float"}
+    return {
+        m: Inputs(kinds[spec.type], (spec.observer or "mse") if spec.scales == "static" else None)
+        for m, spec in asked.items()
+        if spec is not None
+    }
 
 
 def _coverage(model: StreamedModel) -> list[Event]:
@@ -126,6 +153,13 @@ def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[E
     if typed.name is not None:
         return typed
     settings = typed.settings
+    if stage.inputs is not None:
+        fitting = {"name": "fp8"} if stage.inputs.type == "fp8" else {"name": "gptq", "bits": 8}
+        try:
+            return MethodSpec.model_validate({**fitting, **settings})
+        except ValidationError as error:
+            what = f"Inputs {stage.inputs.type} go with method {fitting['name']}, where none is named"
+            raise PlanError(f"{what}: {error.errors()[0]['msg']}") from error
     usual = entry(Stored("compressed-tensors", frozenset(m.kind for m in matrices)), "transformers")
     plain = stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}
     if plain and usual.support == "no":
@@ -137,12 +171,13 @@ def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[E
 def _usual_group(stage: QuantizeStage, default: MethodSpec, matrices: list[Matrix], events: list[Event]) -> int:
     """The group size that nobody typed: 128, or one for all layers where transformers reads only one scheme."""
     name = stage.format.name if stage.format else "compressed-tensors"
-    two = frozenset(Scheme(4, default.settings.get("symmetric", True), size) for size in GROUP_SIZES[:2])
+    config = load_method(default.name or "gptq").Config(**default.settings)
+    two = frozenset(Scheme(4, getattr(config, "symmetric", True), size) for size in GROUP_SIZES[:2])
     if entry(Stored(name, frozenset(m.kind for m in matrices), two), "transformers").support != "no":
         return GROUP_SIZES[0]
     widths = {m.shape[1] for m in matrices}  # one group as wide as a layer is another scheme: one scale per channel
     size = next((g for g in GROUP_SIZES if all(w % g == 0 for w in widths) and g not in widths), -1)
-    if size != GROUP_SIZES[0] and default.settings.get("group_size") is None and default.name not in ("nf4", "fp4"):
+    if stage.inputs is None and size != GROUP_SIZES[0] and getattr(config, "group_size", -1) is None:
         what = f"groups of {size}" if size > 0 else "one scale per channel"
         events.append(Event("group_size", f"{what} for all layers: transformers reads one scheme for this model"))
     return size
@@ -186,5 +221,6 @@ def _choose_format(stage: QuantizeStage, methods: dict[Matrix, Method[Any]]) -> 
             raise PlanError(f"There is no format {stage.format.name!r}; known: {', '.join(format_names())}.")
         return load_format(stage.format.name)
     matrix, method = next(iter(methods.items()))
-    levels = getattr(method.form(matrix.shape, matrix.dtype).weight, "levels", None)
-    return load_format("compressed-tensors" if levels is None else "bnb")
+    layer = method.form(matrix.shape, matrix.dtype)
+    bitsandbytes = getattr(layer.weight, "levels", None) is not None or layer.input is not None
+    return load_format("bnb" if bitsandbytes else "compressed-tensors")

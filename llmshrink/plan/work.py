@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event
+from llmshrink.forms import Event, Layer
 from llmshrink.gguf.blueprint import Blueprint
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
+from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
-from llmshrink.statistics import NoStatistic, Statistic
+from llmshrink.statistics import NoStatistic, Range, Statistic
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Work:
     format: Format
     methods: dict[Matrix, Method[Any]]
     slots: dict[Matrix, Slot]
+    inputs: dict[Matrix, Inputs]  # whose inputs are to be rounded
     left: dict[Matrix, str]  # matrices that stay as they are, and why
     quantization_config: dict[str, Any] | None
     length: int  # tokens of a calibration row
@@ -71,17 +73,28 @@ class Work:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method looks at calibration text."""
-        return any(self.reads_data(matrix) for matrix in self.methods)
+        """Whether any method, or any static scale, looks at calibration text."""
+        return any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
 
     def reads_data(self, matrix: Matrix) -> bool:
         """Whether a matrix is compressed by what its inputs are on calibration text."""
         return matrix in self.methods and self.methods[matrix].needs.bytes(1) > 0
 
-    def needs(self, group: Group) -> type[Statistic]:
-        """The statistic that serves all methods of a group: they differ only where a recipe overrides layers."""
-        kinds = [self.methods[m].needs for m in group.matrices if m in self.methods]
-        return max(kinds, key=lambda kind: kind.bytes(group.width), default=NoStatistic)
+    def needs(self, group: Group) -> tuple[type[Statistic], ...]:
+        """What is gathered of a group: tokens always, what its methods ask for, and the range of static inputs."""
+        methods = [self.methods[m].needs for m in group.matrices if m in self.methods]
+        static = any(self.inputs[m].observer for m in group.matrices if m in self.inputs)
+        return tuple(dict.fromkeys((NoStatistic, *methods, *([Range] if static else []))))
+
+    def statistic_bytes(self, group: Group) -> int:
+        """Bytes of all that is gathered of a group."""
+        return sum(kind.bytes(group.width) for kind in self.needs(group))
+
+    def form(self, matrix: Matrix) -> Layer:
+        """What becomes of a compressed matrix, without data."""
+        method, inputs = self.methods[matrix], self.inputs.get(matrix)
+        layer = method.form(matrix.shape, matrix.dtype)
+        return layer if inputs is None else replace(layer, input=inputs.meta(method.scales or matrix.dtype))
 
     def meta_tensors(self, part: Part) -> dict[str, Tensor]:
         """All tensors of a part's file, without data."""
@@ -90,7 +103,7 @@ class Work:
         for key in part.keys:
             if key in compressed:
                 matrix = compressed[key]
-                tensors |= self.format.pack(self.slots[matrix], self.methods[matrix].form(matrix.shape, matrix.dtype))
+                tensors |= self.format.pack(self.slots[matrix], self.form(matrix))
             else:
                 tensors[key] = _empty(self.model, key)
         return tensors

@@ -23,8 +23,14 @@ def json_schema() -> Schema:
         branches.append(_named(settings, name))
     definitions["MethodSpec"] = {"anyOf": branches, "description": "A method's name and its own settings."}
     definitions["FormatSpec"]["properties"]["name"]["enum"] = format_names()
-    overrides = [{key: part for key, part in branch.items() if key != "required"} for branch in branches]
-    layers = definitions["QuantizeStage"]["properties"]["layers"]
+    stage = definitions["QuantizeStage"]["properties"]
+    stage["inputs"]["anyOf"].append({"enum": ["int8", "fp8"]})  # a mapping's type alone
+    overrides = [
+        {key: part for key, part in branch.items() if key != "required"}
+        | {"properties": {**branch["properties"], "inputs": stage["inputs"]}}
+        for branch in branches
+    ]
+    layers = stage["layers"]
     layers["additionalProperties"] = {"anyOf": [*overrides, {"type": "null"}, {"const": "skip"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

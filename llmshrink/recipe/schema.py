@@ -25,6 +25,7 @@ from llmshrink.formats.gguf_mix import MIXES as MIXES
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.recipe.units import Bytes
 
@@ -115,12 +116,18 @@ class QuantizeStage(Section):
     task: Literal["quantize"] = Field(description="what this stage does")
     method: MethodSpec | None = Field(
         None,
-        description="the algorithm and its settings; null: gptq with 4 bits, or nf4 where gptq cannot be read back",
+        description="the algorithm and its settings; null: gptq with 4 bits, or nf4 where gptq cannot be read back; "
+        "with inputs int8 gptq with 8 bits and one scale per output, with inputs fp8 fp8",
+    )
+    inputs: InputSpec | None = Field(
+        None,
+        description="round the inputs of linears to 8 bits too: int8, fp8, or a mapping; null: inputs stay as they are",
     )
     layers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
-        description="regular expression over whole layer names -> the method's keys that differ there; null or `skip` "
-        "leaves the layers as they are. The last match wins; an expression that matches nothing is an error",
+        description="regular expression over whole layer names -> the method's keys, or `inputs`, that differ there; "
+        "null or `skip` leaves the layers as they are. The last match wins; an expression that matches nothing is an "
+        "error",
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions over whole layer names; these are left as they are"
@@ -154,10 +161,20 @@ class QuantizeStage(Section):
         """
         if any(patterns.matches(pattern, layer) for pattern in self.ignore):
             return None
+        keys = self._keys_for(layer)
+        return None if keys is None else method.override(_of_method(keys)) if keys else method
+
+    def inputs_for(self, layer: str) -> InputSpec | None:
+        """How the inputs of one layer, named as for `method_for`, are rounded."""
+        keys = self._keys_for(layer) or {}
+        if "inputs" not in keys:
+            return self.inputs
+        return None if keys["inputs"] is None else InputSpec.model_validate(keys["inputs"])
+
+    def _keys_for(self, layer: str) -> dict[str, Any] | None:
+        """What `layers` says of one layer: the last match; an empty mapping where nothing matches."""
         found = [keys for pattern, keys in self.layers.items() if patterns.matches(pattern, layer)]
-        if not found:
-            return method
-        return None if found[-1] is None else method.override(found[-1])
+        return found[-1] if found else {}
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -172,9 +189,13 @@ class QuantizeStage(Section):
             if keys is None or "method" not in info.data:  # a faulty method is told on its own line
                 continue
             try:
-                (info.data["method"] or MethodSpec()).override(keys)
+                (info.data["method"] or MethodSpec()).override(_of_method(keys))
             except ValidationError as error:
                 faults += faults_of(error, (), (pattern,))
+            try:
+                InputSpec.model_validate(keys.get("inputs") or "int8")
+            except ValidationError as error:
+                faults += faults_of(error, InputSpec.model_fields, (pattern, "inputs"))
         if faults:
             raise refuse(faults)
         return layers
@@ -280,6 +301,10 @@ class Recipe(Section):
         description="folder of the result; null: out/<model>-<method><bits>, out/<model>-<type> as GGUF, or "
         "out/<model>-<format> of an export",
     )
+
+
+def _of_method(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key != "inputs"}
 
 
 def _pattern_faults(places: Mapping[str, tuple[str | int, ...]]) -> list[InitErrorDetails]:

@@ -51,8 +51,15 @@ RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
 GPTQ = {"stages": [{"task": "quantize", "method": {"name": "gptq"}}]}
 CAST = {"stages": [{"task": "quantize", "method": {"name": "cast"}}]}
 RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
+HQQ = {"stages": [{"task": "quantize", "method": {"name": "hqq", "group_size": 32}}], **DENSE}
+TERNARY = {"stages": [{"task": "quantize", "method": {"name": "ternary", "group_size": 32}}]}
+BINARY = {"stages": [{"task": "quantize", "method": {"name": "binary", "group_size": 32}}]}
+LLM_INT8 = {"stages": [{"task": "quantize", "method": {"name": "int8"}}]}
 EXPORT = {"model.id": "{quantized}", "stages": [{"task": "export", "format": {"name": "compressed-tensors"}}]}
 EVAL = {"stages": [{"task": "eval"}], "evaluation.data": ["{text}"]}
+INT8 = {**RTN, "stages.0.method.bits": 8, "stages.0.inputs": {"type": "int8"}}
+STATIC = {**INT8, "stages.0.inputs": {"type": "int8", "scales": "static"}}
+FP8 = {"stages": [{"task": "quantize", "method": {"name": "fp8"}}]}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -76,6 +83,20 @@ TRIALS = {
     "stages.quantize.method.nf4.double_quant": Trial(True, NF4),
     "stages.quantize.method.fp4.block_size": Trial(32, FP4),
     "stages.quantize.method.fp4.double_quant": Trial(True, FP4),
+    "stages.quantize.method.hqq.bits": Trial(3, HQQ),
+    "stages.quantize.method.hqq.group_size": Trial(16, HQQ),
+    "stages.quantize.method.hqq.symmetric": Trial(True, HQQ),
+    "stages.quantize.method.hqq.scales": Trial("minmax", HQQ),
+    "stages.quantize.method.hqq.norm": Trial(0.3, {**HQQ, "stages.0.method.bits": 2, "stages.0.method.beta": 30}),
+    "stages.quantize.method.hqq.beta": Trial(30, {**HQQ, "stages.0.method.bits": 2}),
+    "stages.quantize.method.ternary.group_size": Trial(16, TERNARY),
+    "stages.quantize.method.binary.group_size": Trial(16, BINARY),
+    "stages.quantize.method.int8.threshold": Trial(1.5, LLM_INT8),
+    "stages.quantize.method.fp8.scale_per": Trial("tensor", FP8),
+    "stages.quantize.method.fp8.scales": Trial("minmax", FP8),
+    "stages.quantize.inputs.type": Trial("fp8", {"stages": [{"task": "quantize", "inputs": {"type": "int8"}}]}),
+    "stages.quantize.inputs.scales": Trial("static", INT8),
+    "stages.quantize.inputs.observer": Trial("minmax", STATIC),
     "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
     "stages.quantize.ignore": Trial([".*k_proj"]),
     "stages.quantize.format.name": Trial("dense"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llmshrink import run
 from llmshrink.errors import PlanError
-from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.evaluate.foreign import compute_in_float32, keep_inputs
 from llmshrink.formats.runtimes import FAMILIES as TABLE
 from llmshrink.formats.runtimes import Family, Stored, entry
 from llmshrink.forms import Scheme
@@ -34,8 +34,12 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"name": "nf4", "block_size": 32}),
     ("nf4-double", {"name": "nf4", "block_size": 32, "double_quant": True}),
     ("fp4", {"name": "fp4", "block_size": 32}),
+    ("int8", {"name": "int8"}),
+    ("hqq3", {"name": "hqq", "bits": 3, "group_size": 32, "symmetric": False}),
+    ("ternary", {"name": "ternary", "group_size": 32}),
+    ("binary", {"name": "binary", "group_size": -1}),
 ]
-LEVELS = ("nf4", "fp4")
+BNB = ("nf4", "fp4", "int8")
 USUAL = {("gptq4", "compressed-tensors"), ("rtn4-asymmetric", "compressed-tensors"), ("nf4", "bnb")}  # the default tier
 
 
@@ -47,7 +51,7 @@ def family_of(name: str) -> Family:
 def stored(name: str, method: dict[str, Any], fmt: str) -> Stored:
     bits, size = method.get("bits", 4), method.get("group_size", 32)
     scheme = Scheme(bits, method.get("symmetric", True), None if size == -1 else size)
-    family, schemes = family_of(name), frozenset() if method["name"] in LEVELS else frozenset([scheme])
+    family, schemes = family_of(name), frozenset() if method["name"] in BNB else frozenset([scheme])
     return Stored(fmt, frozenset(family.kinds), schemes, causal=family.causal)
 
 
@@ -57,8 +61,10 @@ def cases() -> list[Any]:
     for family in FAMILIES:
         for label, method in METHODS:
             for fmt in ("compressed-tensors", "bnb", "dense"):
-                if fmt != "dense" and (fmt == "bnb") != (method["name"] in LEVELS):
+                if fmt != "dense" and (fmt == "bnb") != (method["name"] in BNB):
                     continue  # the format cannot hold it, whatever the family
+                if (label, fmt) == ("int8", "dense"):
+                    continue  # nor that inputs are rounded
                 reads = entry(stored(family, method, fmt), "transformers").support != "no"
                 marks = [] if (label, fmt) in USUAL or not reads else [pytest.mark.slow]
                 found.append(pytest.param(family, method, fmt, reads, marks=marks, id=f"{family}-{label}-{fmt}"))
@@ -102,6 +108,7 @@ def exact(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     compute_in_float32(model)
+    keep_inputs(model)
     return model, info
 
 
@@ -112,7 +119,7 @@ def flip_a_code(folder: Path, fmt: str) -> None:
         n
         for n in sorted(tensors)
         if n.endswith("weight_packed")
-        or (fmt == "bnb" and tensors[n].dtype == torch.uint8 and n.endswith("weight"))
+        or (fmt == "bnb" and tensors[n].dtype in (torch.int8, torch.uint8) and n.endswith("weight"))
         or (fmt == "dense" and tensors[n].ndim == 2)
     )
     flat = tensors[name].view(-1)

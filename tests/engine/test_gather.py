@@ -18,7 +18,7 @@ from llmshrink.errors import InputError, LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.statistics import Hessian, Norm, Statistic
+from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
 
 CPU = torch.device("cpu")
 Models = Callable[..., Path]
@@ -79,7 +79,9 @@ def gathered(
         hidden.advance(index)
         model.drop_block(index)
     model.load_block(block.index)
-    return gather(model, block, list(groups), dict.fromkeys(groups, kind), hidden)
+    found = gather(model, block, list(groups), dict.fromkeys(groups, (NoStatistic, kind)), hidden)
+    assert all(statistics[NoStatistic].tokens == statistics[kind].tokens for statistics in found.values())
+    return {group: statistics[kind] for group, statistics in found.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
@@ -129,8 +131,8 @@ def test_only_the_calibration_batches_count(models_folder: Models) -> None:
     calibration, probe = batches()
     block, hidden = model.anatomy.blocks[0], Hidden(model, [calibration], probe)
     model.load_block(0)
-    found = gather(model, block, [block.groups[0]], {block.groups[0]: Hessian}, hidden)
-    assert found[block.groups[0]].tokens == 60
+    found = gather(model, block, [block.groups[0]], {block.groups[0]: (Hessian,)}, hidden)
+    assert found[block.groups[0]][Hessian].tokens == 60
 
 
 def test_linears_that_do_not_share_an_input_are_not_put_together(models_folder: Models) -> None:

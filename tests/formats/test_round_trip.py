@@ -21,6 +21,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     for symmetric in (True, False)
     if bits == 4 or name != "awq"
 ] + [("bnb", kind, {"block_size": 64, "double_quant": double}) for kind in ("nf4", "fp4") for double in (False, True)]
+CASES += [("bnb", "int8", {"threshold": 4.0}), ("bnb", "int8", {})]
+CASES += [
+    (name, method, {"group_size": group})
+    for name in ("compressed-tensors", "gptq")
+    for method in ("hqq", "ternary", "binary")
+    for group in (-1, 32)
+]
 
 
 def slot(kind: Kind = "linear", dtype: torch.dtype = torch.bfloat16) -> Slot:
@@ -51,7 +58,8 @@ def test_round_trip(name: str, method: str, settings: dict[str, Any], dtype: tor
     assert {n: (t.shape, t.dtype) for n, t in packed.items()} == {n: (t.shape, t.dtype) for n, t in planned.items()}
     assert fmt.dense_names(packed) == {"a.b.weight": fmt.dense_names(packed)["a.b.weight"]}
     assert sorted(fmt.companions("a.b.weight", packed)) == sorted(packed)
-    assert fmt.dense_info("a.b.weight", packed.__getitem__, config) == (SHAPE, fmt.scale_dtype(dtype))
+    own = {"nf4": dtype, "fp4": dtype, "int8": torch.float16}.get(method, fmt.scale_dtype(dtype))
+    assert fmt.dense_info("a.b.weight", packed.__getitem__, config) == (SHAPE, own)
 
 
 @pytest.mark.parametrize(("name", "method", "settings"), CASES[::3])

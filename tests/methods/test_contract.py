@@ -13,9 +13,11 @@ from torch import Tensor
 from llmshrink.forms import decode, join_rows, split_rows
 from llmshrink.methods import load_method, method_names
 from llmshrink.methods.base import Method
+from llmshrink.plan.work import method_name
 from llmshrink.statistics import Statistic
 
 SHAPE = (24, 64)
+ROUGH = {"ternary": 0.5, "binary": 0.7}  # of the norm of normal weights: they have two or three values; others 0.2
 
 
 def make(name: str) -> Method[Any]:
@@ -58,7 +60,7 @@ def test_the_form_promised_is_the_form_made(method: Method[Any], dtype: torch.dt
     assert all(t.is_meta for n, t in tensors(promised.weight) if n != ".levels")  # a fixed table is real
     assert all(t.is_contiguous() for _, t in tensors(made.weight))
     rest = (decode(made.weight) - weight.float()).norm() / weight.float().norm()
-    assert rest < 0.2
+    assert rest < ROUGH.get(method_name(method), 0.2)
 
 
 def test_the_same_twice_and_nothing_changed(method: Method[Any]) -> None:
@@ -77,7 +79,8 @@ def test_inputs_that_are_always_zero_keep_their_weights(method: Method[Any]) -> 
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     values = decode(method.compress(weight, method.prepare(gathered(method, dead=8))).weight)
     assert values.isfinite().all()
-    assert (values[:, :8] - weight[:, :8]).norm() < 0.2 * weight[:, :8].norm()
+    allowed = ROUGH.get(method_name(method), 0.2)
+    assert (values[:, :8] - weight[:, :8]).norm() < allowed * weight[:, :8].norm()
 
 
 def test_every_setting_is_described(method: Method[Any]) -> None:

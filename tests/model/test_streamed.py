@@ -16,7 +16,7 @@ from llmshrink.checks.written import streamed_output
 from llmshrink.errors import InputError
 from llmshrink.model.anatomy import block_list
 from llmshrink.model.source import open_source
-from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.streamed import Decoded, StreamedModel
 from llmshrink.model.truncate import truncate
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_other_weights_take_the_place_of_the_stored_ones(models_folder: Models, 
     folder = models_folder(family)
     model = StreamedModel(open_source(str(folder)), CPU)
     changed = {m.key: (model.read(m) * 0.5).float() for m in model.anatomy.blocks[0].matrices}
-    model.load_block(0, {key: lambda weight=weight: weight for key, weight in changed.items()})
+    model.load_block(0, {key: Decoded(lambda weight=weight: weight) for key, weight in changed.items()})
     got = {n: p.detach().clone() for n, p in model.model.named_parameters() if not p.is_meta}
     model.load_block(0)
     for name in model.anatomy.blocks[0].parameters:

@@ -9,7 +9,7 @@ from tiny import TEXT
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SIZE = 420
+SIZE = 600
 SPACE = "\u2581"
 NASTY = [
     "",
@@ -69,9 +69,11 @@ def _bytes(kind: str) -> Tokenizer:
     else:
         first = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in PATTERNS)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last]) if first else last
     tokenizer.decoder = decoders.ByteLevel()
+    # Learned from texts that are not cut: each cut then shows, for there are tokens that would reach over it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     _train(tokenizer, ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last]) if first else last
     return tokenizer
 
 

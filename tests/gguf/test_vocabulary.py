@@ -41,7 +41,7 @@ def test_byte_level_merges_are_recognised_by_what_they_do(tmp_path: Path, kind: 
     found, notes = words(tokenizer)
     assert (found["model"], found["pre"]) == ("gpt2", kind)
     assert found["tokens"][:2] == ["<s>", "</s>"] and found["token_type"][:3] == [CONTROL, CONTROL, NORMAL]
-    assert found["tokens"][-4:] == ["<|x|>", "[PAD421]", "[PAD422]", "[PAD423]"]
+    assert found["tokens"][-4:] == ["<|x|>", "[PAD601]", "[PAD602]", "[PAD603]"]
     assert found["token_type"][-4:] == [USER_DEFINED, UNUSED, UNUSED, UNUSED]
     first = found["merges"][0].split(" ")
     assert "".join(first) in found["tokens"] and len(first) == 2
@@ -90,9 +90,9 @@ def test_tokens_beyond_the_embedding_are_left_out(tmp_path: Path) -> None:
 def test_the_configuration_says_where_texts_end_if_the_tokenizer_does_not(tmp_path: Path) -> None:
     save("gpt-2", tmp_path)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    assert vocabulary(tokenizer, config("llama", eos_token_id=[7, 8]), 430)[0]["tokenizer.ggml.eos_token_id"] == 7
+    assert vocabulary(tokenizer, config("llama", eos_token_id=[7, 8]), 610)[0]["tokenizer.ggml.eos_token_id"] == 7
     with pytest.raises(PlanError, match="which token ends a text"):
-        vocabulary(tokenizer, config("llama", eos_token_id=None), 430)
+        vocabulary(tokenizer, config("llama", eos_token_id=None), 610)
 
 
 def split(pattern: str) -> pre_tokenizers.PreTokenizer:

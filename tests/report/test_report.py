@@ -310,8 +310,8 @@ def test_grown_numbers_stay_within_80_columns() -> None:
 def plan(blocks: int = 3) -> Any:
     def one(name: str, method: str | None, reason: str | None = None) -> SimpleNamespace:
         return SimpleNamespace(
-            name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None, group_size=128, type=None,
-            bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
+            name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None,
+            group_size=128, type=None, bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
         )  # fmt: skip
 
     def outside(name: str, size: int) -> SimpleNamespace:

@@ -21,7 +21,8 @@ from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import InputSpec, MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.inputs import InputSpec
+from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.

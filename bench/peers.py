@@ -1,12 +1,13 @@
 """Quality and time beside llm-compressor's and GPTQModel's GPTQ: same model, same calibration rows, one run.
 
     python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON
-        [--model lab8m] [--settings 4:128 3:128 2:64] [--repeat 3]
+        [--model lab8m] [--settings 4:128 3:128 2:64 w8a8 fp8] [--repeat 3]
 
 Each PYTHON is the interpreter of an environment with that tool (they exclude each other, and ours). Every tool runs in
 a process of its own with `--shared`'s script; its time is its own stopwatch from load to saved file, ours the compress
 stage; whole-process time is given beside it. All outputs are then scored here by one function, row by row: KL to the
-original in nats per token, and the ratio to the best peer with a paired bootstrap over rows.
+original in nats per token, and the ratio to the best peer with a paired bootstrap over rows. A setting is bits:group,
+or a scheme that rounds inputs too: ours is then the recipe of that name, and only llm-compressor has it.
 """
 
 from __future__ import annotations
@@ -43,14 +44,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "each": True,
     },
 }
+SCHEMES = ("w8a8", "fp8")
 EVALUATION_ROWS = {"lab8m": 64, "stories260K": 200}
 
 
+def arguments(setting: str) -> tuple[list[str], list[str]]:
+    """What the shared scripts are told of a setting, and what our command is."""
+    if setting in SCHEMES:
+        return ["--bits", "8", "--method", setting], ["-r", setting]
+    bits, group = setting.split(":")
+    ours = ["--bits", bits, "--set", f"method.group_size={group}", "--set", "on_indivisible=channel"]
+    return ["--bits", bits, "--group", group], ours
+
+
 def run_peer(
-    python: str, script: Path, model: Path, out: Path, bits: int, group: int, facts: dict[str, Any]
+    python: str, script: Path, model: Path, out: Path, setting: str, facts: dict[str, Any]
 ) -> dict[str, float]:
     """Run one of the shared scripts; its own seconds and those of the whole process."""
-    command = [python, script.name, str(model), str(out), "--bits", str(bits), "--group", str(group)]
+    command = [python, script.name, str(model), str(out), *arguments(setting)[0]]
     command += ["--rows", str(facts["rows"]), "--length", str(facts["length"]), "--calibration", facts["calibration"]]
     command += ["--evaluation", facts["texts"][0], "--eval-rows", "1"]  # scored below, by one function for all
     start = time.perf_counter()
@@ -62,13 +73,13 @@ def run_peer(
     return {"seconds": json.loads(line)["seconds"], "process": time.perf_counter() - start}
 
 
-def run_ours(model: Path, out: Path, bits: int, group: int, facts: dict[str, Any], shared: Path) -> dict[str, float]:
+def run_ours(model: Path, out: Path, setting: str, facts: dict[str, Any], shared: Path) -> dict[str, float]:
     """The command as a user types it, without evaluation."""
-    command = [sys.executable, "-m", "llmshrink", "quantize", str(model), "--bits", str(bits), "-o", str(out)]
+    command = [sys.executable, "-m", "llmshrink", "quantize", str(model), *arguments(setting)[1], "-o", str(out)]
     command += ["--samples", str(facts["rows"]), "--length", str(facts["length"]), "--quiet"]
     command += ["--calibration", str(shared / "data" / f"{facts['calibration']}.json")]
-    command += ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false", "--set", f"method.group_size={group}"]
-    command += ["--set", "on_indivisible=channel", "--set", f"calibration.packed={str(not facts.get('each')).lower()}"]
+    command += ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]
+    command += ["--set", f"calibration.packed={str(not facts.get('each')).lower()}"]
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     process = time.perf_counter() - start
@@ -142,7 +153,7 @@ class Measured:
 
 
 def measure(
-    args: argparse.Namespace, bits: int, group: int, base: Any, texts: dict[str, Rows], source: Path
+    args: argparse.Namespace, setting: str, base: Any, texts: dict[str, Rows], source: Path
 ) -> dict[str, Measured]:
     """All tools in turn, as often as asked, so that the machine's moods meet them all; the first result is scored."""
     facts, shared = MODELS[args.model], args.shared.resolve()
@@ -150,14 +161,14 @@ def measure(
     for turn in range(args.repeat):
         for tool in (*PEERS, "llmshrink"):
             python = None if tool == "llmshrink" else getattr(args, tool)
-            if tool != "llmshrink" and python is None:
+            if tool != "llmshrink" and (python is None or (setting in SCHEMES and tool != "llm-compressor")):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / tool
                 if python is None:
-                    times = run_ours(source, out, bits, group, facts, shared)
+                    times = run_ours(source, out, setting, facts, shared)
                 else:
-                    times = run_peer(python, shared / "bench" / PEERS[tool], source, out, bits, group, facts)
+                    times = run_peer(python, shared / "bench" / PEERS[tool], source, out, setting, facts)
                 one = found.setdefault(tool, Measured())
                 one.times.append(times)
                 if turn == 0:
@@ -212,9 +223,8 @@ def main() -> None:
         for name in facts["texts"]
     }
     for setting in args.settings:
-        bits, group = map(int, setting.split(":"))
-        print(f"\n{args.model} W{bits} g{group}", flush=True)
-        compare(measure(args, bits, group, base, texts, source), texts)
+        print(f"\n{args.model} {setting}", flush=True)
+        compare(measure(args, setting, base, texts, source), texts)
 
 
 if __name__ == "__main__":

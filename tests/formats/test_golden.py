@@ -51,6 +51,28 @@ def test_a_foreign_file_is_decoded_to_the_weights_of_its_tool(tool: str, name: s
     assert torch.equal(ours.to(dense.dtype), dense)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "scale"),
+    [
+        ("8-channel", None, False),
+        ("8-channel-token", "int", False),
+        ("8-channel-static", "int", True),
+        ("fp8-channel-token", "float", False),
+        ("fp8-tensor-static", "float", True),
+    ],
+)
+def test_rounded_inputs_of_a_foreign_file_are_known(name: str, kind: str | None, scale: bool) -> None:
+    stored, dense, config = golden("compressed_tensors", name)
+    fmt = format_of(config)
+    assert fmt is not None
+    slot = Slot(f"{MODULE}.weight", MODULE, (dense.shape[0], dense.shape[1]), dense.dtype)
+    found = fmt.unpack_input(slot, stored.__getitem__, config)
+    assert (found and found.kind) == kind
+    assert (found is not None and found.scale is not None) == scale
+    if found is not None and found.scale is not None:
+        assert torch.equal(found.scale, stored[f"{MODULE}.input_scale"]) and float(found.scale) > 0
+
+
 def test_files_have_groups_in_another_order() -> None:
     for tool, name, key in (
         ("gptqmodel", "gptq-4", "g_idx"),

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ LAYER = "model.layers.0.self_attn.k_proj"  # [32, 64]
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 REST = {"num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2}
 GROUP, CHANNEL = {"strategy": "group", "group_size": 16}, {"strategy": "channel"}
+TOKEN, TENSOR = {"strategy": "token", "dynamic": True}, {"strategy": "tensor", "dynamic": False}
 CASES = {
     "3-group": {"num_bits": 3, "symmetric": True, **GROUP},
     "4-group": {"num_bits": 4, "symmetric": True, **GROUP},
@@ -33,6 +35,10 @@ CASES = {
     "4-channel-asymmetric": {"num_bits": 4, "symmetric": False, **CHANNEL},
     "8-channel": {"num_bits": 8, "symmetric": True, **CHANNEL},
     "8-group-asymmetric": {"num_bits": 8, "symmetric": False, **GROUP},
+    "8-channel-token": {"num_bits": 8, **CHANNEL, "inputs": TOKEN},
+    "8-channel-static": {"num_bits": 8, **CHANNEL, "inputs": TENSOR},
+    "fp8-channel-token": {"num_bits": 8, "type": "float", **CHANNEL, "inputs": TOKEN},
+    "fp8-tensor-static": {"num_bits": 8, "type": "float", "strategy": "tensor", "inputs": TENSOR},
 }
 
 
@@ -40,27 +46,35 @@ def main() -> None:
     tensors, configs = {}, {}
     with TemporaryDirectory() as folder:
         for name, settings in CASES.items():
-            found, configs[name] = quantize(Path(folder) / name, QuantizationArgs(**settings))
+            inputs = settings.pop("inputs", None)
+            weights = QuantizationArgs(**settings)
+            rounded = inputs and QuantizationArgs(num_bits=8, type=weights.type, **inputs)
+            found, configs[name] = quantize(Path(folder) / name, weights, rounded)
             tensors |= {f"{name}/{key}": tensor for key, tensor in found.items()}
     save_file(tensors, HERE / "compressed_tensors.safetensors")
     (HERE / "compressed_tensors.json").write_text(json.dumps(configs, indent=1) + "\n")
 
 
-def quantize(folder: Path, weights: QuantizationArgs) -> tuple[dict[str, torch.Tensor], dict]:
+def quantize(
+    folder: Path, weights: QuantizationArgs, inputs: QuantizationArgs | None
+) -> tuple[dict[str, torch.Tensor], dict]:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE, **REST)).bfloat16().save_pretrained(folder / "source")
     model = LlamaForCausalLM.from_pretrained(folder / "source", dtype="auto")
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
     words = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"w": 0}, unk_token="w"))
     )  # asked for, not used
     recipe = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
-    oneshot(model=model, tokenizer=words, recipe=recipe)
+    rows = torch.randint(64, (4, 32)).tolist()
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 32] * 4})
+    text = {"dataset": data, "num_calibration_samples": 4, "max_seq_length": 32} if inputs else {}
+    oneshot(model=model, tokenizer=words, recipe=recipe, **text)
     model.save_pretrained(folder / "out", save_compressed=True)
     stored = load_file(folder / "out" / "model.safetensors")
     found = {key.removeprefix(LAYER + "."): tensor for key, tensor in stored.items() if key.startswith(LAYER + ".")}
-    dense = BaseCompressor.get_value_from_registry("pack-quantized").decompress(found, scheme)["weight"]
     config = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
+    dense = BaseCompressor.get_value_from_registry(config["format"]).decompress(found, scheme)["weight"]
     return {**found, "dequantized": dense.contiguous()}, config
 
 

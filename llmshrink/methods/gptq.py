@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.grid import Grid, GridConfig, choose_grid, round_to
+from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
 from llmshrink.statistics import Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
@@ -31,7 +31,7 @@ CONTIGUOUS = torch.contiguous_format
 LADDER = (1.0, 10.0, 100.0, 1000.0)  # factors on the damping, tried in turn
 
 
-class GptqConfig(GridConfig):
+class GptqConfig(BlockConfig):
     """Settings of GPTQ."""
 
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")

@@ -29,22 +29,11 @@ class GridConfig(GroupConfig):
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(True, description="zero is the code 0; false stores a zero point for every scale")
     scales: Literal["minmax", "mse"] = Field("mse", description="cover the range, or search for the least error")
-    type: BlockName | None = Field(
-        None, description="block type of GGUF, which says the bits, the group and what is stored of it; null: none"
-    )
-
-    @model_validator(mode="after")
-    def _check_type(self) -> Self:
-        said = ("bits", "group_size", "symmetric", "scales")
-        given = [name for name in said if getattr(self, name) != type(self).model_fields[name].default]
-        if self.type is not None and given:
-            raise ValueError(f"{', '.join(given)}: the type {self.type} says it already; leave out one or the other")
-        return self
 
     @property
     def block(self) -> BlockType | None:
-        """What the block type stores, where one is named."""
-        return None if self.type is None else BLOCK_TYPES[self.type]
+        """What a block type of GGUF stores, where one is named."""
+        return None
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -62,7 +51,7 @@ class GridConfig(GroupConfig):
         if self.block is None:
             return super().why_not(shape)
         if shape[1] % self.block.size:
-            return f"{self.type} is stored in blocks of {self.block.size}, which does not divide the width {shape[1]}"
+            return f"it is stored in blocks of {self.block.size}, which does not divide the width {shape[1]}"
         return None
 
     def meta(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
@@ -80,6 +69,27 @@ class GridConfig(GroupConfig):
             zero=None if self.symmetric else torch.empty(out, groups, dtype=torch.int8, device="meta"),
         )
         return Layer(grid.form(codes, self))
+
+
+class BlockConfig(GridConfig):
+    """Settings of the methods that can also store the block types of GGUF."""
+
+    type: BlockName | None = Field(
+        None, description="block type of GGUF, which says the bits, the group and what is stored of it; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        said = ("bits", "group_size", "symmetric", "scales")
+        given = [name for name in said if getattr(self, name) != type(self).model_fields[name].default]
+        if self.type is not None and given:
+            raise ValueError(f"{', '.join(given)}: the type {self.type} says it already; leave out one or the other")
+        return self
+
+    @property
+    def block(self) -> BlockType | None:
+        """What the block type stores, where one is named."""
+        return None if self.type is None else BLOCK_TYPES[self.type]
 
 
 @dataclass(frozen=True)

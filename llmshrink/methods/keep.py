@@ -35,7 +35,7 @@ class Keep(Method[KeepConfig]):
     def __init__(
         self, read: Callable[[], Form], scales: torch.dtype | None, rounded: InputScheme | None = None
     ) -> None:
-        """`read` gives the stored form [out, in], `rounded` its inputs; scales get the dtype `scales` (None: keep it)."""
+        """`read` gives the stored form [out, in], `rounded` its inputs; scales get `scales`, or None: stay."""
         self._read, self._input = read, _stored_in(scales, rounded)
         stored = read()
         form = _rescaled(stored, scales)

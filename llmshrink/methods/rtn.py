@@ -9,11 +9,11 @@ from torch import Tensor
 
 from llmshrink.forms import Layer
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.grid import GridConfig, choose_grid, round_to
+from llmshrink.methods.grid import BlockConfig, choose_grid, round_to
 from llmshrink.statistics import NoStatistic
 
 
-class RtnConfig(GridConfig):
+class RtnConfig(BlockConfig):
     """Settings of round-to-nearest."""
 
 

@@ -79,10 +79,23 @@ class MethodSpec(BaseModel):
         return self
 
 
-class FormatSpec(Section):
-    """How the result is written."""
+class ExportSpec(Section):
+    """How codes that are there are written."""
 
-    name: str = Field(description="the checkpoint format; null: gguf, where a type is named")
+    name: str = Field(description="the checkpoint format")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name not in format_names():
+            message = f"there is no format '{name}'" + did_you_mean(name, format_names())
+            raise refuse([fault((), message, name)])
+        return name
+
+
+class FormatSpec(ExportSpec):
+    """How the result is written; a type alone means the format gguf."""
+
     type: str | None = Field(
         None, description="gguf: which mix of block types, e.g. Q4_K_M; null: the one that people mean by the bits"
     )
@@ -100,14 +113,6 @@ class FormatSpec(Section):
         if mix is not None and info.data.get("name", "gguf") != "gguf":
             raise refuse([fault((), f"types are for the format gguf, not for {info.data['name']}", mix)])
         return mix
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if name not in format_names():
-            message = f"there is no format '{name}'" + did_you_mean(name, format_names())
-            raise refuse([fault((), message, name)])
-        return name
 
 
 class QuantizeStage(Section):
@@ -213,7 +218,7 @@ class ExportStage(Section):
     """The codes that a model is stored in, written in another format."""
 
     task: Literal["export"] = Field(description="what this stage does")
-    format: FormatSpec = Field(description="checkpoint format to write; dense: decoded weights")
+    format: ExportSpec = Field(description="checkpoint format to write; dense: decoded weights")
     gate: Gate = GateSpec()
 
 

@@ -100,6 +100,7 @@ TRIALS = {
     "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
     "stages.quantize.ignore": Trial([".*k_proj"]),
     "stages.quantize.format.name": Trial("dense"),
+    "stages.quantize.format.type": Trial("Q8_0", {**RTN, "stages.0.format": {"name": "gguf"}}),
     "stages.quantize.on_indivisible": Trial("channel", RTN),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),

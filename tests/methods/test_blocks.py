@@ -11,7 +11,7 @@ from torch import Tensor
 from llmshrink.block_types import BLOCK_TYPES, BlockType
 from llmshrink.forms import Quantized, decode
 from llmshrink.methods import blocks
-from llmshrink.methods.grid import BlockGrid, GridConfig, choose_grid, round_to
+from llmshrink.methods.grid import BlockConfig, BlockGrid, choose_grid, round_to
 
 NESTED = [name for name, kind in BLOCK_TYPES.items() if kind.nested is not None]
 WIDTH = 512
@@ -26,7 +26,7 @@ def weights(heavy: bool = False, rows: int = 8) -> tuple[Tensor, Tensor]:
 
 def errors(weight: Tensor, name: str, cost: Tensor | None = None) -> Tensor:
     """Weighted squared error of each block."""
-    config = GridConfig(type=name)
+    config = BlockConfig(type=name)
     grid = choose_grid(weight, config, torch.float16, cost)
     rest = (weight - decode(grid.form(round_to(grid, weight, config), config))).square()
     return (rest if cost is None else rest * cost).view(len(weight), -1, BLOCK_TYPES[name].size).sum(2)
@@ -80,7 +80,7 @@ def test_no_block_is_worse_than_where_every_group_covers_its_range(name: str, he
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_importance_is_what_the_search_minimises(name: str) -> None:
     weight, cost = weights()
-    config = GridConfig(type=name)
+    config = BlockConfig(type=name)
     grid = choose_grid(weight, config, torch.float16)
     rest = (weight - decode(grid.form(round_to(grid, weight, config), config))).square() * cost
     assert errors(weight, name, cost).sum() < rest.sum()
@@ -89,7 +89,7 @@ def test_importance_is_what_the_search_minimises(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_the_form_means_what_the_grid_does(name: str) -> None:
     weight, cost = weights()
-    config = GridConfig(type=name)
+    config = BlockConfig(type=name)
     grid = choose_grid(weight, config, torch.float16, cost)
     steps = round_to(grid, weight, config)
     low, high = config.code_range
@@ -116,7 +116,7 @@ def test_blocks_without_usable_scales(name: str) -> None:
     weight[2] *= 1e-12
     weight[3] *= 1e6
     weight[4] = 0.25
-    config = GridConfig(type=name)
+    config = BlockConfig(type=name)
     grid = choose_grid(weight, config, torch.float16)
     form = grid.form(round_to(grid, weight, config), config)
     assert isinstance(form, Quantized)
@@ -138,7 +138,7 @@ def test_weights_on_a_grid_are_found(name: str) -> None:
 
 def test_scales_move_on_the_grid_they_are_stored_on() -> None:
     weight, cost = weights()
-    grid = choose_grid(weight, GridConfig(type="Q4_K"), torch.float16, cost)
+    grid = choose_grid(weight, BlockConfig(type="Q4_K"), torch.float16, cost)
     assert isinstance(grid, BlockGrid) and grid.scale_unit is not None
     moved = grid.storable("scale", grid.scale[:, 9] * 1.1, 9)
     integers = moved / grid.scale_unit[:, 1]
@@ -151,6 +151,6 @@ def test_scales_move_on_the_grid_they_are_stored_on() -> None:
 def test_a_type_says_all_that_the_other_settings_do() -> None:
     for given in ({"bits": 3}, {"group_size": 64}, {"symmetric": False}, {"scales": "minmax"}):
         with pytest.raises(ValidationError, match="Q4_K says it already"):
-            GridConfig(type="Q4_K", **given)
-    assert GridConfig(type="Q4_K").group(512) == 32
-    assert "blocks of 256" in str(GridConfig(type="Q4_K").why_not((8, 288)))
+            BlockConfig(type="Q4_K", **given)
+    assert BlockConfig(type="Q4_K").group(512) == 32
+    assert "blocks of 256" in str(BlockConfig(type="Q4_K").why_not((8, 288)))

@@ -70,7 +70,7 @@ def test_integers_are_close_to_the_best_of_all_under_their_float16(name: str) ->
     assert tables.scale_unit is not None
     units = [None if unit is None else unit.flatten() for unit in (tables.scale_unit, tables.minimum_unit)]
     best = least_error_of_any_integers(groups, costs, kind, *units)
-    assert errors(weight, name, cost).sum() <= (1.05 if kind.nested == 8 else 1.03) * best.sum()
+    assert errors(weight, name, cost).sum() <= 1.05 * best.sum()
 
 
 @pytest.mark.parametrize("heavy", [False, True])

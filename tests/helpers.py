@@ -1,12 +1,15 @@
-"""Recipes for tests, and the dense model behind an output as llmshrink decodes it."""
+"""Recipes for tests, tensors of forms, and the dense model behind an output as llmshrink decodes it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
@@ -84,3 +87,12 @@ def assert_complete(folder: Path, *, killed: bool = False) -> None:
     listed = json.loads((folder / MANIFEST).read_bytes())["files"]
     assert {p.name for p in folder.iterdir()} - ({WORK} if killed else set()) == {*listed, MANIFEST}
     assert all(sha256(folder / name) == entry["sha256"] for name, entry in listed.items())
+
+
+def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a form, with their place in it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name), f"{name}.{field.name}")

@@ -7,7 +7,7 @@ is best without that rule, and then move on their own grid: the integers given t
 steps to their neighbours, and the block's float16 by least squares over all its groups.
 
 llama.cpp's encoders (ggml-quants.c) try scales with one end of the range held fast, and round each group's scale and
-minimum independently of the codes; `bench/results.md` compares.
+minimum independently of the codes.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
+from helpers import tensors
 from torch import Tensor
 
 from llmshrink.forms import decode, join_rows, split_rows
@@ -33,15 +32,6 @@ def gathered(method: Method[Any], width: int = SHAPE[1], dead: int = 0) -> Stati
     statistic.update(x)
     statistic.finish()
     return statistic
-
-
-def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a form, with their place in it."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name), f"{name}.{field.name}")
 
 
 @pytest.fixture(params=method_names())

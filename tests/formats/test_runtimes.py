@@ -1,4 +1,4 @@
-"""The README's table of what loads where is the one in code, and its rules say what they should."""
+"""The table of docs/formats.md of what loads where is the one in code, and its rules say what they should."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llmshrink.formats import format_names
 from llmshrink.formats.runtimes import FAMILIES, FORMATS, ORDER, RUNTIMES, TABLE, Stored, entry, markdown, usual
 from llmshrink.forms import Scheme
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "formats.md"
 W4, W3, W4_ASYM, W3_ASYM = Scheme(4, True, 128), Scheme(3, True, 128), Scheme(4, False, 128), Scheme(3, False, 128)
 PACKED = Stored("compressed-tensors", frozenset(["linear"]), frozenset([W4]))
 GPTQ = replace(PACKED, format="gptq")
 AWQ = replace(PACKED, format="awq")
 
 
-def test_the_readme_shows_the_table_of_the_code() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_page_shows_the_table_of_the_code() -> None:
+    text = PAGE.read_text(encoding="utf-8")
     shown = text.partition("test_runtimes.py -->\n")[2].partition("<!-- /runtimes -->")[0]
     assert shown == markdown()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,20 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import CHANGES, FAMILIES, rounded, write
+from helpers import recipe
 from tiny import VOCABULARY, build_model, config
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vocabularies import BYTES, NASTY, SENTENCEPIECE, save
 
+from llmshrink import run
+from llmshrink.checks.written import streamed_output
 from llmshrink.demo import MODEL_DIR
+from llmshrink.gguf.checkpoint import SINGLE
+from llmshrink.model.source import open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.progress import Silent
+from llmshrink.report.schema import Check
 
 pytestmark = pytest.mark.readers
 
@@ -83,6 +92,10 @@ class Case:
 CASES = [Case(name, "F32") for name in (*FAMILIES, *POSITIONS)] + [
     Case(name, type) for name in FAMILIES for type in ("F16", "BF16")
 ]
+MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0")
+QUANTIZED = [*(Case("wide", mix) for mix in MIXES), Case("demo", "Q4_K_M"), Case("demo", "Q8_0")]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.04}
+BLOCKS_LIMIT = 2e-3  # nats per token: llama.cpp's kernels round the inputs of these matrices to 8 bits
 TOKENIZERS = tuple(f"words-{kind}" for kind in (*BYTES, *SENTENCEPIECE, "demo"))
 # Of this kind the notes of a plan say so.
 DIFFERENT = {"words-llama-new": [text for text in NASTY if text.startswith((" ", "a<s>"))]}
@@ -137,16 +150,44 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return Found(sources, dict(zip((*CASES, *TOKENIZERS), readings, strict=True)))
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Folders as a run makes them."""
+    root = tmp_path_factory.mktemp("quantized")
+    build_model(root / "wide", config("llama", **WIDE), torch.bfloat16)
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        for case in QUANTIZED:
+            source = MODEL_DIR if case.name == "demo" else root / "wide"
+            stage = {"format": {"name": "gguf", "type": case.type}}
+            out = folders[f"{case.name}-{case.type}"] = root / f"{case.name}-{case.type}"
+            run.execute(recipe(source, out, root, {"name": "rtn"}, stage=stage), progress=Silent())
+    requests = [
+        {"file": str(folder / SINGLE), "texts": [], "prompts": PROMPTS.tolist(), "new": NEW}
+        for folder in folders.values()
+    ]
+    return Found(folders, dict(zip(QUANTIZED, read(root, requests), strict=True)))
+
+
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: f"{case.name}-{case.type}")
+def test_block_types_mean_the_same(quantized: Found, case: Case) -> None:
+    written = StreamedModel(open_source(str(quantized.sources[f"{case.name}-{case.type}"])), torch.device("cpu"))
+    kl, spread, _ = compare(quantized.readings[case], lambda row: streamed_output(written, row))
+    print(f"{case.name} {case.type}: KL {kl:.1e}, spread {spread:.2f}")
+    assert spread > SPREAD
+    assert kl <= BLOCKS_LIMIT
+
+
 @torch.no_grad()
-def compare(found: Found, case: Case) -> tuple[float, float, bool]:
+def compare(reading: dict[str, Any], logits_of: Callable[[Tensor], Tensor]) -> tuple[float, float, bool]:
     """The largest mean KL(ours || llama.cpp) of a row, the spread of our logits, whether all tokens are the same."""
-    reading, model = found.readings[case], rounded(found.sources[case.name], case.type)
     assert reading["error"] is None, reading["error"]
     kls, spreads, same = [], [], []
     for prompt, new, steps in zip(PROMPTS, reading["generated"], reading["logprobs"], strict=True):
         row = torch.cat([prompt, torch.tensor(new)])[None]
         theirs = torch.tensor(steps, dtype=torch.float64)  # one step less where a text came to its end
-        logits = model(row).logits[0, LENGTH - 1 : LENGTH - 1 + len(theirs)].double()
+        logits = logits_of(row)[0, LENGTH - 1 : LENGTH - 1 + len(theirs)].double()
         same.append(logits.argmax(-1).tolist() == new[: len(theirs)])
         ours = logits.log_softmax(-1)
         kls.append((ours.exp() * (ours - theirs)).sum(-1).mean().item())
@@ -156,7 +197,8 @@ def compare(found: Found, case: Case) -> tuple[float, float, bool]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.type}")
 def test_the_same_tokens_follow(found: Found, case: Case) -> None:
-    kl, spread, same = compare(found, case)
+    model = rounded(found.sources[case.name], case.type)
+    kl, spread, same = compare(found.readings[case], lambda row: model(row).logits)
     print(f"{case.name} {case.type}: KL {kl:.1e}, {'the same' if same else 'other'} tokens")
     assert spread > SPREAD
     assert kl <= KL_LIMIT[case.type]

@@ -74,6 +74,12 @@ class InputScheme:
     scale: Tensor | None = None  # [1], in the dtype it is stored in; None: each token has its own (dynamic)
     threshold: float = 0.0  # of llm-int8: a feature in which a token reaches it is not rounded; 0: every feature is
 
+    @property
+    def words(self) -> str:
+        """What it is, for a report."""
+        kinds = {"int": "int8", "float": "fp8", "llm-int8": "LLM.int8", "bitnet": "BitNet"}
+        return f"{kinds[self.kind]}, {'a scale for each token' if self.scale is None else 'a static scale'}"
+
     def round(self, x: Tensor) -> Tensor:
         """The inputs [..., tokens, in] that the rounded numbers mean, in the dtype of `x`.
 

@@ -183,6 +183,7 @@ def _report(
         bits=form.bits if isinstance(form, Quantized) else None,
         group_size=_group_size(form, matrix.shape[1]),
         type=stored_as.type_of(layer),
+        inputs=None if layer.input is None else layer.input.words,
         parameters=matrix.numel,
         bytes_before=bytes_before,
         bytes_after=size,

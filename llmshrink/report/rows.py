@@ -206,6 +206,8 @@ def stage_lines(stage: StageReport) -> list[str]:
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
+    for how in dict.fromkeys(layer.inputs for layer in done if layer.inputs):
+        lines.append(f"their inputs are rounded: {how}")
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")

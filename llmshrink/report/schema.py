@@ -61,6 +61,7 @@ class LayerReport(Record):
     bits: int | None = None
     group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
     type: str | None = Field(default=None, description="what the format calls it: a block type of GGUF")
+    inputs: str | None = Field(default=None, description="how its inputs are rounded; None: they are not")
     parameters: int
     bytes_before: int
     bytes_after: int

@@ -114,7 +114,7 @@ def score(base: dict[str, Any], folder: Path) -> list[float]:
     recipe["evaluation"] = {**base["evaluation"], "baseline": base["model"]["id"]}
     after = run.execute(validate(recipe), progress=Silent()).after
     assert after is not None
-    return [text.kl or 0.0 for text in after.texts]
+    return [text.kl or 0.0 for text in after.scores]
 
 
 def main() -> None:

@@ -20,10 +20,13 @@ from llmshrink.model.task import task_of
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
+FORMATS = {"cast": {"format": {"name": "gguf"}}}  # of methods that no other format stores
+
 
 def recipe(model: Path, output: Path, text: Path, method: dict[str, Any] | None = None, **more: Any) -> Recipe:
     """A small quantize recipe without evaluation."""
-    stage: dict[str, Any] = {"task": "quantize", "method": method, **more.pop("stage", {})}
+    usual = FORMATS.get(str((method or {}).get("name")), {})
+    stage: dict[str, Any] = {"task": "quantize", "method": method, **usual, **more.pop("stage", {})}
     data: dict[str, Any] = {
         "version": 1,
         "model": {"id": str(model)},

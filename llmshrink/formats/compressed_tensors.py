@@ -214,9 +214,9 @@ class CompressedTensors(Format):
         """Shape from the codes, or from the tensor that holds it; dtype from the scales."""
         dtype = get(f"{key}_scale").dtype
         try:
-            return tuple(int(n) for n in get(f"{key}_shape")), dtype
-        except KeyError:
             return tuple(get(key).shape), dtype
+        except KeyError:
+            return tuple(int(n) for n in get(f"{key}_shape")), dtype
 
 
 def _zero_points(slot: Slot, get: Callable[[str], Tensor], scheme: Scheme, out: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs
-from llmshrink.plan.work import Work
+from llmshrink.plan.work import Work, method_name
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 
@@ -77,6 +77,9 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     events += [Event("caution", method.caution, m.name) for m, method in methods.items() if method.caution]
     chosen = _choose_format(stage, methods)
+    if chosen.name != "gguf" and (cast := [m.name for m, method in methods.items() if method_name(method) == "cast"]):
+        message = f"{cast[0]}: other floats than the model's own are stored in GGUF only, and this is {chosen.name}"
+        raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     return lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
 

@@ -49,7 +49,7 @@ NF4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"n
 FP4 = {"model.id": "{wide_model}", "stages": [{"task": "quantize", "method": {"name": "fp4"}}]}
 RTN = {"stages": [{"task": "quantize", "method": {"name": "rtn"}}]}
 GPTQ = {"stages": [{"task": "quantize", "method": {"name": "gptq"}}]}
-CAST = {"stages": [{"task": "quantize", "method": {"name": "cast"}}]}
+CAST = {"stages": [{"task": "quantize", "method": {"name": "cast"}, "format": {"name": "gguf"}}]}
 RTN_32 = {"stages": [{"task": "quantize", "method": {"name": "rtn", "group_size": 32}}]}
 HQQ = {"stages": [{"task": "quantize", "method": {"name": "hqq", "group_size": 32}}], **DENSE}
 TERNARY = {"stages": [{"task": "quantize", "method": {"name": "ternary", "group_size": 32}}]}
@@ -78,7 +78,7 @@ TRIALS = {
     "stages.quantize.method.rtn.symmetric": Trial(False, {**RTN_32, **DENSE}),
     "stages.quantize.method.rtn.scales": Trial("minmax", RTN_32),
     "stages.quantize.method.rtn.type": Trial("Q4_0", {**RTN, **DENSE}),
-    "stages.quantize.method.cast.dtype": Trial("bfloat16", {**CAST, **DENSE}),
+    "stages.quantize.method.cast.dtype": Trial("bfloat16", CAST),
     "stages.quantize.method.nf4.block_size": Trial(32, NF4),
     "stages.quantize.method.nf4.double_quant": Trial(True, NF4),
     "stages.quantize.method.fp4.block_size": Trial(32, FP4),

@@ -19,6 +19,7 @@ from llmshrink.checks.written import output_as_read, streamed_output
 from llmshrink.engine.compress import Compressor
 from llmshrink.errors import GateError, PlanError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult, read
+from llmshrink.model.anatomy import Part
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
@@ -142,15 +143,15 @@ def test_a_stopped_run_gives_the_same_bytes(
 ) -> None:
     source = models_folder("llama", torch.bfloat16)
     quantized(source, tmp_path / "whole", text_file, inputs, None)
-    write = Compressor._others
+    write = Compressor._outside
 
-    def stop(self: Compressor) -> Any:
+    def stop(self: Compressor, part: Part) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Compressor, "_others", stop)
+    monkeypatch.setattr(Compressor, "_outside", stop)
     with pytest.raises(KeyboardInterrupt):
         quantized(source, tmp_path / "out", text_file, inputs, None)
-    monkeypatch.setattr(Compressor, "_others", write)
+    monkeypatch.setattr(Compressor, "_outside", write)
     journal = next((tmp_path / "out.partial").rglob("journal*"))
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]))  # as if the last block had not been finished

@@ -21,7 +21,7 @@ ALLOWED = {
     "methods": {"block_types", "forms", "statistics"},
     "formats": {"block_types", "forms", "errors", "patterns"},
     "io": {"errors"},
-    "gguf": {"errors", "io"},  # not `model`, which opens folders with GGUF files through it
+    "gguf": {"block_types", "errors", "io"},  # not `model`, which opens folders with GGUF files through it
     "recipe": {"errors", "methods", "formats", "patterns"},
     "demo": set(),
     "model": {"errors", "forms", "formats", "gguf", "io", "memory"},

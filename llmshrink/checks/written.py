@@ -105,10 +105,12 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
         detail=f"{len(layers)} layers decoded from disk" if same else f"{worst_name}: not what was compressed",
         value=worst,
     )
-    dropped = source.anatomy.unused if written.weights.format.name == "gguf" else ()
+    dropped, add = (source.left_by_gguf, source.gguf_norms) if written.weights.format.name == "gguf" else ((), 0.0)
     left = [k for k in source.weights.infos if k.removesuffix(".weight") not in by_name and k not in dropped]
     changed = [
-        k for k in left if k not in written.weights.infos or not _equal(source.weights.dense(k), written.weights.get(k))
+        k
+        for k in left
+        if k not in written.weights.infos or not _equal(source.weights.dense(k), written.weights.get(k), add)
     ]
     detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
     return [decode, Check(name="copied", passed=not changed, detail=detail)]
@@ -124,10 +126,15 @@ def _stretches(model: StreamedModel, matrix: Matrix) -> Iterator[Tensor]:
         yield rows(slice(start, start + HEAD_ROWS)).float()
 
 
-def _equal(original: Tensor, copy: Tensor) -> bool:
-    """Whether a copy has the same values; it may hold 16 bits in 32, as GGUF has its vectors."""
+def _equal(original: Tensor, copy: Tensor, add: float) -> bool:
+    """Whether a copy has the same values, where the file holds what both are with `add`.
+
+    It may have 16 bits in 32, as GGUF has its vectors.
+    """
     wider = copy.dtype == torch.float32 and original.dtype in (torch.bfloat16, torch.float16)
-    return (wider or original.dtype == copy.dtype) and torch.equal(original, copy.to(original.dtype))
+    if original.dtype == copy.dtype and torch.equal(original, copy):
+        return True
+    return (wider or bool(add)) and torch.equal(original.float() + add, copy.float() + add)
 
 
 def check_blocks(written: StreamedModel, tokens: Tensor, ends: Tensor) -> Check:
@@ -159,12 +166,13 @@ def check_reader(written: StreamedModel, tokens: Tensor, unused: tuple[str, ...]
     if check.passed is not False or output is None or not written.weights.rounds_inputs:
         return check
     # Sums in another order round some inputs the other way, and every layer makes more of it. So the weights are
-    # compared without rounding, and with it the two must differ by no more than rounding itself does.
+    # compared without rounding, and with it the two must differ by less than half of what rounding itself does: a
+    # reader that does not round at all differs by all of it.
     exact = output_as_read(written, tokens, rounded=False)
     own, other = ((one - expected).square().mean().sqrt() for one in (exact, output))
     alike, _ = _read(written, tokens, exact, unused, rounded=False)
     detail = f"{alike.detail}, inputs not rounded; rounded, it differs by {other:.2e}, and rounding changes {own:.2e}"
-    return alike.model_copy(update={"passed": alike.passed and bool(other <= own), "detail": detail})
+    return alike.model_copy(update={"passed": alike.passed and bool(other <= own / 2), "detail": detail})
 
 
 def _read(

@@ -183,8 +183,9 @@ class BitsAndBytes(Format):
 
 
 def _by_row(layer: Layer) -> bool:
-    """Whether it is one of 8-bit codes, a scale for each row."""
-    return isinstance(layer.weight, Quantized) and layer.weight.scheme == ROWS
+    """Whether it is one of LLM.int8: 8-bit codes, a scale for each row, inputs rounded as the reader rounds them."""
+    rounded = layer.input is not None and layer.input.kind == "llm-int8"
+    return rounded and isinstance(layer.weight, Quantized) and layer.weight.scheme == ROWS
 
 
 def _four_bits(layer: Layer) -> tuple[Any, ...]:
@@ -195,7 +196,8 @@ def _four_bits(layer: Layer) -> tuple[Any, ...]:
 
 
 def _threshold(layer: Layer) -> float:
-    return THRESHOLD if layer.input is None else layer.input.threshold
+    assert layer.input is not None
+    return layer.input.threshold
 
 
 def _pack_rows(slot: Slot, form: Quantized) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ LAYOUT_VERSION = "0.18.0"  # the oldest release that reads 3-bit codes laid out 
 PACKED = "pack-quantized"
 ROUNDED: dict[CodeKind, str] = {"int": "int-quantized", "float": "float-quantized"}  # with inputs of the same kind
 PLAIN = "naive-quantized"  # codes that are not packed
+BITS = (2, 3, 4, 8)  # whose layout every release since 0.18 reads alike, and runtimes have kernels for
 
 
 class CompressedTensors(Format):
@@ -55,6 +56,8 @@ class CompressedTensors(Format):
             return "it stores codes under scales, not level tables such as NF4; use format bnb or dense"
         if scheme is None or not isinstance(form.scale, Dense):
             return "it stores one scale per row or per group of adjacent inputs"
+        if scheme.bits not in BITS:
+            return f"it stores codes of {', '.join(map(str, BITS))} bits, not of {scheme.bits}"
         if scheme.inputs is None:
             return None
         kind, _ = scheme.inputs

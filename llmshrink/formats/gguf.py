@@ -29,13 +29,13 @@ class Gguf(Format):
     quant_method: ClassVar[str | None] = "gguf"
     marks: ClassVar[tuple[str, ...]] = tuple(f".weight.{name}" for name in (*BLOCK_TYPES, *FLOATS))
     parts: ClassVar[tuple[str, ...]] = marks
+    by_row: ClassVar[bool] = True
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """A block type, or plain floats."""
         if _type_of(layer.weight) is None:
-            return (
-                f"it stores the block types {', '.join(BLOCK_TYPES)} and {', '.join(FLOATS)}: set the method's `type`"
-            )
+            kinds = ", ".join((*BLOCK_TYPES, *FLOATS))
+            return f"it stores the types {kinds}; the methods rtn and gptq make block types, cast makes floats"
         return None
 
     def type_of(self, layer: Layer) -> str | None:

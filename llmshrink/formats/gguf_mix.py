@@ -126,14 +126,15 @@ def tensor_type(mix: str, place: Place) -> str:
         mix: a name of `MIXES`.
         place: where the matrix is.
     """
+    found = wanted_type(mix, place)
+    return _fitting(found, place.width) if found in BLOCK_TYPES else found
+
+
+def wanted_type(mix: str, place: Place) -> str:
+    """The type before its blocks are held against the width."""
     usual = MIXES[mix].usual
     if usual not in BLOCK_TYPES:
         return usual
-    return _fitting(_wanted(mix, usual, place), place.width)
-
-
-def _wanted(mix: str, usual: str, place: Place) -> str:
-    """The type before its blocks are held against the width."""
     role: Role = "attn_v" if place.role == "attn_qkv" else place.role
     if role == "output" or (role == "token_embd" and place.tied):
         return "Q8_0" if usual == "Q8_0" or place.width % BLOCK_TYPES[usual].size else "Q6_K"

@@ -77,7 +77,7 @@ class Stored:
     kinds: frozenset[Kind]  # of the compressed matrices
     schemes: frozenset[Scheme] = frozenset()  # none: weights of a level table, or dense
     fused_alike: bool = True  # q/k/v share one scheme, gate/up too
-    head: bool = False  # the output head is compressed: no plan does that yet
+    head: bool = False  # the output head is compressed
     model_type: str = ""  # of config.json, where a loader treats a family in a way of its own
     causal: bool = True  # the model predicts the next token
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llmshrink.block_types import BLOCK_TYPES
 from llmshrink.errors import InputError
 from llmshrink.gguf.blueprint import CAST, PREFIX
 from llmshrink.gguf.names import Change, Family, family_read
@@ -33,8 +34,13 @@ class GgufCheckpoint:
         self.infos: dict[str, TensorInfo] = {}
         for name, entry in file.entries.items():
             key = family.key(name)
-            if key is None:
+            if key is None and name.startswith("rope_"):
                 continue  # what llama.cpp has computed before: divisors of frequencies
+            if key is None:
+                raise InputError(f"{file.path}: llmshrink knows no tensor {name!r} of {family.architecture}.")
+            if entry.type not in DTYPES and entry.type not in BLOCK_TYPES:
+                known = ", ".join(BLOCK_TYPES)
+                raise InputError(f"{file.path}: {name} is of the type {entry.type}, which is not read; known: {known}.")
             if key.startswith(family.prefix):
                 key = f"{own}{key.removeprefix(family.prefix)}"
             packed = entry.type not in DTYPES or name in cast

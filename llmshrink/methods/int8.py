@@ -6,6 +6,7 @@ token to 8 bits too, but for features that reach a threshold: in large models a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from bitsandbytes.functional import int8_vectorwise_quant
 from pydantic import Field
 from torch import Tensor
 
-from llmshrink.forms import Dense, InputScheme, Layer, Quantized
+from llmshrink.forms import Dense, Event, InputScheme, Layer, Quantized
 from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
 from llmshrink.statistics import NoStatistic
 
@@ -40,8 +41,14 @@ class Int8(Method[Int8Config]):
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Quantize one matrix [out, in]; like bitsandbytes, of the weights rounded to float16."""
-        codes, largest, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
-        return self._layer(codes, largest.mul(1 / LARGEST)[:, None])
+        limit = torch.finfo(torch.float16).max
+        outside = int((weight.abs() > limit).sum())
+        codes, largest, _ = int8_vectorwise_quant(weight.clamp(-limit, limit).to(torch.float16).contiguous())
+        layer = self._layer(codes, largest.mul(1 / LARGEST)[:, None])
+        if not outside:
+            return layer
+        message = f"{outside} weights beyond {limit:g}, the largest number of float16, were cut to it"
+        return replace(layer, events=(Event("overflow", message, data={"weights": float(outside)}),))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""

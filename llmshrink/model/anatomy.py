@@ -191,7 +191,8 @@ def dissect(
         inside.update(keys)
     others = tuple(k for k in infos if k not in inside and k not in weights.unused)
     table = _outside(model, model.get_input_embeddings(), "embedding", weights, infos)
-    head = _outside(model, model.get_output_embeddings(), "head", weights, infos)
+    tied = model.config.get_text_config(decoder=True).tie_word_embeddings  # a copy on disk is never looked at
+    head = None if tied else _outside(model, model.get_output_embeddings(), "head", weights, infos)
     return Anatomy(tuple(found), table, head, others, tuple(weights.unused), returns)
 
 

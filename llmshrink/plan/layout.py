@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def lay_out(
     work.events = _merged(events)
     if unused := model.anatomy.unused:
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        message = f"{len(unused)} tensors on disk belong to no parameter of the model; copied as they are: {shown}"
+        fate = "left out" if fmt.name == "gguf" else "copied as they are"
+        message = f"{len(unused)} tensors on disk belong to no parameter of the model; {fate}: {shown}"
         work.events.append(Event("unused_tensors", message))
     if opened := sorted(model.weights.compressed - {m.key for m in methods}):
         message = f"{len(opened)} compressed matrices that are not compressed again are written dense: {opened[0]}"
@@ -183,5 +185,12 @@ def _draw(work: Work, mix: str | None) -> None:
     tensors = {name: tensor for part in work.parts for name, tensor in work.meta_tensors(part).items()}
     name = Path(source.id).name or source.folder.name
     work.mix = mix
-    work.blueprint = draw(source.config, source.tokenizer, tensors, type=mix, name=name, licence=source.licence)
+    try:
+        work.blueprint = draw(source.config, source.tokenizer, tensors, type=mix, name=name, licence=source.licence)
+        _ = work.blueprint.size  # everything is put into bytes once
+    except (LookupError, TypeError, ValueError, struct.error) as error:  # numbers and names of a stranger
+        raise PlanError(
+            f"{source.id}: its configuration or vocabulary does not fit into GGUF ({type(error).__name__}: {error}).",
+            hint="Look for values in config.json that are null, negative or no numbers, and for an empty vocabulary.",
+        ) from error
     work.events += [Event("differs", note) for note in work.blueprint.notes]

@@ -27,6 +27,7 @@ def stored(work: Work) -> Stored:
         kinds=frozenset(matrix.kind for matrix in work.methods),
         schemes=frozenset(scheme for scheme in schemes.values() if scheme is not None),
         fused_alike=_fused_alike(work, schemes),
+        head=any(matrix.kind == "head" for matrix in work.methods),
         model_type=work.model.source.config.model_type,
         causal=work.model.task.causal,
     )

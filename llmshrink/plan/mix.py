@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from llmshrink.errors import PlanError
-from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type
+from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type, wanted_type
+from llmshrink.forms import Event
 from llmshrink.gguf.names import family_of
 from llmshrink.methods import load_method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
 
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # what `cast` calls them
+SAID = {"bits", "group_size", "symmetric", "scales", "type"}  # by the mix
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
 
 
@@ -21,8 +24,13 @@ def mix_of(stage: QuantizeStage) -> str | None:
     """
     if stage.format is None or stage.format.name != "gguf":
         return None
-    settings = stage.method.settings if stage.method else {}
-    said = sorted(settings.keys() & {"bits", "group_size", "symmetric"})
+    settings, name = (stage.method.settings, stage.method.name) if stage.method else ({}, None)
+    said = sorted(settings.keys() & SAID)
+    if name == "cast":
+        floats = {dtype: kind for kind, dtype in FLOATS.items()}[settings.get("dtype", "float16")]
+        if stage.format.type not in (None, floats):
+            raise PlanError(f"The method cast gives {floats}, and the type is {stage.format.type}.")
+        return floats
     if said == ["bits"] and stage.format.type is None:
         return BY_BITS[settings["bits"]]
     if said:
@@ -33,16 +41,35 @@ def mix_of(stage: QuantizeStage) -> str | None:
     return stage.format.type or BY_BITS[4]
 
 
-def mix_specs(mix: str, stage: QuantizeStage, model: StreamedModel) -> dict[Matrix, MethodSpec | None]:
-    """The method of every matrix, the embedding's and the head's too; None leaves one as it is."""
+def mix_specs(
+    mix: str, stage: QuantizeStage, model: StreamedModel, events: list[Event]
+) -> dict[Matrix, MethodSpec | None]:
+    """The method of every matrix, the embedding's and the head's too; None leaves one as it is.
+
+    Raises:
+        PlanError: `layers` names bits or groups, which the type says.
+    """
     typed = stage.method or MethodSpec.model_validate({})
     kept = {key: value for key, value in typed.settings.items() if key != "bits"}
     method = MethodSpec.model_validate({**kept, "name": typed.name or DEFAULT_METHOD})
     found: dict[Matrix, MethodSpec | None] = {}
     for matrix in model.anatomy.matrices:
         spec = stage.method_for(matrix.name, method)
-        weighted = spec is not None and load_method(spec.name or DEFAULT_METHOD).needs.bytes(1) > 0
-        found[matrix] = spec and _typed(spec, matrix, tensor_type(mix, _place(matrix, model, weighted)))
+        if spec is None:
+            found[matrix] = None
+            continue
+        if said := sorted(spec.settings.keys() & (SAID - {"type"})):
+            raise PlanError(
+                f"`layers` sets {', '.join(said)} of {matrix.name}, which a GGUF type says.",
+                hint="Give the layer a type: {type: Q6_K}, or {name: cast} for 16 bits.",
+            )
+        weighted = load_method(spec.name or DEFAULT_METHOD).needs.bytes(1) > 0
+        place = _place(matrix, model, weighted)
+        wanted, kind = wanted_type(mix, place), tensor_type(mix, place)
+        found[matrix] = _typed(spec, matrix, kind)
+        if kind != wanted and "type" not in spec.settings:
+            message = f"{kind} in place of {wanted}, whose blocks do not divide the width {matrix.shape[1]}"
+            events.append(Event("block_type", message, matrix.name))
     return found
 
 
@@ -76,6 +103,3 @@ def _place(matrix: Matrix, model: StreamedModel, weighted: bool) -> Place:
         tied=bool(config.tie_word_embeddings),
         importance=weighted,
     )
-
-
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # what `cast` calls them

@@ -50,11 +50,12 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         events.append(Event("requantized", message))
     default = _default_method(stage, matrices, events)
     try:
-        specs = (
-            {m: stage.method_for(m.name, default) for m in matrices} if mix is None else mix_specs(mix, stage, model)
-        )
+        if mix is None:
+            specs = {m: stage.method_for(m.name, default) for m in matrices}
+        else:
+            specs = mix_specs(mix, stage, model, events)
     except ValidationError as error:
-        raise PlanError(f"The keys in `layers` do not fit {default.name}: {error.errors()[0]['msg']}") from error
+        raise PlanError(f"The keys of the method, or in `layers`, do not fit {default.name}: {_first(error)}") from None
     _check_patterns(stage, list(specs))
     usual = _usual_group(stage, default, matrices, events) if mix is None else GROUP_SIZES[0]
     methods: dict[Matrix, Method[Any]] = {}
@@ -75,13 +76,27 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
-    events += [Event("caution", method.caution, m.name) for m, method in methods.items() if method.caution]
+    events += [Event("caution", why, m.name) for m, method in methods.items() if (why := _caution(method))]
     chosen = _choose_format(stage, methods)
+    if chosen.name not in ("gguf", "dense") and any(getattr(m.config, "block", None) for m in methods.values()):
+        message = f"`type` names a block type of GGUF, and this is {chosen.name}"
+        raise PlanError(f"{message}.", hint="Choose --format gguf, or bits and group_size in place of the type.")
     if chosen.name != "gguf" and (cast := [m.name for m, method in methods.items() if method_name(method) == "cast"]):
         message = f"{cast[0]}: other floats than the model's own are stored in GGUF only, and this is {chosen.name}"
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     return lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}" if found["loc"] else str(found["msg"])
+
+
+def _caution(method: Method[Any]) -> str | None:
+    """What the user should know of a method; block types of three levels are what `ternary` makes."""
+    block = getattr(method.config, "block", None)
+    return load_method("ternary").caution if block is not None and block.levels is not None else method.caution
 
 
 def _inputs(stage: QuantizeStage, methods: Iterable[Matrix]) -> dict[Matrix, Inputs]:
@@ -162,7 +177,7 @@ def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[E
             return MethodSpec.model_validate({**fitting, **settings})
         except ValidationError as error:
             what = f"Inputs {stage.inputs.type} go with method {fitting['name']}, where none is named"
-            raise PlanError(f"{what}: {error.errors()[0]['msg']}") from error
+            raise PlanError(f"{what}: {_first(error)}") from error
     usual = entry(Stored("compressed-tensors", frozenset(m.kind for m in matrices)), "transformers")
     plain = stage.format is None and settings.get("bits", 4) == 4 and not settings.keys() - {"bits"}
     if plain and usual.support == "no":

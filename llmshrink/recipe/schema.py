@@ -108,6 +108,7 @@ class FormatSpec(ExportSpec):
     @field_validator("type")
     @classmethod
     def _check_type(cls, mix: str | None, info: ValidationInfo) -> str | None:
+        mix = mix and mix.upper()
         if mix is not None and mix not in MIXES:
             raise refuse([fault((), f"there is no GGUF type '{mix}'" + did_you_mean(mix, list(MIXES)), mix)])
         if mix is not None and info.data.get("name", "gguf") != "gguf":

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from gguf_files import CHANGES, FAMILIES
 from helpers import content, recipe
+from safetensors.torch import load_file, save_file
 from tiny import build_model, config
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -183,7 +184,8 @@ def test_bits_choose_the_mix(tiny: Callable[..., Path], text_file: Path, tmp_pat
         ("opt", {"name": "rtn"}, "Q4_K_M", "model types gemma2"),
         ("wide", {"name": "rtn", "group_size": 32}, "Q4_K_M", "group_size cannot be chosen beside it"),
         ("wide", {"name": "rtn", "bits": 4}, "Q4_K_M", "bits cannot be chosen beside it"),
-        ("wide", {"name": "nf4"}, "Q4_K_M", "it stores the block types"),
+        ("wide", {"name": "rtn", "type": "Q4_0"}, "Q4_K_M", "type cannot be chosen beside it"),
+        ("wide", {"name": "nf4"}, "Q4_K_M", "it stores the types Q4_0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_compute(
@@ -218,3 +220,46 @@ def test_a_written_file_can_be_measured_and_exported(
     before, after = (StreamedModel(open_source(str(folder)), CPU) for folder in (moved, tmp_path / "dense"))
     key = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(before.weights.get(key).bfloat16(), after.weights.get(key))
+
+
+def test_norms_that_are_stored_plus_one_come_back(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's: what is read is the sum less one, which need not be the weight that was written."""
+    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    build_model(tmp_path / "source", config("gemma2", **CHANGES["gemma2"]), torch.float32)
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(3)
+    norms = {name: torch.randn(t.shape, generator=generator) * 0.01 for name, t in tensors.items() if t.ndim == 1}
+    save_file({**tensors, **norms}, path, {"format": "pt"})
+    checks = made(tmp_path / "source", tmp_path / "out", text_file, "Q8_0").stages[0].checks
+    assert all(check.passed for check in checks)
+
+
+def test_a_copy_of_the_tied_embedding_is_left_out(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    build_model(tmp_path / "source", config("llama-tied"), torch.bfloat16)
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    report = made(tmp_path / "source", tmp_path / "out", text_file, "Q8_0")
+    assert all(check.passed for check in report.stages[0].checks)
+    assert "lm_head" not in types(report)
+
+
+def test_rows_are_read_by_themselves(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    made(tiny("wide"), tmp_path / "out", text_file)
+    weights = StreamedModel(open_source(str(tmp_path / "out")), CPU).weights
+    whole, rows = weights.get("lm_head.weight"), weights.rows("lm_head.weight")
+    assert torch.equal(rows(slice(30, 50)), whole[30:50])
+    assert torch.equal(rows(torch.tensor([7, 7, 150])), whole[[7, 7, 150]])
+
+
+def test_a_narrow_matrix_is_told(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    stage = {"format": {"name": "gguf", "type": "q4_k_m"}}
+    plan = run.make_plan(recipe(tiny("llama"), tmp_path / "out", text_file, {"name": "rtn"}, stage=stage))
+    assert plan.type == "Q4_K_M"
+    assert any("Q5_0 in place of Q4_K" in event.message for event in plan.events)

@@ -9,8 +9,20 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmshrink.formats import format_names
-from llmshrink.formats.runtimes import FAMILIES, FORMATS, ORDER, RUNTIMES, TABLE, Stored, entry, markdown, usual
+from llmshrink.formats.runtimes import (
+    FAMILIES,
+    FORMATS,
+    GGUF_FAMILIES,
+    ORDER,
+    RUNTIMES,
+    TABLE,
+    Stored,
+    entry,
+    markdown,
+    usual,
+)
 from llmshrink.forms import Scheme
+from llmshrink.gguf.names import FAMILIES as GGUF_NAMES
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "formats.md"
 W4, W3, W4_ASYM, W3_ASYM = Scheme(4, True, 128), Scheme(3, True, 128), Scheme(4, False, 128), Scheme(3, False, 128)
@@ -85,3 +97,7 @@ def test_rules(stored: Stored, runtime: str, support: str) -> None:
 def test_what_a_cpu_does_not_run_is_told(stored: Stored) -> None:
     per_channel = replace(stored, schemes=frozenset([Scheme(4, True, None)]))
     assert "CPU" in entry(per_channel, "transformers").reason and "CPU" not in entry(stored, "transformers").reason
+
+
+def test_families_of_gguf_are_those_whose_names_are_known() -> None:
+    assert set(GGUF_NAMES) == GGUF_FAMILIES

@@ -73,10 +73,17 @@ def test_conv1d_must_be_a_matrix(tmp_path: Path) -> None:
         GgufCheckpoint.open(folder_with(tmp_path, metadata, Entry("blk.0.attn_qkv.weight", "F32", (4,))))
 
 
-def test_odd_names_of_tensors_are_passed_over(tmp_path: Path) -> None:
-    names = ["", "weight", "blk.0", "blk.x.attn_q.weight", "blk.0.attn_q", "../x.weight", "blk.0.attn_q.scale", "\n"]
-    found = GgufCheckpoint.open(folder_with(tmp_path, GOOD, *(Entry(name, "F32", (8,)) for name in names)))
-    assert list(found.infos) == []
+@pytest.mark.parametrize(
+    "name", ["", "weight", "blk.0", "blk.x.attn_q.weight", "blk.0.attn_q", "../x.weight", "blk.0.attn_q.scale", "\n"]
+)
+def test_odd_names_of_tensors_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="knows no tensor"):
+        GgufCheckpoint.open(folder_with(tmp_path, GOOD, Entry(name, "F32", (8,))))
+
+
+def test_types_that_cannot_be_decoded_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="IQ4_XS, which is not read"):
+        GgufCheckpoint.open(folder_with(tmp_path, GOOD, Entry("blk.0.attn_q.weight", "IQ4_XS", (16, 256))))
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def complete(words):
         (["llmshrink", "quantize", "-r", "gptq-w4"], ["gptq-w4g128", "gptq-w4g128-asym"]),
         (["llmshrink", "plan", "--method", "nf"], ["nf4"]),
         (["llmshrink", "quantize", "--format", "den"], ["dense"]),
-        (["llmshrink", "recipes", "show", "rtn-w8"], ["rtn-w8"]),
+        (["llmshrink", "recipes", "show", "rtn-w8"], ["rtn-w8", "rtn-w8g128"]),
         (["llmshrink", "quan"], ["quantize"]),
     ],
 )

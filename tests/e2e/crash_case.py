@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "rtn-awq": ({**RTN, "symmetric": False}, "awq"),
     "nf4-bnb": ({"name": "nf4", "block_size": 32}, "bnb"),
     "fp4-bnb": ({"name": "fp4", "block_size": 32}, "bnb"),
-    "gptq-gguf": ({"name": "gptq"}, "gguf"),
+    "gptq-gguf": ({"name": "gptq", "bits": 8}, "gguf"),
     "export": (None, "compressed-tensors"),
 }
 KILLS = (KILLED, -signal.SIGKILL)

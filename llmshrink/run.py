@@ -35,14 +35,13 @@ from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
-from llmshrink.gguf.checkpoint import SINGLE
-from llmshrink.io.files import copy_file, disk_faults, write_bytes, write_json
-from llmshrink.io.safetensors import INDEX, Checkpoint, read_header
+from llmshrink.io.files import disk_faults
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import PeakMonitor, anonymous_bytes, fix_malloc, memory_limit
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
+from llmshrink.output import finish_files, save_companions, write_report
 from llmshrink.plan.describe import describe
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.export import resolve_export
@@ -51,11 +50,9 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.recipe import text
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.report.card import model_card
 from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
-from llmshrink.summary import RunFacts, eval_stage, plain, rounding, writing_stage
+from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 
@@ -209,10 +206,10 @@ class _Run:
             probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 clock = time.perf_counter()
-                companions = _save_companions(work, workspace.folder)
+                companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
-                files = {**companions, **_finish_files(work, workspace, result.files)}
+                files = {**companions, **finish_files(work, workspace, result.files)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
@@ -229,7 +226,7 @@ class _Run:
                 seconds=time.perf_counter() - self.start,
             )
             self._tell(self.loader.events[known:])
-            _write_report(workspace.folder, report, self.recipe)
+            write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
 
@@ -358,62 +355,6 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     return work, describe(
         work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
     )
-
-
-def _save_companions(work: Work, folder: Path) -> dict[str, str]:
-    """Config, tokenizer and generation files: written before compute, so that no run fails at its end for them.
-
-    Returns:
-        The SHA-256 of each; of those that are copied, of the source.
-    """
-    source = work.model.source
-    config = {name: value for name, value in source.config_dict.items() if name != "quantization_config"}
-    if work.quantization_config is not None:
-        config["quantization_config"] = work.quantization_config
-    files = {"config.json": config, **work.format.files(work.quantization_config)}
-    written = {name: write_json(folder / name, content) for name, content in files.items()}
-    for name, path in source.companions.items():
-        copy_file(path, folder / name)
-        written[name] = source.hashes[name]
-    return written
-
-
-def _finish_files(work: Work, workspace: Workspace, shards: dict[str, str]) -> dict[str, str]:
-    """Make of the shards, whose SHA-256 is given, what loaders take; returns that of every file of the output."""
-    if work.blueprint is None:
-        return {**shards, INDEX: _write_index(work, workspace.folder)}
-    headers = (read_header(workspace.work / name) for name in work.shards.values())
-    checkpoint = Checkpoint(workspace.work, {name: info for header in headers for name, info in header.items()})
-    return {SINGLE: work.blueprint.write(workspace.folder / SINGLE, checkpoint.get)}
-
-
-def _write_index(work: Work, folder: Path) -> str:
-    tensors = {work.shards[part.index]: work.meta_tensors(part) for part in work.parts}
-    weight_map = {name: file for file, found in tensors.items() for name in found}
-    total = sum(tensor.nbytes for found in tensors.values() for tensor in found.values())
-    return write_json(
-        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
-
-
-def _write_report(folder: Path, report: Report, recipe: Recipe) -> None:
-    write_bytes(folder / "recipe.yaml", text.write(plain(recipe)).encode())
-    write_bytes(folder / "README.md", model_card(report, text.write(plain(_shareable(recipe)))).encode())
-    write_bytes(folder / "report.json", (report.model_dump_json(indent=2, ensure_ascii=True) + "\n").encode())
-
-
-def _shareable(recipe: Recipe) -> Recipe:
-    """The recipe without this machine's paths: the card is what people upload."""
-
-    def bare(name: str) -> str:
-        return Path(name).name if Path(name).expanduser().exists() else name
-
-    data = json.loads(recipe.model_dump_json())
-    data["output"] = None
-    data["model"]["id"] = data["model"]["id"] and bare(data["model"]["id"])
-    data["calibration"]["data"] = bare(data["calibration"]["data"])
-    data["evaluation"]["data"] = [bare(name) for name in data["evaluation"]["data"]]
-    return recipe.model_validate(data)
 
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:

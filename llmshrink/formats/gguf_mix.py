@@ -28,33 +28,26 @@ Role = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class Mix:
-    """A mix as users name it."""
-
-    usual: str  # the type of most matrices
-    file_type: int  # general.file_type of the file
-
-
-MIXES: dict[str, Mix] = {
-    "F32": Mix("F32", 0),
-    "F16": Mix("F16", 1),
-    "BF16": Mix("BF16", 32),
-    "Q4_0": Mix("Q4_0", 2),
-    "Q4_1": Mix("Q4_1", 3),
-    "Q5_0": Mix("Q5_0", 8),
-    "Q5_1": Mix("Q5_1", 9),
-    "Q8_0": Mix("Q8_0", 7),
-    "Q2_K": Mix("Q2_K", 10),
-    "Q3_K_S": Mix("Q3_K", 11),
-    "Q3_K_M": Mix("Q3_K", 12),
-    "Q4_K_S": Mix("Q4_K", 14),
-    "Q4_K_M": Mix("Q4_K", 15),
-    "Q5_K_S": Mix("Q5_K", 16),
-    "Q5_K_M": Mix("Q5_K", 17),
-    "Q6_K": Mix("Q6_K", 18),
-    "TQ1_0": Mix("TQ1_0", 36),
-    "TQ2_0": Mix("TQ2_0", 37),
+# By the names that users know: the type of most matrices.
+MIXES: dict[str, str] = {
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "Q4_0": "Q4_0",
+    "Q4_1": "Q4_1",
+    "Q5_0": "Q5_0",
+    "Q5_1": "Q5_1",
+    "Q8_0": "Q8_0",
+    "Q2_K": "Q2_K",
+    "Q3_K_S": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_K_M": "Q4_K",
+    "Q5_K_S": "Q5_K",
+    "Q5_K_M": "Q5_K",
+    "Q6_K": "Q6_K",
+    "TQ1_0": "TQ1_0",
+    "TQ2_0": "TQ2_0",
 }
 
 
@@ -67,7 +60,6 @@ class Place:
     layer: int = 0  # number of its block, from 0
     layers: int = 1  # blocks of the model
     heads_per_kv: int = 1  # attention heads that share a key and a value
-    experts: int = 0  # of each mixture; 0: there is none
     tied: bool = False  # the output head is the token embedding
     importance: bool = False  # the inputs' mean squares weight the errors
 
@@ -106,7 +98,6 @@ BETTER: dict[tuple[str, Role], tuple[tuple[Callable[[Place], bool], str], ...]] 
     ("TQ1_0", "token_embd"): ((_always, "Q4_K"),),
     ("TQ2_0", "token_embd"): ((_always, "Q4_K"),),
 }
-EIGHT_EXPERTS = {"Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M"}  # mixes that give attn_output more bits then
 # What stands in where a row is not whole blocks of 256; F16 where it is not whole blocks of 32 either.
 NARROWER = {
     "Q2_K": "Q4_0",
@@ -132,16 +123,12 @@ def tensor_type(mix: str, place: Place) -> str:
 
 def wanted_type(mix: str, place: Place) -> str:
     """The type before its blocks are held against the width."""
-    usual = MIXES[mix].usual
+    usual = MIXES[mix]
     if usual not in BLOCK_TYPES:
         return usual
     role: Role = "attn_v" if place.role == "attn_qkv" else place.role
     if role == "output" or (role == "token_embd" and place.tied):
         return "Q8_0" if usual == "Q8_0" or place.width % BLOCK_TYPES[usual].size else "Q6_K"
-    if place.experts == 8 and role in ("attn_k", "attn_v"):
-        return "Q8_0"
-    if place.experts == 8 and role == "attn_output":
-        return "Q5_K" if mix in EIGHT_EXPERTS else usual
     found = next((better for holds, better in BETTER.get((mix, role), ()) if holds(place)), usual)
     if role == "attn_v" and place.layers == 80 and place.heads_per_kv > 1 and found in ("Q3_K", "Q4_K"):
         return "Q5_K"  # of models of 70 billion parameters, whose attn_v is an eighth of attn_q

@@ -89,6 +89,7 @@ ALLOWED = {
         "errors",
         "evaluate",
         "formats",
+        "gguf",
         "forms",
         "io",
         "memory",

@@ -14,6 +14,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.formats.runtimes import Stored, entry, missing_packages
 from llmshrink.forms import LIMITS, InputScheme, relative_error_of
+from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.files import has_hash
 from llmshrink.memory import available_memory
 from llmshrink.model.anatomy import Block, Matrix
@@ -105,7 +106,8 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
         detail=f"{len(layers)} layers decoded from disk" if same else f"{worst_name}: not what was compressed",
         value=worst,
     )
-    dropped, add = (source.left_by_gguf, source.gguf_norms) if written.weights.format.name == "gguf" else ((), 0.0)
+    checkpoint = written.source.checkpoint
+    dropped, add = (_left_out(source), checkpoint.norms_add) if isinstance(checkpoint, GgufCheckpoint) else ((), 0.0)
     left = [k for k in source.weights.infos if k.removesuffix(".weight") not in by_name and k not in dropped]
     changed = [
         k
@@ -114,6 +116,15 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
     ]
     detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
     return [decode, Check(name="copied", passed=not changed, detail=detail)]
+
+
+def _left_out(source: StreamedModel) -> tuple[str, ...]:
+    """Tensors on disk that a GGUF file has no place for: those of no parameter, a copy of the tied embedding."""
+    table, head = source.anatomy.embedding, source.model.get_output_embeddings()
+    names = [name for name, module in source.model.named_modules() if module is head]
+    origins = [source.map.origins.get(f"{name}.weight") for name in names if source.source.config.tie_word_embeddings]
+    copies = [key for found in origins if found for key in found.keys if table is None or key != table.key]
+    return (*source.anatomy.unused, *copies)
 
 
 def _stretches(model: StreamedModel, matrix: Matrix) -> Iterator[Tensor]:

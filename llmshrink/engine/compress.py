@@ -202,8 +202,7 @@ class Compressor:
 
     def _outside(self, part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A part that is no block: the embedding from its weights alone, the head from what leaves the last block."""
-        clock, compressed = _Clock(), {m.key for m in part.matrices}
-        made = Made(tensors={key: self._model.weights.dense(key) for key in part.keys if key not in compressed})
+        clock, made = _Clock(), self._begun(part)
         statistics: dict[Group, Gathered] = {}
         for group in part.groups:
             kinds = self._work.needs(group)
@@ -218,9 +217,7 @@ class Compressor:
         return _entry(part, made, clock), made.tensors
 
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        model, clock = self._model, _Clock()
-        compressed = {m.key for m in block.matrices if m in self._work.methods}
-        made = Made(tensors={key: model.weights.dense(key) for key in block.keys if key not in compressed})
+        clock, made = _Clock(), self._begun(block)
         made.decoded = self._opened(block)
         made.events, self._unwritten = self._unwritten, []
         for step in self._steps(block):
@@ -239,6 +236,11 @@ class Compressor:
         made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
         return {**_entry(block, made, clock), "batches": batches}, made.tensors
+
+    def _begun(self, part: Part) -> Made:
+        """A part before any of its matrices is compressed: all other tensors."""
+        compressed = {m.key for m in part.matrices if m in self._work.methods}
+        return Made(tensors={key: self._model.weights.dense(key) for key in part.keys if key not in compressed})
 
     def _opened(self, part: Part) -> dict[str, Decoded]:
         """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""

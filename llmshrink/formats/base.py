@@ -112,19 +112,19 @@ class Format(ABC):
         """How the inputs of this matrix are rounded, or None: they are not."""
         return None
 
-    @abstractmethod
     def config(
         self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
     ) -> dict[str, Any] | None:
-        """The `quantization_config`: `layers` are stored compressed, modules named in `left` are not."""
+        """The `quantization_config`: `layers` are stored compressed, modules named in `left` are not; None: no word."""
+        return None
 
     def other_config(self, config: dict[str, Any] | None) -> dict[str, Any] | None:
         """A `quantization_config` with which the same files load by another way, or None."""
         return None
 
-    @abstractmethod
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Why a checkpoint with this `quantization_config`, written by any tool, cannot be decoded here, or None."""
+        return None
 
     def dense_names(self, stored: Iterable[str]) -> dict[str, str]:
         """For each matrix among the stored tensor names: its dense key -> the tensor that marks it as compressed."""

@@ -5,7 +5,7 @@ What pruning and fake-quantization studies need, and the way out when no loader 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -34,16 +34,6 @@ class DenseFormat(Format):
         """The matrix as [out, in]."""
         weight = get(slot.key)
         return Dense(weight.T if slot.transposed else weight)
-
-    def config(
-        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
-    ) -> dict[str, Any] | None:
-        """A dense checkpoint needs no word of it."""
-        return None
-
-    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Plain weights are always read."""
-        return None
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

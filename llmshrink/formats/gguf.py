@@ -7,7 +7,7 @@ tensors are put together to one file is not said here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -59,16 +59,6 @@ class Gguf(Format):
         if shape != slot.shape:
             raise InputError(f"{slot.key}.{name}: it holds a matrix {list(shape)}, not {list(slot.shape)}.")
         return Dense(stored) if name in FLOATS else ggml.unpack(name, stored)
-
-    def config(
-        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
-    ) -> dict[str, Any] | None:
-        """The file says it itself."""
-        return None
-
-    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Types that are not known here are not among its tensors' names."""
-        return None
 
     def dense_info(
         self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +69,7 @@ class Blueprint:
         own = [Entry(name, "F32", tuple(tensor.shape)) for name, tensor in self.computed.items()]
         return sorted([*own, *(part.entry for part in self.parts)], key=lambda entry: entry.name)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes of the file."""
         return container.file_size(self.metadata, self.entries)

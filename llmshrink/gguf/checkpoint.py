@@ -32,6 +32,7 @@ class GgufCheckpoint:
         own = file.metadata.get(PREFIX, family.prefix)
         self._found: dict[str, tuple[str, Change]] = {}
         self.infos: dict[str, TensorInfo] = {}
+        self.norms_add = family.norms_add  # to what the checkpoint had
         for name, entry in file.entries.items():
             key = family.key(name)
             if key is None and name.startswith("rope_"):

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from llmshrink.errors import InputError, PlanError
 from llmshrink.formats.base import Rows
 from llmshrink.forms import InputScheme
-from llmshrink.gguf.names import FAMILIES
 from llmshrink.model.anatomy import Anatomy, Block, Matrix, Site, block_list, dissect
 from llmshrink.model.capture import Record, Recorder
 from llmshrink.model.mapping import WeightMap
@@ -102,24 +101,6 @@ class StreamedModel:
         """Tokens that it knows."""
         size: int = self.source.config.get_text_config(decoder=True).vocab_size
         return size
-
-    @property
-    def left_by_gguf(self) -> tuple[str, ...]:
-        """Tensors on disk that a GGUF file has no place for: those of no parameter, a copy of the tied embedding."""
-        head = self.model.get_output_embeddings()
-        names = (
-            [n for n, m in self.model.named_modules() if m is head] if self.source.config.tie_word_embeddings else []
-        )
-        origins = (self.map.origins.get(f"{name}.weight") for name in names)
-        table = self.anatomy.embedding
-        copies = [key for found in origins if found for key in found.keys if table is None or key != table.key]
-        return (*self.anatomy.unused, *copies)
-
-    @property
-    def gguf_norms(self) -> float:
-        """What GGUF files of this family add to the weights of norms."""
-        family = FAMILIES.get(self.source.config.model_type)
-        return family.norms_add if family else 0.0
 
     @property
     def width(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmshrink.errors import PlanError
+from llmshrink.formats.gguf import FLOATS
 from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type, wanted_type
 from llmshrink.forms import Event
 from llmshrink.gguf.names import family_of
@@ -11,7 +12,7 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
 
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # what `cast` calls them
+CAST = {name: str(dtype).removeprefix("torch.") for name, dtype in FLOATS.items()}  # what `cast` calls the floats
 SAID = {"bits", "group_size", "symmetric", "scales", "type"}  # by the mix
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
 
@@ -27,7 +28,7 @@ def mix_of(stage: QuantizeStage) -> str | None:
     settings, name = (stage.method.settings, stage.method.name) if stage.method else ({}, None)
     said = sorted(settings.keys() & SAID)
     if name == "cast":
-        floats = {dtype: kind for kind, dtype in FLOATS.items()}[settings.get("dtype", "float16")]
+        floats = {dtype: kind for kind, dtype in CAST.items()}[settings.get("dtype", "float16")]
         if stage.format.type not in (None, floats):
             raise PlanError(f"The method cast gives {floats}, and the type is {stage.format.type}.")
         return floats
@@ -78,8 +79,8 @@ def _typed(spec: MethodSpec, matrix: Matrix, usual: str) -> MethodSpec:
     cls, kind = load_method(spec.name or DEFAULT_METHOD), str(spec.settings.get("type", usual))
     if "type" not in cls.Config.model_fields:
         return spec
-    if kind in FLOATS:
-        return MethodSpec.model_validate({"name": "cast", "dtype": FLOATS[kind]})
+    if kind in CAST:
+        return MethodSpec.model_validate({"name": "cast", "dtype": CAST[kind]})
     if matrix.kind != "embedding" or cls.baseline is None:
         return MethodSpec.model_validate({**spec.settings, "name": spec.name, "type": kind})
     # Its rows are looked up, not multiplied with inputs: only its weights count.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmshrink.block_types import BLOCK_TYPES
 from llmshrink.errors import InputError
 from llmshrink.io import gguf
 from llmshrink.io.files import sha256
@@ -220,3 +221,9 @@ def test_a_file_of_another_length_is_refused(tmp_path: Path, cut: Callable[[byte
     path.write_bytes(cut(path.read_bytes()))
     with pytest.raises(InputError, match=r"model\.gguf"):
         GgufFile.open(path)
+
+
+def test_block_types_are_those_of_the_table() -> None:
+    assert {name: (kind.size, kind.bytes) for name, kind in BLOCK_TYPES.items()} == {
+        name: (TYPES[name].values, TYPES[name].bytes) for name in BLOCK_TYPES
+    }

@@ -36,26 +36,36 @@ _PATTERNS = (
 
 def redact(text: str) -> str:
     """The text with `***` in place of every secret; text without one comes back as it was."""
-    for value in sorted(_known(), key=len, reverse=True):
+    return _without(text, _known())
+
+
+def redact_data(value: Any) -> Any:
+    """Data as JSON knows it, with `redact` applied to every text in it, keys too."""
+    known = _known()  # a report has thousands of texts
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without(value, known)
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return {clean(k): clean(item) for k, item in value.items()} if isinstance(value, dict) else value
+
+    return clean(value)
+
+
+def _without(text: str, known: list[str]) -> str:
+    for value in known:
         text = text.replace(value, HIDDEN)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
-def redact_data(value: Any) -> Any:
-    """Data as JSON knows it, with `redact` applied to every text in it, keys too."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, list):
-        return [redact_data(item) for item in value]
-    return {redact(k): redact_data(item) for k, item in value.items()} if isinstance(value, dict) else value
-
-
-def _known() -> set[str]:
-    """Secret values, as they are and as they look in Python, JSON and addresses."""
+def _known() -> list[str]:
+    """Secret values, as they are and as they look in Python, JSON and addresses; the longest first."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.match(name)} | {_stored_token()}
-    return {form for value in map(str.strip, values) if _is_secret(value) for form in _forms(value)}
+    forms = {form for value in map(str.strip, values) if _is_secret(value) for form in _forms(value)}
+    return sorted(forms, key=len, reverse=True)
 
 
 def _is_secret(value: str) -> bool:

@@ -18,8 +18,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work, main_method
-from llmshrink.recipe import text
-from llmshrink.recipe.load import decisive, dump, recipe_hash
+from llmshrink.recipe.load import complete, decisive, recipe_hash
 from llmshrink.recipe.schema import Recipe
 from llmshrink.redact import redact_data
 from llmshrink.report.schema import (
@@ -117,7 +116,7 @@ class RunFacts:
 
 def plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as data, with every default written out and without secrets."""
-    data: dict[str, Any] = redact_data(text.parse(dump(recipe), "recipe"))
+    data: dict[str, Any] = redact_data(complete(recipe))
     return data
 
 

@@ -171,17 +171,22 @@ def apply_overrides(data: Mapping[str, Any], settings: Sequence[str]) -> dict[st
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with all defaults written out, in the order of the models; it validates to the same run."""
+    return text.write(complete(recipe))
+
+
+def complete(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with all defaults written out."""
     data = recipe.model_dump(mode="json")
     for stage, plain in zip(recipe.stages, data["stages"], strict=True):
         if isinstance(stage, QuantizeStage):
             plain["on_indivisible"] = stage.indivisible
             plain["method"] = stage.method and stage.method.complete()
-    return text.write(data)
+    return data
 
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """What decides the compressed weights: not the output, the evaluation, the gates, or the machine."""
-    data = text.parse(dump(recipe), "recipe")
+    data = complete(recipe)
     return {
         "model": data["model"],
         "stages": [{key: value for key, value in stage.items() if key != "gate"} for stage in data["stages"]],

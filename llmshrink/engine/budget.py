@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
-from llmshrink.memory import free_memory
+from llmshrink.memory import TRIM, free_memory
 from llmshrink.model.anatomy import Block, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.economy import Economy, choose, passes
@@ -19,7 +19,7 @@ from llmshrink.recipe.schema import Recipe, RunSpec
 from llmshrink.statistics import Hessian
 
 LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
-FIXED = 36 << 20  # the model's own classes, buffers of the libraries, the journal
+FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -115,7 +115,7 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
     """The largest of its phases: inputs gathered, one group after another compressed, the way to the next block."""
     batch = min(max(economy.batch_tokens, work.length), tokens or work.length)
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
-    packed = sum(t.numel() * t.itemsize for t in work.meta_tensors(block).values())
+    packed = 2 * sum(t.nbytes for t in work.meta_tensors(block).values())  # the block before is still being written
     groups = [g for g in block.groups if any(m in work.methods for m in g.matrices)]
     sizes = [work.statistic_bytes(group) for group in groups]
     together = passes(sizes, 0 if subset else economy.statistics)

@@ -28,9 +28,10 @@ def mix_of(stage: QuantizeStage) -> str | None:
     settings, name = (stage.method.settings, stage.method.name) if stage.method else ({}, None)
     said = sorted(settings.keys() & SAID)
     if name == "cast":
-        floats = {dtype: kind for kind, dtype in CAST.items()}[settings.get("dtype", "float16")]
-        if stage.format.type not in (None, floats):
-            raise PlanError(f"The method cast gives {floats}, and the type is {stage.format.type}.")
+        usual = settings.get("dtype") or CAST.get(stage.format.type or "F16")
+        floats = {dtype: kind for kind, dtype in CAST.items()}.get(str(usual))
+        if floats is None or stage.format.type not in (None, floats):
+            raise PlanError(f"The method cast gives {floats or ' or '.join(CAST)}, and the type is {stage.format.type}.")
         return floats
     if said == ["bits"] and stage.format.type is None:
         return BY_BITS[settings["bits"]]
@@ -52,6 +53,8 @@ def mix_specs(
     """
     typed = stage.method or MethodSpec.model_validate({})
     kept = {key: value for key, value in typed.settings.items() if key != "bits"}
+    if typed.name == "cast":
+        kept["dtype"] = CAST[mix]
     method = MethodSpec.model_validate({**kept, "name": typed.name or DEFAULT_METHOD})
     found: dict[Matrix, MethodSpec | None] = {}
     for matrix in model.anatomy.matrices:

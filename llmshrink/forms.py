@@ -62,6 +62,12 @@ class Quantized:
         kind: CodeKind = "float" if self.codes.is_floating_point() else "int"
         return Scheme(self.bits, self.zero is None, None if size == width else size, kind, whole)
 
+    @property
+    def learnable(self) -> bool:
+        """Whether codes are integers, and mean even steps of a scale that belongs to a stretch of a row."""
+        even = self.levels is None and self.offset is None and not self.codes.is_floating_point()
+        return even and not isinstance(self.block, int) and self.block[0] == 1
+
 
 Form = Dense | Quantized
 

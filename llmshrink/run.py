@@ -274,9 +274,13 @@ class _Run:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
-        embed = partial(Hidden, self.model, batches, probe, workspace.work if economy.on_disk else None)
-        subset = self.recipe.run.sequential == "subset"
-        return Compressor(work, workspace, embed, economy=economy, subset=subset, progress=self.progress).run(done)
+        folder, originals = workspace.work if economy.on_disk else None, work.reconstruct is not None
+        embed = partial(Hidden, self.model, batches, probe, folder, originals=originals)
+        subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
+        compressor = Compressor(
+            work, workspace, embed, economy=economy, subset=subset, seed=seed, progress=self.progress
+        )
+        return compressor.run(done)
 
     def _verify(
         self,

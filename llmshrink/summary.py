@@ -150,6 +150,7 @@ def writing_stage(
         format=work.format.name,
         type=work.mix,
         layers=[*result.layers, *_left(plan)],
+        blocks=result.blocks,
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,

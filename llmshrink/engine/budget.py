@@ -22,6 +22,7 @@ LIBRARIES = 320 << 20  # what Python and the imports hold before anything is don
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
+LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
 PACKING = 3  # bytes per weight while codes become bytes of a file
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
@@ -68,7 +69,7 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
         subset: whether only one stretch of a block is calibrated at a time.
     """
     tokens = rows * work.length if work.needs_data else 0
-    states = 0 if economy.on_disk else tokens * work.model.hidden * FLOAT
+    states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
     return FIXED + states + max(blocks, *(_outside(work, part) for part in work.parts))
 
@@ -80,7 +81,12 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     """
     rows = recipe.calibration.samples if work.needs_data else 0
     shards = 0 if work.blueprint is None else sum(work.shard_bytes.values())
-    return shards + (2 + work.economy.on_disk) * rows * work.length * work.model.hidden * FLOAT
+    return shards + (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+
+
+def _streams(work: Work) -> int:
+    """Of hidden states: those between the compressed blocks, and where these learn from the original's, its own."""
+    return 1 + (work.reconstruct is not None)
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:
@@ -131,6 +137,9 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
             lanes = lanes_of(work.model.device) if is_small(group) else 1
             phases.append(kept + lanes * max(factors, factors // 3 + sweep))
             kept -= size
+    if work.reconstruct is not None:
+        learned = sum(m.numel for m in block.matrices if m in work.methods)
+        phases.append(loaded + _learning(work.model, block, batch) + LEARNING * FLOAT * learned)
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
 
@@ -148,6 +157,12 @@ def _outside(work: Work, part: Part) -> int:
 
 def _weights(model: StreamedModel, block: Block) -> int:
     return sum(model.weights.infos[key].numel for key in block.keys) * FLOAT
+
+
+def _learning(model: StreamedModel, block: Block, batch: int) -> int:
+    """What a pass of gradients keeps of a block's inner results, beside what a forward pass has at a time."""
+    inner = sum(m.shape[0] for m in block.matrices)
+    return batch * (12 * model.hidden + 3 * inner) * FLOAT
 
 
 def _forward(model: StreamedModel, block: Block, batch: int) -> int:

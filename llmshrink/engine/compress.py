@@ -22,9 +22,10 @@ from torch import Tensor
 from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
+from llmshrink.engine.reconstruct import reconstruct
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
-from llmshrink.forms import Event
+from llmshrink.forms import Event, Form, Quantized
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
@@ -32,7 +33,7 @@ from llmshrink.model.streamed import Decoded
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.report.schema import LayerReport
+from llmshrink.report.schema import BlockReport, LayerReport
 from llmshrink.statistics import Gathered, NoStatistic
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -45,6 +46,7 @@ class Result:
     """What became of the blocks."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
@@ -53,6 +55,7 @@ class Result:
     def add(self, entry: dict[str, Any]) -> None:
         """Take over a journal entry."""
         self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
+        self.blocks += [BlockReport.model_validate(block) for block in entry.get("reconstructed", [])]
         self.events += [Event(**event) for event in entry["events"]]
         self.files |= entry["files"]
         for step, seconds in entry["seconds"].items():
@@ -70,9 +73,13 @@ class Compressor:
         *,
         economy: Economy,
         subset: bool,
+        seed: int,
         progress: Progress,
     ) -> None:
-        """`embed` gives the states of the calibration rows and the probe's as they enter the first block."""
+        """`embed` gives the states of the calibration rows and the probe's as they enter the first block.
+
+        `seed` decides in which order a reconstruction sees them.
+        """
         self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
         self._hidden: Hidden
         self._groups = GroupCompressor(work)
@@ -80,7 +87,7 @@ class Compressor:
         self._folder = workspace.folder if work.blueprint is None else workspace.work
         self._saved = time.perf_counter()  # when states last were
         self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
-        self._subset, self._progress = subset, progress
+        self._subset, self._seed, self._progress = subset, seed, progress
         self._pending: Future[dict[str, Any]] | None = None
         self._unwritten: list[Event] = []  # go into the journal with the next block
 
@@ -113,7 +120,7 @@ class Compressor:
         entry, tensors = self._block(part, result) if isinstance(part, Block) else self._outside(part)
         states = None
         if isinstance(part, Block) and time.perf_counter() - self._saved >= SAVE_EVERY:
-            self._saved, states = time.perf_counter(), list(self._hidden.states)
+            self._saved, states = time.perf_counter(), self._hidden.kept
         self._written_out(result)
         # Files are written and synced while the next part computes; the journal line comes last.
         self._pending = disk.submit(self._write, part, tensors, states, entry)
@@ -162,6 +169,7 @@ class Compressor:
                 self._hidden.load(self._workspace.folder / next(iter(entry["states"])))
             elif newest is None or block.index > newest["block"]:
                 self._progress.advance(0, f"running block {block.index} again")
+                self._advance_originals(block)
                 self._forward(block, self._written(block))
         rows = self._hidden.within(self._batch_tokens)
         if rows != self._hidden.rows:  # there is less memory than when the run began
@@ -233,9 +241,49 @@ class Compressor:
         batches = self._hidden.rows
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
+        learned: list[BlockReport] = []
+        if self._work.reconstruct is not None:
+            learned = self._reconstruct(block, made)
+            clock.lap("reconstruct")
         made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
-        return {**_entry(block, made, clock), "batches": batches}, made.tensors
+        told = [found.model_dump(mode="json") for found in learned]
+        return {**_entry(block, made, clock), "batches": batches, "reconstructed": told}, made.tensors
+
+    def _reconstruct(self, block: Block, made: Made) -> list[BlockReport]:
+        """Learn what can be learned of a compressed block, and take it over where it is better."""
+        assert self._work.reconstruct is not None
+        self._advance_originals(block)
+        every = {m: self._form(m, made) for m in block.matrices if m in self._work.methods}
+        forms = {m: form for m, form in every.items() if isinstance(form, Quantized) and form.learnable}
+        keys = {m.key for m in forms}
+        origins = self._model.map.origins  # experts that are one parameter are learned together, or not at all
+        forms = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
+        if not forms:
+            return []
+        self._model.load_block(block.index, made.decoded)
+        found = reconstruct(block, forms, self._hidden, self._work.reconstruct, self._seed)
+        self._model.drop_block(block.index)
+        for matrix, form in found.forms.items():
+            self._groups.replace(made, matrix, form)
+        trim()
+        report = BlockReport(
+            block=block.index, error_before=found.before, error_after=found.after, codes_changed=found.changed
+        )
+        return [report]
+
+    def _form(self, matrix: Matrix, made: Made) -> Form:
+        return self._work.format.unpack(
+            self._work.slots[matrix], made.tensors.__getitem__, self._work.quantization_config
+        )
+
+    def _advance_originals(self, block: Block) -> None:
+        """Take the original's states through its block."""
+        if self._hidden.originals:
+            self._model.load_block(block.index)
+            self._hidden.advance_originals(block.index)
+            self._model.drop_block(block.index)
+            trim()
 
     def _begun(self, part: Part) -> Made:
         """A part before any of its matrices is compressed: all other tensors."""

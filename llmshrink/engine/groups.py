@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event, Layer, Quantized, decode, join_rows, relative_error, split_rows
+from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared
@@ -95,17 +95,29 @@ class GroupCompressor:
             for matrix, weight, whole in zip(matrices, weights, parts, strict=True):
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
-                slot = self._work.slots[matrix]
-                packed = self._work.format.pack(slot, part)
-                # Go on with what the file means, not with what the method meant.
-                made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
-                made.tensors |= packed
-                error = relative_error(weight, made.decoded[matrix.key].weight())
+                packed, error = self._store(made, matrix, part, weight)
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)
                 report = _report(matrix, used, part, packed, before, error, fallback, self._work.format, seconds)
                 made.layers.append(report)
         return made
+
+    def _store(self, made: Made, matrix: Matrix, layer: Layer, weight: Tensor) -> tuple[dict[str, Tensor], float]:
+        """What is written of a matrix, and its distance to the `weight` that it stands for."""
+        slot = self._work.slots[matrix]
+        packed = self._work.format.pack(slot, layer)
+        # Go on with what the file means, not with what the method meant.
+        made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
+        made.tensors |= packed
+        return packed, relative_error(weight, made.decoded[matrix.key].weight())
+
+    def replace(self, made: Made, matrix: Matrix, form: Form) -> None:
+        """Write another form of a matrix that is compressed; nobody minimised the method's own error with it."""
+        layer = Layer(form, input=made.decoded[matrix.key].input)
+        _, error = self._store(made, matrix, layer, self._model.read(matrix))
+        number = next(i for i, report in enumerate(made.layers) if report.name == matrix.name)
+        changes = {"relative_error": error, "objective": None, "reconstructed": True}
+        made.layers[number] = made.layers[number].model_copy(update=changes)
 
     def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
         """The group's matrices, small ones of one method together: a column loop costs the same for all of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,20 @@ class Hidden:
     """The states of all rows as they enter the next block, updated in place block by block.
 
     Attributes:
+        model: Whose blocks they go through.
         batches: Token ids [rows, length] of each batch, the probe not among them.
         states: One for each batch, then the probe's.
+        originals: One for each batch, which go through the original's blocks; none where nobody asked for them.
     """
 
     def __init__(
-        self, model: StreamedModel, batches: list[Tensor], probe: Tensor | None = None, folder: Path | None = None
+        self,
+        model: StreamedModel,
+        batches: list[Tensor],
+        probe: Tensor | None = None,
+        folder: Path | None = None,
+        *,
+        originals: bool = False,
     ) -> None:
         """Embed token ids.
 
@@ -38,11 +46,12 @@ class Hidden:
             batches: token ids [rows, length] of each.
             probe: one more batch, which is never split and goes further than the others.
             folder: keep the states in files there, which vanish with the process; None: in the device's memory.
+            originals: keep the states of the original model too.
 
         Raises:
             OSError: the disk is full.
         """
-        self._model = model
+        self.model = model
         self._known: dict[torch.Size, Record] = {}
         self._records: list[Record] = []
         self.batches = list(batches)
@@ -51,6 +60,8 @@ class Hidden:
             record = model.record(tokens)
             self._records.append(self._shared(tokens, record))
             self.states.append(record.hidden if folder is None else _on_disk(folder, record.hidden))
+        first = self.states[: len(batches)] if originals else []
+        self.originals = [state.clone() if folder is None else _on_disk(folder, state) for state in first]
 
     def _shared(self, tokens: Tensor, record: Record) -> Record:
         """A record without its state; the same for batches of one shape.
@@ -75,24 +86,38 @@ class Hidden:
         if rows == self.rows:
             return
         left, count = iter(rows), len(self.batches)
-        parts: list[Tensor] = []
-        states: list[Tensor] = []
-        for batch, state in zip(self.batches, self.states[:count], strict=True):
-            sizes: list[int] = []
-            while sum(sizes) < len(batch):
-                sizes.append(next(left))
-            parts += torch.split(batch, sizes)
-            states += torch.split(state, sizes)
-        self._records[:count] = [self._shared(part, self._model.record(part)) for part in parts]
-        self.states[:count], self.batches = states, parts
+        sizes: list[list[int]] = []
+        for batch in self.batches:
+            sizes.append([])
+            while sum(sizes[-1]) < len(batch):
+                sizes[-1].append(next(left))
+
+        def cut(wholes: list[Tensor]) -> list[Tensor]:
+            return [part for whole, rows in zip(wholes, sizes, strict=True) for part in torch.split(whole, rows)]
+
+        self.batches, self.states[:count] = cut(self.batches), cut(self.states[:count])
+        self.originals = cut(self.originals) if self.originals else []
+        self._records[:count] = [self._shared(part, self.model.record(part)) for part in self.batches]
 
     def most_tokens(self) -> int:
         """Tokens of the largest batch that has several rows; 0 where none has."""
         return max((batch.numel() for batch in self.batches if len(batch) > 1), default=0)
 
-    def run(self, index: int, batch: int) -> Tensor:
-        """The output of block `index` for one batch; the state stays as it is."""
-        return self._model.run(index, self._records[batch], self.states[batch].to(self._model.device))
+    @property
+    def kept(self) -> list[Tensor]:
+        """All states, as a run that goes on needs them."""
+        return [*self.states, *self.originals]
+
+    def run(self, index: int, batch: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output of block `index` for one batch; the state stays as it is. `weights` as `StreamedModel.run`."""
+        return self._run(index, batch, self.states, weights)
+
+    def _run(self, index: int, batch: int, states: list[Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.model.run(index, self._records[batch], states[batch].to(self.model.device), weights)
+
+    def advance_originals(self, index: int) -> None:
+        """Replace every state of the original by the output of the loaded block, which is the original's."""
+        self._advance(index, self.originals)
 
     def advance(self, index: int, done: Callable[[int], None] | None = None) -> float:
         """Replace every state by the output of the loaded block.
@@ -107,20 +132,22 @@ class Hidden:
         Raises:
             InputError: the outputs are not finite.
         """
+        return self._advance(index, self.states, done)
 
+    def _advance(self, index: int, states: list[Tensor], done: Callable[[int], None] | None = None) -> float:
         def run(batch: int) -> tuple[int, float]:
-            out = self.run(index, batch)
+            out = self._run(index, batch, states)
             low, high = (float(value) for value in torch.aminmax(out))
             if not abs(low) + abs(high) < float("inf"):
                 raise InputError(
                     f"Block {index} gives infinite or undefined activations on batch {batch}.",
                     hint="The weights overflow the compute dtype, or are damaged.",
                 )
-            self.states[batch].copy_(out)  # in place: states that wander through the heap leave holes in it
+            states[batch].copy_(out)  # in place: states that wander through the heap leave holes in it
             return out.shape[0] * out.shape[1], max(-low, high)
 
         largest = 0.0
-        for size, found in side_by_side(self._model.device, run, len(self.states)):
+        for size, found in side_by_side(self.model.device, run, len(states)):
             largest = max(largest, found)
             if done:
                 done(size)
@@ -129,15 +156,15 @@ class Hidden:
     def forget(self) -> None:
         """Drop all but the probe."""
         count = len(self.batches)
-        del self.states[:count], self._records[:count], self.batches[:]
+        del self.states[:count], self._records[:count], self.batches[:], self.originals[:]
 
     def load(self, path: Path) -> None:
         """Take the states from a file that `save_states` wrote."""
         checkpoint = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
         names = sorted(checkpoint.infos)
-        if len(names) < len(self.states):
+        if len(names) < len(self.kept):
             self.forget()  # as it was when they were saved
-        for state, name in zip(self.states, names, strict=True):
+        for state, name in zip(self.kept, names, strict=True):
             state.copy_(checkpoint.get(name).view(state.shape))  # of the same batches, or it is an error
 
 

@@ -8,6 +8,7 @@ one; replacing the last block's result and letting the model go on gives its exa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,10 +33,11 @@ class Record:
     hidden: Tensor
     arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
-    def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Run the block at `index` on a batch of the recorded shape."""
+    def run(self, block: nn.Module, index: int, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Run the block at `index` on a batch of the recorded shape, with these `parameters` in place of its own."""
         args, kwargs = self.arguments[index]
-        out = block(hidden, *args, **kwargs)
+        lent = partial(torch.func.functional_call, block, parameters) if parameters else None
+        out = block(hidden, *args, **kwargs) if lent is None else lent((hidden, *args), kwargs)
         result: Tensor = out if isinstance(out, Tensor) else out[0]
         return result
 

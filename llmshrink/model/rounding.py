@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmshrink.forms import InputScheme
@@ -41,7 +42,7 @@ class _Rounded:
         self._scheme = scheme
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._scheme.round(args[0]), *args[1:])
+        return (straight_through(args[0], self._scheme.round), *args[1:])
 
 
 class _ByExpert:
@@ -52,4 +53,23 @@ class _ByExpert:
 
     def __call__(self, expert: int, leaf: str, x: Tensor) -> Tensor:
         scheme = self._schemes.get((expert, leaf))
-        return x if scheme is None else scheme.round(x)
+        return x if scheme is None else straight_through(x, scheme.round)
+
+
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rounding(x)`, whose gradient is handed on to `x` as it is (Bengio et al. 2013, arXiv 1308.3432)."""
+    rounded = rounding(x.detach())
+    if not x.requires_grad:
+        return rounded
+    passed: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
+    return passed
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

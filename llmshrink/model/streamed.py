@@ -205,9 +205,23 @@ class StreamedModel:
         self._load_outside()
         return self._recorder.record(input_ids=tokens.to(self.device))
 
-    def run(self, index: int, record: Record, hidden: Tensor) -> Tensor:
-        """The output of the loaded block for a batch of the recorded shape."""
-        return record.run(self._blocks[index], index, hidden)
+    def run(self, index: int, record: Record, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output of the loaded block for a batch of the recorded shape.
+
+        `weights` stand in for matrices [out, in] by their keys on disk, and gradients reach them; the parameters that
+        they are part of must be theirs alone, and only one thread may run the block.
+        """
+        return record.run(self._blocks[index], index, hidden, self._made_of(index, weights) if weights else None)
+
+    def _made_of(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a block, by their names in it, that are made of these matrices."""
+        block, made = self.anatomy.blocks[index], {}
+        for name in block.parameters:
+            if self.map.origins[name].keys[0] in weights:
+                seen = {key: weight.T for key, weight in weights.items()} if self._is_conv1d(name) else weights
+                part = self.map.build(name, seen.__getitem__)
+                made[name.removeprefix(f"{block.prefix}.")] = part.to(self.dtype)
+        return made
 
     def output(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows."""

@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import CodeKind, Event, Scheme
+from llmshrink.forms import CodeKind, Event, Layer, Quantized, Scheme
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
 from llmshrink.methods.inputs import Inputs
@@ -85,7 +85,20 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         message = f"{cast[0]}: other floats than the model's own are stored in GGUF only, and this is {chosen.name}"
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
-    return lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
+    work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
+    inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods]
+    if stage.reconstruct is not None and not any(_learnable(work.form(m)) for m in inside):
+        name = method_name(next(iter(methods.values())))
+        raise PlanError(
+            f"`reconstruct` learns integer codes in the blocks, and {name} has none.",
+            hint="Choose method gptq or rtn, or leave out `reconstruct`.",
+        )
+    work.reconstruct = stage.reconstruct
+    return work
+
+
+def _learnable(layer: Layer) -> bool:
+    return isinstance(layer.weight, Quantized) and layer.weight.learnable
 
 
 def _first(error: ValidationError) -> str:

@@ -26,6 +26,7 @@ from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
+from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.recipe.units import Bytes
 
@@ -137,6 +138,11 @@ class QuantizeStage(Section):
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions over whole layer names; these are left as they are"
+    )
+    reconstruct: ReconstructSpec | None = Field(
+        None,
+        description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
+        "null: they stay as the method chose them",
     )
     format: FormatSpec | None = Field(
         None, description="checkpoint format; null: what the method is usually written as"

@@ -71,9 +71,19 @@ class LayerReport(Record):
         default=None,
         description="the error that the method minimises over that of rounding on the same grid; below 1 is better",
     )
+    reconstructed: bool = Field(default=False, description="its codes were learned with those of the whole block")
     seconds: float | None = None
     fallback: bool = Field(default=False, description="done by the method's fallback; an event says why")
     reason: str | None = Field(default=None, description="why it was left as it is")
+
+
+class BlockReport(Record):
+    """What learning the codes of a block together gained on calibration text."""
+
+    block: int
+    error_before: float = Field(description="mean squared difference to the output of the original's block")
+    error_after: float = Field(description="the same of what was written")
+    codes_changed: float = Field(description="share of the codes learned that are others than the method's")
 
 
 class TextScore(Record):
@@ -148,6 +158,7 @@ class StageReport(Record):
     format: str
     type: str | None = Field(default=None, description="the mix of block types in a GGUF file")
     layers: list[LayerReport] = Field(default_factory=list)
+    blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
@@ -212,6 +223,7 @@ class Report(Record):
 
 __all__ = [
     "BY_RULE",
+    "BlockReport",
     "CalibrationReport",
     "Check",
     "EventRecord",

@@ -1,0 +1,162 @@
+"""Block reconstruction: the codes and scales of a block, learned together by gradient.
+
+A method chooses the codes of one matrix after another, for its inputs alone. Here they all move until the block, given
+what comes out of the compressed blocks before it, gives what the original block gave on the original's own states: so
+it also makes up for the errors made before it. The loss is the squared difference of the two outputs.
+
+Every weight has a latent number, counted in steps of its grid, and its code is the integer nearest to that; gradients
+pass through the rounding as if it were not there (Bengio et al. 2013, arXiv 1308.3432). AdaRound (arXiv 2004.10568),
+BRECQ (2102.05426) and SignRound (2309.05516) learn which neighbour of the plainly rounded weight is taken. Here a
+latent starts within the code that the method chose, at the point next to the weight, and may go any number of steps:
+what GPTQ found is kept, and the codes that were nearly others turn first. Scales are learned as factors, and rounded
+to what they are stored in at every step, so that what is learned is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.lanes import side_by_side
+from llmshrink.forms import Dense, Form, Quantized, decode
+from llmshrink.model.anatomy import Block, Matrix
+from llmshrink.model.rounding import straight_through
+from llmshrink.recipe.reconstruct import ReconstructSpec
+
+CELL = 0.49  # steps from a code within which its latent starts; at half a step it would be the next code's
+BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What was learned of a block."""
+
+    forms: dict[Matrix, Form]  # empty where nothing better was found
+    before: float  # mean squared difference to the original's output
+    after: float
+    changed: float  # share of the codes that are others now
+
+
+class _Learned:
+    """One matrix as latents and factors of its scales."""
+
+    def __init__(self, form: Quantized, weight: Tensor) -> None:
+        """`weight` is the original, float32 [out, in]."""
+        assert form.learnable and not isinstance(form.block, int)
+        self.form, self._group = form, form.block[1]
+        codes = form.codes.float()
+        self._low, self._high = (float(code) for code in torch.aminmax(codes))
+        self._scale = decode(form.scale)
+        self._minimum = 0.0 if form.minimum is None else decode(form.minimum)[..., None]
+        self._zero = 0.0 if form.zero is None else form.zero.float()[..., None]
+        inverse = self._scale.reciprocal().nan_to_num_(0, 0, 0)[..., None]
+        exact = ((self._groups(weight) + self._minimum) * inverse + self._zero).view(codes.shape)
+        self.latent = torch.clamp(exact, codes - CELL, codes + CELL).requires_grad_()
+        self.factor = torch.zeros_like(self._scale).requires_grad_(isinstance(form.scale, Dense))
+
+    def _groups(self, values: Tensor) -> Tensor:
+        return values.view(len(values), -1, self._group)
+
+    @property
+    def codes(self) -> Tensor:
+        """Float32 [out, in]."""
+        return self.latent.detach().round().clamp_(self._low, self._high)
+
+    def weight(self) -> Tensor:
+        """What the codes and the scales mean, float32 [out, in]; gradients reach latents and factors."""
+        codes = straight_through(self.latent, torch.round).clamp(self._low, self._high)
+        steps = self._groups(codes) - self._zero
+        return (steps * self._stored()[..., None] - self._minimum).view(codes.shape)
+
+    def _stored(self) -> Tensor:
+        if not isinstance(self.form.scale, Dense):
+            return self._scale
+        dtype = self.form.scale.weight.dtype
+        return straight_through(self._scale * (1 + self.factor), lambda exact: exact.to(dtype).float())
+
+    @torch.no_grad()
+    def result(self) -> Quantized:
+        """What is to be stored."""
+        codes = self.codes.to(self.form.codes.dtype)
+        if not isinstance(self.form.scale, Dense):
+            return replace(self.form, codes=codes)
+        return replace(self.form, codes=codes, scale=Dense(self._stored().to(self.form.scale.weight.dtype)))
+
+
+def reconstruct(
+    block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, seed: int
+) -> Reconstructed:
+    """Learn the matrices of a block that is loaded, compressed.
+
+    Args:
+        block: which one.
+        forms: what is stored of the matrices that are learned.
+        hidden: the states that enter it, and of the original those that leave it.
+        spec: how long, and how fast.
+        seed: of the order of batches.
+    """
+    before = _difference(block, hidden, {})
+    model, count = hidden.model, len(hidden.batches)
+    learned = {m: _Learned(form, model.read(m).float()) for m, form in forms.items()}
+    if not before or not count:
+        return Reconstructed({}, before, before, 0.0)
+    rates = {"latent": spec.rate, "factor": spec.scale_rate}
+    sets: list[dict[str, Any]] = [
+        {"params": [getattr(each, name) for each in learned.values()], "lr": rate} for name, rate in rates.items()
+    ]
+    # What Adam does must not depend on how large states are: the loss is a share of the first one, and eps is small.
+    optimizer = torch.optim.Adam(sets, betas=BETAS, eps=1e-15)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, spec.steps)
+    order = cycle(torch.randperm(count, generator=torch.Generator().manual_seed(seed + block.index)).tolist())
+    for _ in range(spec.steps):
+        optimizer.zero_grad()
+        _step(block, learned, hidden, _some(order, hidden, spec.tokens), before)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        after = _difference(block, hidden, {m.key: each.weight() for m, each in learned.items()})
+    if not after < before:
+        return Reconstructed({}, before, before, 0.0)
+    changed = sum(int((each.codes != each.form.codes).sum()) for each in learned.values())
+    total = sum(m.numel for m in learned)
+    return Reconstructed({m: each.result() for m, each in learned.items()}, before, after, changed / total)
+
+
+def _some(order: Any, hidden: Hidden, tokens: int) -> list[int]:
+    """The next batches, until they have so many tokens."""
+    size = max(batch.numel() for batch in hidden.batches)
+    return list(islice(order, min(len(hidden.batches), -(-tokens // size))))
+
+
+def _step(block: Block, learned: Mapping[Matrix, _Learned], hidden: Hidden, batches: list[int], scale: float) -> None:
+    """Add up the gradients of some batches."""
+    weights = {m.key: each.weight() for m, each in learned.items()}
+    # Gradients of all batches are added up here before they go on to the latents, once.
+    leaves = {key: weight.detach().requires_grad_() for key, weight in weights.items()}
+    elements = sum(hidden.originals[batch].numel() for batch in batches)
+    for batch in batches:
+        out = hidden.run(block.index, batch, leaves)
+        target = hidden.originals[batch].to(out.device)
+        loss = (out.float() - target.float()).square().sum() / (scale * elements)
+        loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(list(weights.values()), [leaf.grad for leaf in leaves.values()])
+
+
+def _difference(block: Block, hidden: Hidden, weights: Mapping[str, Tensor]) -> float:
+    """The mean squared difference between what leaves the block and what left the original's, over all batches."""
+
+    def job(batch: int) -> tuple[float, int]:
+        out = hidden.run(block.index, batch, weights)
+        rest = out.float() - hidden.originals[batch].to(out.device).float()
+        return float(rest.square().sum(dtype=torch.float64)), rest.numel()
+
+    count = len(hidden.batches)
+    # Weights are lent to the one module there is: two threads would take each other's away.
+    found = list(map(job, range(count)) if weights else side_by_side(hidden.model.device, job, count))
+    return sum(total for total, _ in found) / max(1, sum(size for _, size in found))

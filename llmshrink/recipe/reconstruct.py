@@ -1,0 +1,16 @@
+"""How the codes of a block are learned."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llmshrink.recipe.section import Section
+
+
+class ReconstructSpec(Section):
+    """Learn the codes and scales of each block by gradient, against the original's output."""
+
+    steps: int = Field(200, ge=1, description="steps of gradient for each block")
+    tokens: int = Field(2048, ge=1, description="calibration tokens in a step, in whole batches")
+    rate: float = Field(0.02, gt=0, le=1, description="how far a step moves a weight, in steps of its grid")
+    scale_rate: float = Field(0.002, ge=0, lt=1, description="by what share a step moves a scale")

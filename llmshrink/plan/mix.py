@@ -31,7 +31,8 @@ def mix_of(stage: QuantizeStage) -> str | None:
         usual = settings.get("dtype") or CAST.get(stage.format.type or "F16")
         floats = {dtype: kind for kind, dtype in CAST.items()}.get(str(usual))
         if floats is None or stage.format.type not in (None, floats):
-            raise PlanError(f"The method cast gives {floats or ' or '.join(CAST)}, and the type is {stage.format.type}.")
+            made = floats or " or ".join(CAST)
+            raise PlanError(f"The method cast gives {made}, and the type is {stage.format.type}.")
         return floats
     if said == ["bits"] and stage.format.type is None:
         return BY_BITS[settings["bits"]]

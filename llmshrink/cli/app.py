@@ -246,7 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as in `llmshrink.errors`.
     """
     with console.redacted_streams():
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        except KeyboardInterrupt:  # while an error was told: whoever asks twice wants no more words
+            return 130
 
 
 def _run(given: list[str]) -> int:

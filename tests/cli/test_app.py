@@ -12,7 +12,7 @@ import pytest
 import llmshrink
 import llmshrink.report
 from llmshrink import errors
-from llmshrink.cli import main
+from llmshrink.cli import console, main
 from llmshrink.report.schema import Check
 
 
@@ -367,3 +367,14 @@ def complete(words):
 )
 def test_completion(words, expected):
     assert complete(words) == expected
+
+
+def test_an_interrupt_while_an_error_is_told_needs_no_more_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "report_error", interrupted)
+    assert main(["quantize", "--bits", "5"]) == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -41,6 +41,11 @@ RECIPE_KEYS = {
     "resume": "run.resume",
     "output": "output",
 }
+PRESETS: dict[str, dict[str, Any]] = {  # what each effort means where a recipe does not say it
+    "fast": {"method.name": "rtn", "reconstruct": None},
+    "balanced": {"reconstruct": None},
+    "best": {"reconstruct": {}},
+}
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
 
@@ -88,6 +93,14 @@ RecipeName = Annotated[
 ]
 Method = Annotated[
     str | None, typer.Option(help="The algorithm.", autocompletion=complete_method, rich_help_panel=_WHAT)
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="How much effort: fast (no text), balanced (the default), or best (blocks are learned by gradient).",
+        metavar="|".join(PRESETS),
+        rich_help_panel=_WHAT,
+    ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=_WHAT)]
 GroupSize = Annotated[
@@ -201,6 +214,11 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     if task == "export" and not name:  # the same codes: nothing to measure unless it is asked for
         asked = any(values.get(flag) is not None for flag in QUALITY_GATES)
         data["evaluation"] = {"data": ["auto"] if asked else [], "speed": False}
+    preset = values.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}", hint=f"choose {', '.join(PRESETS)}")
+    for key, value in PRESETS[preset].items() if preset else ():
+        data = load.override(data, key, value, task=task)
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):

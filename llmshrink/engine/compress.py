@@ -22,10 +22,10 @@ from torch import Tensor
 from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
-from llmshrink.engine.reconstruct import reconstruct
+from llmshrink.engine.reconstruct import difference, learn
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
-from llmshrink.forms import Event, Form, Quantized
+from llmshrink.forms import Event, Quantized
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
@@ -254,28 +254,28 @@ class Compressor:
         """Learn what can be learned of a compressed block, and take it over where it is better."""
         assert self._work.reconstruct is not None
         self._advance_originals(block)
-        every = {m: self._form(m, made) for m in block.matrices if m in self._work.methods}
-        forms = {m: form for m, form in every.items() if isinstance(form, Quantized) and form.learnable}
-        keys = {m.key for m in forms}
-        origins = self._model.map.origins  # experts that are one parameter are learned together, or not at all
+        forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
+        keys, origins = {m.key for m in forms}, self._model.map.origins
+        # Experts that are one parameter are learned together, or not at all.
         forms = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
         if not forms:
             return []
         self._model.load_block(block.index, made.decoded)
-        found = reconstruct(block, forms, self._hidden, self._work.reconstruct, self._seed)
+        before = difference(block, self._hidden)
+        learned = learn(block, forms, self._hidden, self._work.reconstruct, self._seed)
+        trial = made.copy()
+        for matrix, form in learned.items():
+            self._groups.replace(trial, matrix, form)
+        self._model.load_block(block.index, trial.decoded)
+        after = difference(block, self._hidden)  # of what would be written
         self._model.drop_block(block.index)
-        for matrix, form in found.forms.items():
-            self._groups.replace(made, matrix, form)
         trim()
-        report = BlockReport(
-            block=block.index, error_before=found.before, error_after=found.after, codes_changed=found.changed
-        )
-        return [report]
-
-    def _form(self, matrix: Matrix, made: Made) -> Form:
-        return self._work.format.unpack(
-            self._work.slots[matrix], made.tensors.__getitem__, self._work.quantization_config
-        )
+        if not after < before:
+            return [BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)]
+        made.tensors, made.decoded, made.layers = trial.tensors, trial.decoded, trial.layers
+        changed = sum(int((form.codes != forms[m].codes).sum()) for m, form in learned.items())
+        share = changed / sum(m.numel for m in learned)
+        return [BlockReport(block=block.index, error_before=before, error_after=after, codes_changed=share)]
 
     def _advance_originals(self, block: Block) -> None:
         """Take the original's states through its block."""

@@ -35,6 +35,7 @@ class Made:
     decoded: dict[str, Decoded] = field(default_factory=dict)  # by key: what they mean
     layers: list[LayerReport] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    forms: dict[Matrix, Form] = field(default_factory=dict)  # what the methods chose, where it is learned further
 
     def add(self, other: Made) -> None:
         """Take over what became of another group."""
@@ -42,6 +43,11 @@ class Made:
         self.decoded |= other.decoded
         self.layers += other.layers
         self.events += other.events
+        self.forms |= other.forms
+
+    def copy(self) -> Made:
+        """The same, to try something else with what is compressed."""
+        return replace(self, tensors=dict(self.tensors), decoded=dict(self.decoded), layers=list(self.layers))
 
 
 class GroupCompressor:
@@ -96,6 +102,8 @@ class GroupCompressor:
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
                 packed, error = self._store(made, matrix, part, weight)
+                if self._work.reconstruct is not None:
+                    made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)
                 report = _report(matrix, used, part, packed, before, error, fallback, self._work.format, seconds)

@@ -14,8 +14,8 @@ to what they are stored in at every step, so that what is learned is what is wri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -24,23 +24,13 @@ from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Dense, Form, Quantized, decode
+from llmshrink.forms import Dense, Quantized, decode
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import straight_through
 from llmshrink.recipe.reconstruct import ReconstructSpec
 
 CELL = 0.49  # steps from a code within which its latent starts; at half a step it would be the next code's
 BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
-
-
-@dataclass(frozen=True)
-class Reconstructed:
-    """What was learned of a block."""
-
-    forms: dict[Matrix, Form]  # empty where nothing better was found
-    before: float  # mean squared difference to the original's output
-    after: float
-    changed: float  # share of the codes that are others now
 
 
 class _Learned:
@@ -89,52 +79,58 @@ class _Learned:
         return replace(self.form, codes=codes, scale=Dense(self._stored().to(self.form.scale.weight.dtype)))
 
 
-def reconstruct(
+def learn(
     block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, seed: int
-) -> Reconstructed:
-    """Learn the matrices of a block that is loaded, compressed.
+) -> dict[Matrix, Quantized]:
+    """Other codes and scales for matrices of a block that is loaded, compressed.
 
     Args:
         block: which one.
-        forms: what is stored of the matrices that are learned.
+        forms: what was chosen for the matrices that are learned.
         hidden: the states that enter it, and of the original those that leave it.
         spec: how long, and how fast.
         seed: of the order of batches.
     """
-    before = _difference(block, hidden, {})
-    model, count = hidden.model, len(hidden.batches)
-    learned = {m: _Learned(form, model.read(m).float()) for m, form in forms.items()}
-    if not before or not count:
-        return Reconstructed({}, before, before, 0.0)
+    learned = {m: _Learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
     rates = {"latent": spec.rate, "factor": spec.scale_rate}
     sets: list[dict[str, Any]] = [
         {"params": [getattr(each, name) for each in learned.values()], "lr": rate} for name, rate in rates.items()
     ]
     # What Adam does must not depend on how large states are: the loss is a share of the first one, and eps is small.
+    scale = difference(block, hidden) or 1.0
     optimizer = torch.optim.Adam(sets, betas=BETAS, eps=1e-15)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, spec.steps)
-    order = cycle(torch.randperm(count, generator=torch.Generator().manual_seed(seed + block.index)).tolist())
+    shuffled = torch.randperm(len(hidden.batches), generator=torch.Generator().manual_seed(seed + block.index))
+    order = cycle(shuffled.tolist())
     for _ in range(spec.steps):
         optimizer.zero_grad()
-        _step(block, learned, hidden, _some(order, hidden, spec.tokens), before)
+        _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale)
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        after = _difference(block, hidden, {m.key: each.weight() for m, each in learned.items()})
-    if not after < before:
-        return Reconstructed({}, before, before, 0.0)
-    changed = sum(int((each.codes != each.form.codes).sum()) for each in learned.values())
-    total = sum(m.numel for m in learned)
-    return Reconstructed({m: each.result() for m, each in learned.items()}, before, after, changed / total)
+    return {m: each.result() for m, each in learned.items()}
 
 
-def _some(order: Any, hidden: Hidden, tokens: int) -> list[int]:
+def difference(block: Block, hidden: Hidden) -> float:
+    """The mean squared difference between what leaves a loaded block and what left the original's, over all batches."""
+
+    def job(batch: int) -> tuple[float, int]:
+        out = hidden.run(block.index, batch)
+        rest = out.float() - hidden.originals[batch].to(out.device).float()
+        return float(rest.square().sum(dtype=torch.float64)), rest.numel()
+
+    found = list(side_by_side(hidden.model.device, job, len(hidden.batches)))
+    return sum(total for total, _ in found) / max(1, sum(size for _, size in found))
+
+
+def _some(order: Iterator[int], hidden: Hidden, tokens: int) -> list[int]:
     """The next batches, until they have so many tokens."""
     size = max(batch.numel() for batch in hidden.batches)
     return list(islice(order, min(len(hidden.batches), -(-tokens // size))))
 
 
-def _step(block: Block, learned: Mapping[Matrix, _Learned], hidden: Hidden, batches: list[int], scale: float) -> None:
+def _add_gradients(
+    block: Block, learned: Mapping[Matrix, _Learned], hidden: Hidden, batches: list[int], scale: float
+) -> None:
     """Add up the gradients of some batches."""
     weights = {m.key: each.weight() for m, each in learned.items()}
     # Gradients of all batches are added up here before they go on to the latents, once.
@@ -145,18 +141,5 @@ def _step(block: Block, learned: Mapping[Matrix, _Learned], hidden: Hidden, batc
         target = hidden.originals[batch].to(out.device)
         loss = (out.float() - target.float()).square().sum() / (scale * elements)
         loss.backward()  # type: ignore[no-untyped-call]
-    torch.autograd.backward(list(weights.values()), [leaf.grad for leaf in leaves.values()])
-
-
-def _difference(block: Block, hidden: Hidden, weights: Mapping[str, Tensor]) -> float:
-    """The mean squared difference between what leaves the block and what left the original's, over all batches."""
-
-    def job(batch: int) -> tuple[float, int]:
-        out = hidden.run(block.index, batch, weights)
-        rest = out.float() - hidden.originals[batch].to(out.device).float()
-        return float(rest.square().sum(dtype=torch.float64)), rest.numel()
-
-    count = len(hidden.batches)
-    # Weights are lent to the one module there is: two threads would take each other's away.
-    found = list(map(job, range(count)) if weights else side_by_side(hidden.model.device, job, count))
-    return sum(total for total, _ in found) / max(1, sum(size for _, size in found))
+    reached = [key for key, leaf in leaves.items() if leaf.grad is not None]  # not experts that no token went to
+    torch.autograd.backward([weights[key] for key in reached], [leaves[key].grad for key in reached])

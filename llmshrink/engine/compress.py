@@ -262,20 +262,25 @@ class Compressor:
             return []
         self._model.load_block(block.index, made.decoded)
         before = difference(block, self._hidden)
-        learned = learn(block, forms, self._hidden, self._work.reconstruct, self._seed)
-        trial = made.copy()
-        for matrix, form in learned.items():
-            self._groups.replace(trial, matrix, form)
-        self._model.load_block(block.index, trial.decoded)
-        after = difference(block, self._hidden)  # of what would be written
+        report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
+        for spec in self._work.reconstruct.slower:
+            learned = learn(block, forms, self._hidden, spec, self._seed)
+            trial = made.copy()
+            for matrix, form in learned.items():
+                self._groups.replace(trial, matrix, form)
+            self._model.load_block(block.index, trial.decoded)
+            after = difference(block, self._hidden)  # of what would be written
+            if after < before:
+                break
+            self._model.load_block(block.index, made.decoded)
         self._model.drop_block(block.index)
         trim()
         if not after < before:
-            return [BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)]
+            return [report]
         made.tensors, made.decoded, made.layers = trial.tensors, trial.decoded, trial.layers
         changed = sum(int((form.codes != forms[m].codes).sum()) for m, form in learned.items())
         share = changed / sum(m.numel for m in learned)
-        return [BlockReport(block=block.index, error_before=before, error_after=after, codes_changed=share)]
+        return [report.model_copy(update={"error_after": after, "codes_changed": share})]
 
     def _advance_originals(self, block: Block) -> None:
         """Take the original's states through its block."""

@@ -60,6 +60,11 @@ EVAL = {"stages": [{"task": "eval"}], "evaluation.data": ["{text}"]}
 INT8 = {**RTN, "stages.0.method.bits": 8, "stages.0.inputs": {"type": "int8"}}
 STATIC = {**INT8, "stages.0.inputs": {"type": "int8", "scales": "static"}}
 FP8 = {"stages": [{"task": "quantize", "method": {"name": "fp8"}}]}
+LEARNED = {
+    "stages": [{"task": "quantize", "method": {"name": "rtn", "bits": 2, "group_size": 32}}],
+    "stages.0.reconstruct": {"steps": 8, "tokens": 32},
+    "calibration.samples": 12,
+}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -97,6 +102,10 @@ TRIALS = {
     "stages.quantize.inputs.type": Trial("fp8", {"stages": [{"task": "quantize", "inputs": {"type": "int8"}}]}),
     "stages.quantize.inputs.scales": Trial("static", INT8),
     "stages.quantize.inputs.observer": Trial("minmax", STATIC),
+    "stages.quantize.reconstruct.steps": Trial(4, LEARNED),
+    "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
+    "stages.quantize.reconstruct.rate": Trial(0.05, LEARNED),
+    "stages.quantize.reconstruct.scale_rate": Trial(0.01, LEARNED),
     "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
     "stages.quantize.ignore": Trial([".*k_proj"]),
     "stages.quantize.format.name": Trial("dense"),
@@ -298,6 +307,7 @@ def test_the_tables_name_leaves_and_tests_that_are_there() -> None:
 
 APP = "tests/cli/test_app.py"
 FLAGS_ELSEWHERE = {
+    "preset": "names for keys: tests/e2e/test_reconstruct.py::test_presets_are_names_for_keys",
     "recipe": f"another base for all keys: {APP}::test_recipe_then_flags_then_set",
     "set": f"any key: {APP}::test_recipe_then_flags_then_set",
     "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",

@@ -48,6 +48,7 @@ def describe(
         method=method_name(first),
         format=work.format.name,
         type=work.mix,
+        learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         blocks=blocks,
         outside=outside,
         others=others,

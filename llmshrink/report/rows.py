@@ -9,7 +9,16 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from llmshrink.progress import seconds
-from llmshrink.report.schema import EventRecord, GateReport, ModelInfo, ModelMeasure, Report, StageReport, TextScore
+from llmshrink.report.schema import (
+    BlockReport,
+    EventRecord,
+    GateReport,
+    ModelInfo,
+    ModelMeasure,
+    Report,
+    StageReport,
+    TextScore,
+)
 
 NOT_MEASURED = "not measured"
 NOTHING = "-"  # where a number makes no sense, such as the original's divergence from itself
@@ -208,6 +217,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
     for how in dict.fromkeys(layer.inputs for layer in done if layer.inputs):
         lines.append(f"their inputs are rounded: {how}")
+    if stage.blocks:
+        lines.append(_learned(stage.blocks))
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -220,6 +231,16 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.seconds:
         lines.append(", ".join(f"{step} {seconds(taken)}" for step, taken in stage.seconds.items()))
     return [clean(line) for line in lines]
+
+
+def _learned(blocks: list[BlockReport]) -> str:
+    """What learning blocks together gained, in all."""
+    before, after = (sum(getattr(block, name) for block in blocks) for name in ("error_before", "error_after"))
+    left = sum(not block.codes_changed for block in blocks)
+    gained = (
+        f"{count(len(blocks), 'block')} learned: their error is {after / before if before else 1:.2f} of the method's"
+    )
+    return gained + (f"; {left} got no better and stayed as they were" if left else "")
 
 
 def grouped_events(events: Iterable[EventRecord]) -> list[str]:

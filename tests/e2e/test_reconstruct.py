@@ -15,6 +15,7 @@ from llmshrink.cli.options import build_recipe
 from llmshrink.errors import InterruptedRun, PlanError
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report, StageReport
 
 pytestmark = pytest.mark.usefixtures("without_reader")
@@ -54,7 +55,10 @@ class _Stop(Silent):
 def test_the_report_says_what_each_block_gained(
     smallest: Path, text_file: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    stage = learned(run.execute(wanted(smallest, tmp_path / "out", text_file, method), progress=Silent()))
+    assert run.make_plan(wanted(smallest, tmp_path / "out", text_file, method)).learning_steps == 30
+    report = run.execute(wanted(smallest, tmp_path / "out", text_file, method), progress=Silent())
+    stage = learned(report)
+    assert any("2 blocks learned: their error is 0." in line for line in stage_lines(stage))
     assert [block.block for block in stage.blocks] == [0, 1]
     assert stage.blocks[0].error_after < stage.blocks[0].error_before and stage.blocks[0].codes_changed > 0
     changed = [layer for layer in stage.layers if layer.reconstructed]

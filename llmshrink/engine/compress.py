@@ -264,7 +264,7 @@ class Compressor:
         before = difference(block, self._hidden)
         report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
         for spec in self._work.reconstruct.slower:
-            learned = learn(block, forms, self._hidden, spec, self._seed)
+            learned = learn(block, forms, self._hidden, spec, seed=self._seed, scale=before)
             trial = made.copy()
             for matrix, form in learned.items():
                 self._groups.replace(trial, matrix, form)

@@ -80,7 +80,7 @@ class _Learned:
 
 
 def learn(
-    block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, seed: int
+    block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, *, seed: int, scale: float
 ) -> dict[Matrix, Quantized]:
     """Other codes and scales for matrices of a block that is loaded, compressed.
 
@@ -90,21 +90,21 @@ def learn(
         hidden: the states that enter it, and of the original those that leave it.
         spec: how long, and how fast.
         seed: of the order of batches.
+        scale: what `difference` is before; the loss is counted in it.
     """
     learned = {m: _Learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
     rates = {"latent": spec.rate, "factor": spec.scale_rate}
     sets: list[dict[str, Any]] = [
         {"params": [getattr(each, name) for each in learned.values()], "lr": rate} for name, rate in rates.items()
     ]
-    # What Adam does must not depend on how large states are: the loss is a share of the first one, and eps is small.
-    scale = difference(block, hidden) or 1.0
+    # What Adam does must not depend on how large states are: hence the scale, and an eps that is small.
     optimizer = torch.optim.Adam(sets, betas=BETAS, eps=1e-15)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, spec.steps)
     shuffled = torch.randperm(len(hidden.batches), generator=torch.Generator().manual_seed(seed + block.index))
     order = cycle(shuffled.tolist())
     for _ in range(spec.steps):
         optimizer.zero_grad()
-        _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale)
+        _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale or 1.0)
         optimizer.step()
         schedule.step()
     return {m: each.result() for m, each in learned.items()}

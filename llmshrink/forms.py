@@ -62,6 +62,12 @@ class Quantized:
         kind: CodeKind = "float" if self.codes.is_floating_point() else "int"
         return Scheme(self.bits, self.zero is None, None if size == width else size, kind, whole)
 
+    def to(self, device: torch.device) -> Quantized:
+        """The same form on a device."""
+        moved = combine([self], lambda tensors: tensors[0].to(device))
+        assert isinstance(moved, Quantized)
+        return moved
+
     @property
     def learnable(self) -> bool:
         """Whether codes are integers, and mean even steps of a scale that belongs to a stretch of a row."""

@@ -57,7 +57,7 @@ from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
 
 ROWS = "calibration.json"  # in the folder of work
-SMOKE_ROWS, SMOKE_LENGTH = 8, 64
+SMOKE_ROWS, SMOKE_LENGTH, SMOKE_STEPS = 8, 64, 2
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -370,6 +370,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
         stage["gate"] = {}
         if stage["task"] == "quantize":
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
+            if stage["reconstruct"] is not None:
+                stage["reconstruct"]["steps"] = SMOKE_STEPS
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
     calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
     if calibration["data"] == "auto" and recipe.model.id in (None, NAME):

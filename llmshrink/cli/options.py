@@ -41,7 +41,7 @@ RECIPE_KEYS = {
     "resume": "run.resume",
     "output": "output",
 }
-PRESETS: dict[str, dict[str, Any]] = {  # what each effort means where a recipe does not say it
+PRESETS: dict[str, dict[str, Any]] = {  # what each effort means
     "fast": {"method.name": "rtn", "reconstruct": None},
     "balanced": {"reconstruct": None},
     "best": {"reconstruct": {}},
@@ -217,8 +217,12 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     preset = values.get("preset")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"there is no preset {preset!r}", hint=f"choose {', '.join(PRESETS)}")
+    if preset == "fast" and values.get("method") not in (None, "rtn"):
+        raise UsageError("--preset fast is method rtn, which looks at no text", hint="leave out --preset or --method")
+    learned = any(stage.get("reconstruct") for stage in data["stages"])
     for key, value in PRESETS[preset].items() if preset else ():
-        data = load.override(data, key, value, task=task)
+        if value is None or key != "reconstruct" or not learned:  # a recipe that learns already knows how long
+            data = load.override(data, key, value, task=task)
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):

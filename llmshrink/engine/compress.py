@@ -257,13 +257,15 @@ class Compressor:
         forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
         keys, origins = {m.key for m in forms}, self._model.map.origins
         # Experts that are one parameter are learned together, or not at all.
-        forms = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
+        whole = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
+        forms = {m: form.to(self._model.device) for m, form in whole.items()}  # one was perhaps made on the CPU
         if not forms:
             return []
         self._model.load_block(block.index, made.decoded)
         before = difference(block, self._hidden)
         report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
-        for spec in self._work.reconstruct.slower:
+        after = before
+        for spec in self._work.reconstruct.slower if before else ():
             learned = learn(block, forms, self._hidden, spec, seed=self._seed, scale=before)
             trial = made.copy()
             for matrix, form in learned.items():

@@ -102,7 +102,7 @@ class GroupCompressor:
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
                 packed, error = self._store(made, matrix, part, weight)
-                if self._work.reconstruct is not None:
+                if self._work.reconstruct is not None and used.learnable:
                     made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)

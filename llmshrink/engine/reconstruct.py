@@ -8,8 +8,9 @@ Every weight has a latent number, counted in steps of its grid, and its code is 
 pass through the rounding as if it were not there (Bengio et al. 2013, arXiv 1308.3432). AdaRound (arXiv 2004.10568),
 BRECQ (2102.05426) and SignRound (2309.05516) learn which neighbour of the plainly rounded weight is taken. Here a
 latent starts within the code that the method chose, at the point next to the weight, and may go any number of steps:
-what GPTQ found is kept, and the codes that were nearly others turn first. Scales are learned as factors, and rounded
-to what they are stored in at every step, so that what is learned is what is written.
+what GPTQ found is kept, and the codes that were nearly others turn first. Scales of one level are learned as factors,
+and rounded to what they are stored in at every step, so that what is learned is what is written. Zero points, minima
+and the nested scales of k-quants stay; where the embedding is compressed, both models start from it.
 """
 
 from __future__ import annotations
@@ -135,11 +136,10 @@ def _add_gradients(
     weights = {m.key: each.weight() for m, each in learned.items()}
     # Gradients of all batches are added up here before they go on to the latents, once.
     leaves = {key: weight.detach().requires_grad_() for key, weight in weights.items()}
-    elements = sum(hidden.originals[batch].numel() for batch in batches)
     for batch in batches:
         out = hidden.run(block.index, batch, leaves)
         target = hidden.originals[batch].to(out.device)
-        loss = (out.float() - target.float()).square().sum() / (scale * elements)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = (out.float() - target.float()).square().sum() / scale**0.5  # gradients of about 1, for float16
+        loss.backward()
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]  # not experts that no token went to
     torch.autograd.backward([weights[key] for key in reached], [leaves[key].grad for key in reached])

@@ -74,6 +74,7 @@ class Method(ABC, Generic[C]):
     by_row: bool = False  # rows do not depend on each other: small matrices of a group go in one call
     baseline: ClassVar[str | None] = None  # the method that stands in where the statistic is too poor
     caution: ClassVar[str | None] = None  # what its user should know before any compute: told as an event
+    learnable: ClassVar[bool] = True  # whether a weight may get any code between the least and the largest
     Config: ClassVar[type[MethodConfig]]
 
     def __init__(self, config: C, scales: torch.dtype | None = None) -> None:

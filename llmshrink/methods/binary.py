@@ -17,6 +17,8 @@ class Binary(Ternary):
 
     caution = "binary weights suit models that were trained for them (quantization-aware training); codes take two bits"
 
+    learnable = False  # there is no zero
+
     @staticmethod
     def fit(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scales [rows, groups], as they are stored in `dtype`, and codes of float32 weights [rows, groups, group]."""

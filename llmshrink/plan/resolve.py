@@ -86,12 +86,13 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
-    inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods]
+    inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
     if stage.reconstruct is not None and not any(_learnable(work.form(m)) for m in inside):
         name = method_name(next(iter(methods.values())))
         raise PlanError(
             f"`reconstruct` learns integer codes in the blocks, and {name} has none.",
-            hint="Choose method gptq or rtn, or leave out `reconstruct`.",
+            hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), or leave out `reconstruct` "
+            "(--preset best).",
         )
     work.reconstruct = stage.reconstruct
     return work

@@ -236,7 +236,7 @@ def stage_lines(stage: StageReport) -> list[str]:
 def _learned(blocks: list[BlockReport]) -> str:
     """What learning blocks together gained, in all."""
     before, after = (sum(getattr(block, name) for block in blocks) for name in ("error_before", "error_after"))
-    left = sum(not block.codes_changed for block in blocks)
+    left = sum(block.error_after >= block.error_before for block in blocks)
     gained = (
         f"{count(len(blocks), 'block')} learned: their error is {after / before if before else 1:.2f} of the method's"
     )

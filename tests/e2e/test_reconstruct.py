@@ -79,6 +79,14 @@ def test_other_families_learn(models_folder: Callable[..., Path], text_file: Pat
     assert stage.blocks[0].error_after < stage.blocks[0].error_before
 
 
+def test_blocks_whose_scales_alone_moved_count_as_learned(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    still = {"steps": 20, "tokens": 64, "rate": 1e-9}
+    report = run.execute(wanted(smallest, tmp_path / "out", text_file, stage={"reconstruct": still}), progress=Silent())
+    stage = learned(report)
+    assert not any(block.codes_changed for block in stage.blocks)
+    assert any("blocks learned" in line and "stayed" not in line for line in stage_lines(stage))
+
+
 @pytest.mark.parametrize("save", [False, True])
 def test_a_stopped_run_gives_the_same_bytes(
     smallest: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: bool
@@ -109,13 +117,13 @@ def test_it_learns_with_inputs_that_are_rounded(smallest: Path, text_file: Path,
     assert found.blocks[0].error_after < found.blocks[0].error_before
 
 
-def test_codes_into_a_table_are_refused_before_any_compute(
-    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["nf4", "binary"])
+def test_codes_of_a_table_and_without_a_zero_are_refused_before_any_compute(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, method: str
 ) -> None:
-    with pytest.raises(PlanError, match="learns integer codes in the blocks, and nf4 has none"):
-        run.make_plan(
-            wanted(models_folder("llama"), tmp_path / "out", text_file, {"name": "nf4"}, stage={"format": None})
-        )
+    other = wanted(models_folder("llama"), tmp_path / "out", text_file, {"name": method}, stage={"format": None})
+    with pytest.raises(PlanError, match=f"learns integer codes in the blocks, and {method} has none"):
+        run.make_plan(other)
 
 
 def test_presets_are_names_for_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,5 +136,8 @@ def test_presets_are_names_for_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage(preset="balanced") == stage()
     fast = stage(preset="fast", bits=3).method
     assert fast is not None and fast.name == "rtn" and fast.settings == {"bits": 3}
+    kept = stage(recipe="gptq-w2g64-best", preset="best", set=["reconstruct.steps=9"]).reconstruct
+    assert kept is not None and kept.steps == 9
+    assert main(["quantize", "--preset", "fast", "--method", "gptq"]) == 2
     assert main(["quantize", "--preset", "finest"]) == 2
     assert "choose fast, balanced, best" in capsys.readouterr().err

@@ -22,10 +22,10 @@ from torch import Tensor
 from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
-from llmshrink.engine.reconstruct import difference, learn
+from llmshrink.engine.reconstruct import reconstruct
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
-from llmshrink.forms import Event, Quantized
+from llmshrink.forms import Event
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
@@ -243,46 +243,14 @@ class Compressor:
         clock.lap("wait")
         learned: list[BlockReport] = []
         if self._work.reconstruct is not None:
-            learned = self._reconstruct(block, made)
+            self._advance_originals(block)
+            learned = reconstruct(block, made, self._hidden, self._groups, self._work.reconstruct, self._seed)
+            trim()
             clock.lap("reconstruct")
         made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
         told = [found.model_dump(mode="json") for found in learned]
         return {**_entry(block, made, clock), "batches": batches, "reconstructed": told}, made.tensors
-
-    def _reconstruct(self, block: Block, made: Made) -> list[BlockReport]:
-        """Learn what can be learned of a compressed block, and take it over where it is better."""
-        assert self._work.reconstruct is not None
-        self._advance_originals(block)
-        forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
-        keys, origins = {m.key for m in forms}, self._model.map.origins
-        # Experts that are one parameter are learned together, or not at all.
-        whole = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
-        forms = {m: form.to(self._model.device) for m, form in whole.items()}  # one was perhaps made on the CPU
-        if not forms:
-            return []
-        self._model.load_block(block.index, made.decoded)
-        before = difference(block, self._hidden)
-        report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
-        after = before
-        for spec in self._work.reconstruct.slower if before else ():
-            learned = learn(block, forms, self._hidden, spec, seed=self._seed, scale=before)
-            trial = made.copy()
-            for matrix, form in learned.items():
-                self._groups.replace(trial, matrix, form)
-            self._model.load_block(block.index, trial.decoded)
-            after = difference(block, self._hidden)  # of what would be written
-            if after < before:
-                break
-            self._model.load_block(block.index, made.decoded)
-        self._model.drop_block(block.index)
-        trim()
-        if not after < before:
-            return [report]
-        made.tensors, made.decoded, made.layers = trial.tensors, trial.decoded, trial.layers
-        changed = sum(int((form.codes != forms[m].codes).sum()) for m, form in learned.items())
-        share = changed / sum(m.numel for m in learned)
-        return [report.model_copy(update={"error_after": after, "codes_changed": share})]
 
     def _advance_originals(self, block: Block) -> None:
         """Take the original's states through its block."""

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.forms import Dense, Quantized, decode
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import straight_through
 from llmshrink.recipe.reconstruct import ReconstructSpec
+from llmshrink.report.schema import BlockReport
 
 CELL = 0.49  # steps from a code within which its latent starts; at half a step it would be the next code's
 BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
@@ -80,10 +82,46 @@ class _Learned:
         return replace(self.form, codes=codes, scale=Dense(self._stored().to(self.form.scale.weight.dtype)))
 
 
+def reconstruct(
+    block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, spec: ReconstructSpec, seed: int
+) -> list[BlockReport]:
+    """Learn what can be learned of a compressed block, and take it over into `made` where it is better.
+
+    Returns:
+        What it gained; empty where nothing can be learned.
+    """
+    model = hidden.model
+    forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
+    keys, origins = {m.key for m in forms}, model.map.origins
+    # Experts that are one parameter are learned together, or not at all.
+    whole = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
+    forms = {m: form.to(model.device) for m, form in whole.items()}  # one was perhaps made on the CPU
+    if not forms:
+        return []
+    model.load_block(block.index, made.decoded)
+    before = difference(block, hidden)
+    report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
+    for attempt in spec.slower if before else ():
+        learned = learn(block, forms, hidden, attempt, seed=seed, scale=before)
+        trial = made.copy()
+        for matrix, form in learned.items():
+            groups.replace(trial, matrix, form)
+        model.load_block(block.index, trial.decoded)
+        after = difference(block, hidden)  # of what would be written
+        if after < before:
+            made.tensors, made.decoded, made.layers = trial.tensors, trial.decoded, trial.layers
+            changed = sum(int((form.codes != forms[m].codes).sum()) for m, form in learned.items())
+            share = changed / sum(m.numel for m in learned)
+            report = report.model_copy(update={"error_after": after, "codes_changed": share})
+            break
+    model.drop_block(block.index)
+    return [report]
+
+
 def learn(
     block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, *, seed: int, scale: float
 ) -> dict[Matrix, Quantized]:
-    """Other codes and scales for matrices of a block that is loaded, compressed.
+    """Other codes and scales for matrices of a compressed block; what is loaded of the others is taken as it is.
 
     Args:
         block: which one.
@@ -91,7 +129,7 @@ def learn(
         hidden: the states that enter it, and of the original those that leave it.
         spec: how long, and how fast.
         seed: of the order of batches.
-        scale: what `difference` is before; the loss is counted in it.
+        scale: what `difference` is before, more than zero; the loss is counted in it.
     """
     learned = {m: _Learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
     rates = {"latent": spec.rate, "factor": spec.scale_rate}
@@ -105,7 +143,7 @@ def learn(
     order = cycle(shuffled.tolist())
     for _ in range(spec.steps):
         optimizer.zero_grad()
-        _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale or 1.0)
+        _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale)
         optimizer.step()
         schedule.step()
     return {m: each.result() for m, each in learned.items()}

@@ -61,6 +61,7 @@ def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     rounded = rounding(x.detach())
     if not x.requires_grad:
         return rounded
+    # torch leaves `apply` untyped.
     passed: Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
     return passed
 

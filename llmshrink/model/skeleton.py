@@ -41,7 +41,8 @@ def _parameters_on_meta(room: float) -> Iterator[None]:
                 )
             if parameter.device.type != "meta":
                 parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            # Else transformers draws random numbers for it, on `meta` too: a second for 30 blocks.
+            # Else transformers draws random numbers for it, on `meta` too: a second for 30 blocks. The mark is its own,
+            # which torch's type of a parameter does not have.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         register(module, name, parameter)
 

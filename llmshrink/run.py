@@ -31,6 +31,7 @@ from llmshrink.demo import MODEL_DIR, NAME
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
@@ -275,10 +276,20 @@ class _Run:
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
         folder, originals = workspace.work if economy.on_disk else None, work.reconstruct is not None
-        embed = partial(Hidden, self.model, batches, probe, folder, originals=originals)
+        embed = partial(Hidden, work.model, batches, probe, folder, originals=originals)
         subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
+        transforms, transformer = work.transforms, None
+        if transforms is not None:
+            transformer = Transformer(work, transforms, self.model, probe, workspace.work)
         compressor = Compressor(
-            work, workspace, embed, economy=economy, subset=subset, seed=seed, progress=self.progress
+            work,
+            workspace,
+            embed,
+            transformer=transformer,
+            economy=economy,
+            subset=subset,
+            seed=seed,
+            progress=self.progress,
         )
         return compressor.run(done)
 
@@ -305,7 +316,7 @@ class _Run:
                 name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
             ),
             check_hashes(folder, files),
-            *check_layers(self.model, written, result.layers),
+            *check_layers(work.model, written, result.layers),
             check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
         ]
@@ -345,7 +356,11 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
+    if isinstance(stage, QuantizeStage):
+        # What is changed must be another than the original, with which it is compared.
+        work = resolve(recipe, stage, StreamedModel(model.source, model.device) if stage.transform else model)
+    else:
+        work = resolve_export(recipe, stage, model)
     work.economy, memory = compress_economy(work, recipe)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0

@@ -68,6 +68,32 @@ class Norm:
         return 4 * width
 
 
+class Peak:
+    """The largest magnitude of each input feature: `largest` [in], float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.largest = torch.zeros(width, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        self.tokens += x.shape[0]
+        if x.numel():
+            torch.maximum(self.largest, x.abs().amax(0), out=self.largest)
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        self.largest = self.largest.to(device)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 4 * width
+
+
 class Range:
     """How large inputs are, whatever the feature: a histogram of |x| over float32 cut to 6 bits of mantissa.
 

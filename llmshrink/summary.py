@@ -150,6 +150,7 @@ def writing_stage(
         format=work.format.name,
         type=work.mix,
         layers=[*result.layers, *_left(plan)],
+        transforms=result.transforms,
         blocks=result.blocks,
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,

@@ -22,9 +22,10 @@ ALLOWED = {
     "formats": {"block_types", "forms", "errors", "patterns"},
     "io": {"errors"},
     "gguf": {"block_types", "errors", "io"},  # not `model`, which opens folders with GGUF files through it
-    "recipe": {"errors", "methods", "formats", "patterns"},
+    "transforms": {"statistics"},
+    "recipe": {"errors", "methods", "formats", "patterns", "transforms"},
     "demo": set(),
-    "model": {"errors", "forms", "formats", "gguf", "io", "memory"},
+    "model": {"errors", "forms", "formats", "gguf", "io", "memory", "transforms"},
     "memory": set(),
     "calibration": {"errors", "forms", "io", "memory", "model", "progress", "demo", "recipe"},
     "machine": {"errors", "forms", "memory", "progress"},
@@ -40,6 +41,7 @@ ALLOWED = {
         "patterns",
         "recipe",
         "statistics",
+        "transforms",
     },
     "engine": {
         "errors",
@@ -54,6 +56,7 @@ ALLOWED = {
         "recipe",
         "report",
         "statistics",
+        "transforms",
     },
     "evaluate": {
         "calibration",

@@ -61,6 +61,7 @@ def quantize(
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
     inputs: opt.Inputs = None,
+    transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,
@@ -182,6 +183,7 @@ def plan(
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
     inputs: opt.Inputs = None,
+    transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
     revision: opt.Revision = None,

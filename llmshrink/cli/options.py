@@ -18,6 +18,7 @@ RECIPE_KEYS = {
     "group_size": "method.group_size",
     "symmetric": "method.symmetric",
     "inputs": "inputs.type",
+    "transform": "transform",
     "format": "format.name",
     "to": "format.name",
     "type": "format.type",
@@ -62,6 +63,13 @@ def complete_method(incomplete: str) -> list[str]:
     from llmshrink.recipe.schema import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def complete_transform(incomplete: str) -> list[str]:
+    """Names of transforms."""
+    from llmshrink.recipe.schema import transform_names
+
+    return [name for name in transform_names() if name.startswith(incomplete)]
 
 
 def complete_format(incomplete: str) -> list[str]:
@@ -112,6 +120,14 @@ Symmetric = Annotated[
 Inputs = Annotated[
     str | None,
     typer.Option(help="Round inputs to 8 bits too: int8 or fp8.", metavar="int8|fp8", rich_help_panel=_WHAT),
+]
+Transform = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Rewrite weights first, the function stays; repeatable.",
+        autocompletion=complete_transform,
+        rich_help_panel=_WHAT,
+    ),
 ]
 Format = Annotated[
     str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)

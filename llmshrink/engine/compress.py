@@ -23,6 +23,7 @@ from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.reconstruct import reconstruct
+from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
 from llmshrink.forms import Event
@@ -33,8 +34,8 @@ from llmshrink.model.streamed import Decoded
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.report.schema import BlockReport, LayerReport
-from llmshrink.statistics import Gathered, NoStatistic
+from llmshrink.report.schema import BlockReport, LayerReport, TransformReport
+from llmshrink.statistics import Gathered, NoStatistic, Statistic
 
 FP16_MAX = torch.finfo(torch.float16).max
 NEAR = 0.25  # of it: another text may well give activations four times as large
@@ -47,6 +48,7 @@ class Result:
 
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    transforms: list[TransformReport] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
@@ -56,6 +58,7 @@ class Result:
         """Take over a journal entry."""
         self.layers += [LayerReport.model_validate(layer) for layer in entry["layers"]]
         self.blocks += [BlockReport.model_validate(block) for block in entry.get("reconstructed", [])]
+        self.transforms += [TransformReport.model_validate(found) for found in entry.get("transformed", [])]
         self.events += [Event(**event) for event in entry["events"]]
         self.files |= entry["files"]
         for step, seconds in entry["seconds"].items():
@@ -71,18 +74,27 @@ class Compressor:
         workspace: Workspace,
         embed: Callable[[], Hidden],
         *,
+        transformer: Transformer | None,
         economy: Economy,
         subset: bool,
         seed: int,
         progress: Progress,
     ) -> None:
-        """`embed` gives the states of the calibration rows and the probe's as they enter the first block.
+        """Begin with a plan.
 
-        `seed` decides in which order a reconstruction sees them.
+        Args:
+            work: the plan.
+            workspace: where it is carried out.
+            embed: gives the states of the calibration rows and the probe's as they enter the first block.
+            transformer: changes blocks before they are compressed; None: they stay.
+            economy: how much is in memory at a time.
+            subset: later layers of a block see what became of the earlier ones.
+            seed: decides in which order a reconstruction sees the rows.
+            progress: told of the steps.
         """
         self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
         self._hidden: Hidden
-        self._groups = GroupCompressor(work)
+        self._groups, self._transformer = GroupCompressor(work), transformer
         # Shards that become one file are no part of the output.
         self._folder = workspace.folder if work.blueprint is None else workspace.work
         self._saved = time.perf_counter()  # when states last were
@@ -98,6 +110,8 @@ class Compressor:
             What became of the parts, and the states [rows, length, hidden] of the probe rows behind the last block.
         """
         result = Result()
+        if self._transformer is not None:
+            self._transformer.begin([entry["block"] for entry in done if entry.get("transformed")])
         for entry in done:
             self._add(result, entry)
         parts = self._work.parts
@@ -152,6 +166,8 @@ class Compressor:
             stored, dtype = model.weights.rows(embedding.key), model.weights.infos[embedding.key].dtype
             model.replace_embedding(lambda rows: stored(rows).to(dtype))  # it is written dense
         self._hidden, self._saved = self._embed(), time.perf_counter()
+        if self._transformer is not None:
+            self._transformer.prove_ends(self._hidden)
         self._restore([entry for entry in done if "batches" in entry], result)
 
     def _restore(self, done: list[dict[str, Any]], result: Result) -> None:
@@ -225,14 +241,18 @@ class Compressor:
         return _entry(part, made, clock), made.tensors
 
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        clock, made = _Clock(), self._begun(block)
-        made.decoded = self._opened(block)
-        made.events, self._unwritten = self._unwritten, []
+        clock, events = _Clock(), self._unwritten
+        self._unwritten = []
+        transformed = self._transformed(block, events)
+        clock.lap("transform")
+        made = self._begun(block)
+        made.decoded, made.events = self._opened(block), events
         for step in self._steps(block):
             before = dict(made.decoded)  # what is compressed in a step is seen by the next one only
             sizes = [self._work.statistic_bytes(group) for group in step]
             for groups in (step[part] for part in passes(sizes, self._statistics)):
-                statistics = self._gather(block, groups, before, made.events)
+                kinds = {group: self._work.needs(group) for group in groups}
+                statistics = self._gather(block, groups, kinds, before, made.events)
                 clock.lap("calibrate")
                 for found in self._groups.compress(groups, statistics):
                     made.add(found)
@@ -250,7 +270,20 @@ class Compressor:
         made.events += self._range(block, self._forward(block, made.decoded))
         clock.lap("forward")
         told = [found.model_dump(mode="json") for found in learned]
-        return {**_entry(block, made, clock), "batches": batches, "reconstructed": told}, made.tensors
+        entry = {**_entry(block, made, clock), "batches": batches, "reconstructed": told}
+        return {**entry, **transformed}, made.tensors
+
+    def _transformed(self, block: Block, events: list[Event]) -> dict[str, Any]:
+        """Make the changes of a block before it is compressed; what the journal says of them."""
+        if self._transformer is None:
+            return {}
+
+        def find(groups: list[Group], kinds: tuple[type[Statistic], ...]) -> dict[Group, Gathered]:
+            return self._gather(block, groups, dict.fromkeys(groups, kinds), self._opened(block), events)
+
+        reports, files = self._transformer.block(block, self._hidden, find)
+        written = {self._below(path): digest for path, digest in files.items()}
+        return {"transformed": [report.model_dump(mode="json") for report in reports], "files": written}
 
     def _advance_originals(self, block: Block) -> None:
         """Take the original's states through its block."""
@@ -314,13 +347,17 @@ class Compressor:
             yield list(members)
 
     def _gather(
-        self, block: Block, groups: list[Group], decoded: dict[str, Decoded], events: list[Event]
+        self,
+        block: Block,
+        groups: list[Group],
+        kinds: dict[Group, tuple[type[Statistic], ...]],
+        decoded: dict[str, Decoded],
+        events: list[Event],
     ) -> dict[Group, Gathered]:
         """Statistics of the groups; the block is in memory only for this, not while matrices are compressed.
 
         Where memory runs out it is tried again: once as it was, then with ever smaller batches.
         """
-        kinds = {g: self._work.needs(g) for g in groups}
         if all(found == (NoStatistic,) for found in kinds.values()):
             return {g: {NoStatistic: NoStatistic(g.width, self._model.device)} for g in groups}
         for attempt in itertools.count():
@@ -352,7 +389,7 @@ class Compressor:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         path = self._folder / self._work.shards[part.index]
-        entry = {**entry, "files": {self._below(path): safetensors.write(path, tensors)}}
+        entry = {**entry, "files": {**entry.get("files", {}), self._below(path): safetensors.write(path, tensors)}}
         older: list[Path] = []
         if states:
             path = self._workspace.work / _hidden_name(f"{part.index:05d}")

@@ -94,7 +94,7 @@ class GroupCompressor:
                 prepared[key] = used.prepare(gathered[used.needs])
                 trim()
             weights = [self._model.read(matrix).to(device) for matrix in matrices]
-            layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
+            layer = compressed(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
             found = [*([event] if event else []), *prepared[key].events, *layer.events]
             fallback = any(e.kind.endswith("_fallback") for e in found)
@@ -162,11 +162,18 @@ class GroupCompressor:
         starved = matrix.site.expert is not None and tokens < matrix.shape[1]
         if method.baseline is None or not starved:
             return method, None
-        baseline = load_method(method.baseline)
-        known = method.config.model_dump()
-        config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
         message = f"{method.baseline} from the weights alone: it saw {tokens} calibration tokens"
-        return baseline(config, method.scales), Event("expert_fallback", message, data={"tokens": float(tokens)})
+        return by_weights(method), Event("expert_fallback", message, data={"tokens": float(tokens)})
+
+
+def by_weights(method: Method[Any]) -> Method[Any]:
+    """The method that does the same from weights alone: its baseline, or itself where it looks at nothing else."""
+    if method.baseline is None:
+        return method
+    baseline = load_method(method.baseline)
+    known = method.config.model_dump()
+    config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
+    return baseline(config, method.scales)
 
 
 def is_small(group: Group) -> bool:
@@ -174,7 +181,7 @@ def is_small(group: Group) -> bool:
     return group.width <= SMALL and sum(m.numel for m in group.matrices) <= SMALL * SMALL
 
 
-def _compress(method: Method[Any], weight: Tensor, prepared: Prepared) -> Layer:
+def compressed(method: Method[Any], weight: Tensor, prepared: Prepared) -> Layer:
     """Compress a matrix, a stretch of rows at a time where they do not depend on each other: that bounds the memory."""
     rows = -(-STACK // weight.shape[1]) if method.by_row else len(weight)
     layers = [method.compress(part, prepared) for part in torch.split(weight, rows)]

@@ -115,6 +115,10 @@ class Hidden:
     def _run(self, index: int, batch: int, states: list[Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.model.run(index, self._records[batch], states[batch].to(self.model.device), weights)
 
+    def probe(self, model: StreamedModel, index: int, state: Tensor) -> Tensor:
+        """What the loaded block of another model makes of a state of the probe rows."""
+        return model.run(index, self._records[-1], state.to(model.device))
+
     def advance_originals(self, index: int) -> None:
         """Replace every state of the original by the output of the loaded block, which is the original's."""
         self._advance(index, self.originals)

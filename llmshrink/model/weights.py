@@ -17,10 +17,18 @@ from llmshrink.forms import Form, InputScheme, check_blocks, decode
 from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.memory import memory_error
+from llmshrink.model.edits import Edit
 
 
 class Weights:
-    """The dense view of a checkpoint: names, shapes and dtypes as if nothing were compressed."""
+    """The dense view of a checkpoint: names, shapes and dtypes as if nothing were compressed, and as it was changed.
+
+    Attributes:
+        infos: Every tensor by its name, as it would be if nothing were compressed.
+        compressed: Names of those that are.
+        edits: Changes of tensors, by name, in the order in which they are made.
+        exact: Names of those that are not rounded to the model's dtype when they are changed, as they are not written.
+    """
 
     def __init__(
         self,
@@ -55,6 +63,8 @@ class Weights:
                     raise ValueError(f"it is said to have the shape {list(shape)} and the dtype {own}")
             self.infos[key] = TensorInfo(checkpoint.infos[names[0]].file, dtype or own, shape)
         self.compressed = frozenset(compressed)
+        self.edits: dict[str, list[Edit]] = {}
+        self.exact: frozenset[str] = frozenset()
         self._modules: Mapping[str, str] = {}
         self._transposed: frozenset[str] = frozenset()
 
@@ -70,6 +80,11 @@ class Weights:
         for key in self._transposed:
             self.infos[key] = replace(self.infos[key], shape=self.infos[key].shape[::-1])
 
+    def change(self, edits: Iterable[Edit]) -> None:
+        """From now on, make these changes too whenever a tensor is read."""
+        for edit in edits:
+            self.edits.setdefault(edit.place.key, []).append(edit)
+
     def stored_bytes(self, key: str) -> int:
         """Bytes on disk of all tensors that together store `key`."""
         return sum(self._checkpoint.infos[name].bytes for name in self._parts.get(key, [key]))
@@ -82,7 +97,11 @@ class Weights:
         return form
 
     def rows(self, key: str) -> Callable[[Rows], Tensor]:
-        """What gives rows of a matrix: as stored, or decoded to float32 where it is compressed."""
+        """What gives rows of a matrix: as stored, or decoded to float32 where it is compressed; changed along a row."""
+        stored = self._rows(key)
+        return stored if key not in self.edits else lambda rows: self._edited(key, stored(rows))
+
+    def _rows(self, key: str) -> Callable[[Rows], Tensor]:
         if key not in self.compressed:
             weight = self._checkpoint.get(key)
             return lambda rows: weight[rows]
@@ -131,12 +150,19 @@ class Weights:
         return weight.to(self.infos[key].dtype).float() if self.format.rounds(kind, self._config) else weight
 
     def get(self, key: str) -> Tensor:
-        """A tensor as stored, or decoded to float32 where it is compressed."""
+        """A tensor as stored, or decoded to float32 where it is compressed, with its changes."""
         if key not in self.compressed:
-            return self._checkpoint.get(key)
+            return self._edited(key, self._checkpoint.get(key))
         with self._reading(key):
             weight = decode(self.form(key))
-        return weight.T if key in self._transposed else weight
+        return self._edited(key, weight.T if key in self._transposed else weight)
+
+    def _edited(self, key: str, tensor: Tensor) -> Tensor:
+        if key not in self.edits:
+            return tensor
+        for edit in self.edits[key]:
+            tensor = edit(tensor)
+        return tensor if key in self.exact else tensor.to(self.infos[key].dtype)
 
     def dense(self, key: str) -> Tensor:
         """A tensor as it is stored where nothing is compressed: decoded matrices in the model's dtype."""

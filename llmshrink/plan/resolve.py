@@ -21,6 +21,7 @@ from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs
+from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work, method_name
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
@@ -85,6 +86,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         message = f"{cast[0]}: other floats than the model's own are stored in GGUF only, and this is {chosen.name}"
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
+    transforms = plan_transforms(stage.transform, model, methods, events)
     work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
     inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
     if stage.reconstruct is not None and not any(_learnable(work.form(m)) for m in inside):
@@ -94,7 +96,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), or leave out `reconstruct` "
             "(--preset best).",
         )
-    work.reconstruct = stage.reconstruct
+    work.transforms, work.reconstruct = transforms, stage.reconstruct
     return work
 
 

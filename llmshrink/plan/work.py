@@ -20,6 +20,7 @@ from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
+from llmshrink.plan.transform import Transforms
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.statistics import NoStatistic, Range, Statistic
 
@@ -40,6 +41,7 @@ class Work:
     shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
     shard_bytes: dict[str, int] = field(default_factory=dict)
     mix: str | None = None  # of the block types in a GGUF file
+    transforms: Transforms | None = None  # what is done to weights before; None: nothing
     reconstruct: ReconstructSpec | None = None  # None: codes stay as the methods choose them
     blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
     events: list[Event] = field(default_factory=list)
@@ -75,9 +77,10 @@ class Work:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method, any static scale or a reconstruction looks at calibration text."""
+        """Whether any method, any static scale, a transform or a reconstruction looks at calibration text."""
         gathered = any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
-        return gathered or self.reconstruct is not None
+        scaled = self.transforms is not None and bool(self.transforms.scalings)
+        return gathered or scaled or self.reconstruct is not None
 
     def reads_data(self, matrix: Matrix) -> bool:
         """Whether a matrix is compressed by what its inputs are on calibration text."""

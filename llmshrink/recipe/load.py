@@ -181,6 +181,7 @@ def complete(recipe: Recipe) -> dict[str, Any]:
         if isinstance(stage, QuantizeStage):
             plain["on_indivisible"] = stage.indivisible
             plain["method"] = stage.method and stage.method.complete()
+            plain["transform"] = [spec.complete() for spec in stage.transform]
     return data
 
 

@@ -28,7 +28,9 @@ from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
+from llmshrink.recipe.transform import TransformSpec
 from llmshrink.recipe.units import Bytes
+from llmshrink.transforms import transform_names as transform_names
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
 
@@ -139,6 +141,11 @@ class QuantizeStage(Section):
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions over whole layer names; these are left as they are"
     )
+    transform: list[TransformSpec] = Field(
+        default_factory=list,
+        description="what rewrites weights before they are compressed and leaves the function as it is: a name, a "
+        "mapping, or a list of them in their order; null: nothing",
+    )
     reconstruct: ReconstructSpec | None = Field(
         None,
         description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
@@ -187,6 +194,19 @@ class QuantizeStage(Section):
         """What `layers` says of one layer: the last match; an empty mapping where nothing matches."""
         found = [keys for pattern, keys in self.layers.items() if patterns.matches(pattern, layer)]
         return found[-1] if found else {}
+
+    @field_validator("transform", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: Any) -> Any:
+        return [] if given is None else given if isinstance(given, list) else [given]
+
+    @field_validator("transform")
+    @classmethod
+    def _check_twice(cls, transform: list[TransformSpec]) -> list[TransformSpec]:
+        names = [spec.name for spec in transform]
+        if twice := [i for i, name in enumerate(names) if name in names[:i]]:
+            raise refuse([fault((i,), f"'{names[i]}' is there already", names[i]) for i in twice])
+        return transform
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -86,6 +86,21 @@ class BlockReport(Record):
     codes_changed: float = Field(description="share of the codes learned that are others than the method's")
 
 
+class TransformReport(Record):
+    """What a transform did to a block before it was compressed."""
+
+    block: int
+    name: str
+    difference: float = Field(
+        description="by how much all transforms together changed what the block adds to its input, as a share of it"
+    )
+    error_left: float | None = Field(
+        default=None,
+        description="share of the squared output error of rounding that is left, on average over what it scaled; None: "
+        "it did not look at that",
+    )
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -158,6 +173,7 @@ class StageReport(Record):
     format: str
     type: str | None = Field(default=None, description="the mix of block types in a GGUF file")
     layers: list[LayerReport] = Field(default_factory=list)
+    transforms: list[TransformReport] = Field(default_factory=list, description="by block, in their order")
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
@@ -238,4 +254,5 @@ __all__ = [
     "StageReport",
     "Support",
     "TextScore",
+    "TransformReport",
 ]

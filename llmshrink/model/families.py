@@ -49,7 +49,6 @@ _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _MLP = ("mlp.gate_proj", "mlp.up_proj")
 _MOE = (
     "mlp.gate",
-    "mlp.router",
     "mlp.experts.gate_up_proj",
     "mlp.shared_expert.gate_proj",
     "mlp.shared_expert.up_proj",
@@ -131,7 +130,6 @@ def _falcon(config: PretrainedConfig) -> Family:
 FAMILIES: dict[str, Family | Callable[[PretrainedConfig], Family]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "granite", "smollm3"), _LLAMA),
     "mixtral": replace(_LLAMA, up="w3"),
-    "gpt_oss": _LLAMA,
     "gemma": replace(_LLAMA, offset=1.0),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
     "phi3": _PHI3,

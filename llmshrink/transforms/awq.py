@@ -3,7 +3,7 @@
 The weights on channel j are multiplied by s_j and the channel is divided by it. With x_j its root mean square and w_j
 the mean magnitude of the weights on it, in shares of their row's largest, the candidates are s = x^a (the paper's
 equation 5) and s = x^a / w^(1 - a), for a from a grid; s = 1 is always one of them. The paper runs the layers for each
-candidate; here the error of rounding W s / s is known exactly from H = mean of x x^T: tr(E H E^T).
+candidate; here the error of rounding W s / s is known exactly from H = mean of x x^T: tr(E H E^T), summed over some rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LEAST = 1e-4  # of a magnitude, as a share of the mean: dead channels get a scal
 class AwqConfig(TransformConfig):
     """Settings of the search."""
 
-    steps: int = Field(20, ge=1, description="exponents tried of each kind, evenly from 1/steps to 1")
+    steps: int = Field(10, ge=1, description="exponents tried of each kind, evenly from 0 or 1/steps to 1")
+    rows: int = Field(256, ge=1, description="rows of each matrix, evenly over it, on which candidates are tried")
 
 
 class Awq(Scaling[AwqConfig]):
@@ -42,6 +43,7 @@ class Awq(Scaling[AwqConfig]):
             H = _hessian(tensor)
             for read, rounded in zip(tensor.read, tensor.rounded, strict=True):
                 W = read()
+                W = W[:: -(-len(W) // self.config.rows)]
                 for i, s in enumerate(scales):
                     E = rounded(W * s) / s - W
                     errors[i] += tensor.tokens * float(torch.linalg.vecdot(E @ H, E).sum(dtype=torch.float64))

@@ -6,7 +6,7 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
@@ -71,7 +71,7 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     tokens = rows * work.length if work.needs_data else 0
     states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
-    return FIXED + states + max(blocks, *(_outside(work, part) for part in work.parts))
+    return FIXED + states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:
@@ -137,11 +137,35 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
             lanes = lanes_of(work.model.device) if is_small(group) else 1
             phases.append(kept + lanes * max(factors, factors // 3 + sweep))
             kept -= size
+    phases += [loaded + kept for kept in _transforming(work, block, economy)]
     if work.reconstruct is not None:
         learned = sum(m.numel for m in block.matrices if m in work.methods)
         phases.append(loaded + _learning(work.model, block, batch) + LEARNING * FLOAT * learned)
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _transforming(work: Work, block: Block, economy: Economy) -> Iterator[int]:
+    """What a transform has beside a block's weights: statistics, and one matrix while candidates are tried on it."""
+    if work.transforms is None:
+        return
+    largest = max((m.numel for m in block.matrices), default=0)
+    yield 2 * FLOAT * largest  # while it is changed
+    for scaling in work.transforms.scalings:
+        links = work.transforms.links(block.index, scaling)
+        sizes = [sum(scaling.needs.bytes(group.width) for group in link.groups) for link in links]
+        for part in passes(sizes, economy.statistics):
+            yield sum(sizes[part]) + FLOAT * largest + SWEEP * FLOAT * min(largest, STACK)
+
+
+def _turned(work: Work, part: Part) -> int:
+    """Tensors outside of the blocks that are no longer those of the mapped files."""
+    if isinstance(part, Block) or work.transforms is None or work.transforms.stream is None:
+        return 0
+    infos = work.model.weights.infos
+    exact = {matrix.key for matrix in part.matrices if matrix in work.methods}
+    changed = [key for key in part.keys if key in work.transforms.outside]
+    return sum(infos[key].numel * FLOAT if key in exact else infos[key].bytes for key in changed)
 
 
 def _outside(work: Work, part: Part) -> int:

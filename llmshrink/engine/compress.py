@@ -244,7 +244,8 @@ class Compressor:
         clock, events = _Clock(), self._unwritten
         self._unwritten = []
         transformed = self._transformed(block, events)
-        clock.lap("transform")
+        if transformed:
+            clock.lap("transform")
         made = self._begun(block)
         made.decoded, made.events = self._opened(block), events
         for step in self._steps(block):

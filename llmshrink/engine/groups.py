@@ -16,10 +16,10 @@ from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, relative_error, split_rows
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
-from llmshrink.methods.base import Method, Prepared
+from llmshrink.methods.base import Method, Prepared, method_name
 from llmshrink.model.anatomy import Group, Matrix
 from llmshrink.model.streamed import Decoded
-from llmshrink.plan.work import Work, method_name
+from llmshrink.plan.work import Work
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import Gathered, NoStatistic, Range
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -97,3 +97,8 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """A result of the right shapes and dtypes on the `meta` device: exact bytes before any weight is read."""
+
+
+def method_name(method: Method[Any]) -> str:
+    """The name of a method in a recipe: that of its file."""
+    return type(method).__module__.rpartition(".")[2]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,19 +33,32 @@ class Edit:
     place: Place
     change: Callable[[Tensor], Tensor]  # float64 [rows, channels] -> the same shape
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor changed, computed in float64: float32, or wider where it was."""
-        rows = tensor.movedim(self.place.axis, -1)
-        flat = rows.reshape(-1, rows.shape[-1])
-        out = torch.empty(flat.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
-        size = max(1, STRETCH // flat.shape[1])
-        for start in range(0, len(flat), size):
-            out[start : start + size] = self._rows(flat[start : start + size].double())
-        return out.view(rows.shape).movedim(-1, self.place.axis)
-
-    def _rows(self, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows that hold the dimension, float64, changed."""
         channels, offset = self.place.channels, self.place.offset
         if channels is None:
             return self.change(rows + offset) - offset
         index = torch.tensor(channels, device=rows.device)
         return rows.index_copy(1, index, self.change(rows[:, index] + offset) - offset)
+
+
+def changed(tensor: Tensor, edits: Sequence[Edit], dtype: torch.dtype) -> Tensor:
+    """A tensor after these changes, in this dtype; computed in float64, a few rows at a time."""
+    wide, runs = torch.promote_types(tensor.dtype, torch.float32), groupby(edits, key=lambda edit: edit.place.axis)
+    together = [(axis, list(run)) for axis, run in runs]
+    for left, (axis, run) in zip(reversed(range(len(together))), together, strict=True):
+        tensor = _along(tensor, axis, run, wide if left else dtype)
+    return tensor
+
+
+def _along(tensor: Tensor, axis: int, edits: list[Edit], dtype: torch.dtype) -> Tensor:
+    moved = tensor.movedim(axis, -1)
+    rows = moved.reshape(-1, moved.shape[-1])
+    out = torch.empty(rows.shape, dtype=dtype, device=tensor.device)
+    size = max(1, STRETCH // rows.shape[1])
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size].double()
+        for edit in edits:
+            part = edit(part)
+        out[start : start + size] = part
+    return out.view(moved.shape).movedim(-1, axis)

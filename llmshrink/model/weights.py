@@ -17,7 +17,7 @@ from llmshrink.forms import Form, InputScheme, check_blocks, decode
 from llmshrink.gguf.checkpoint import GgufCheckpoint
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.memory import memory_error
-from llmshrink.model.edits import Edit
+from llmshrink.model.edits import Edit, changed
 
 
 class Weights:
@@ -160,9 +160,8 @@ class Weights:
     def _edited(self, key: str, tensor: Tensor) -> Tensor:
         if key not in self.edits:
             return tensor
-        for edit in self.edits[key]:
-            tensor = edit(tensor)
-        return tensor if key in self.exact else tensor.to(self.infos[key].dtype)
+        own = self.infos[key].dtype
+        return changed(tensor, self.edits[key], torch.promote_types(own, torch.float32) if key in self.exact else own)
 
     def dense(self, key: str) -> Tensor:
         """A tensor as it is stored where nothing is compressed: decoded matrices in the model's dtype."""

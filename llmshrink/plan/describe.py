@@ -9,10 +9,11 @@ from pathlib import Path
 
 from llmshrink.formats.runtimes import RUNTIMES, Runtime, Stored, entry
 from llmshrink.io.files import nearest
+from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
 from llmshrink.plan.loading import stored
 from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
-from llmshrink.plan.work import Work, main_method, method_name
+from llmshrink.plan.work import Work, main_method
 
 
 def describe(
@@ -48,6 +49,7 @@ def describe(
         method=method_name(first),
         format=work.format.name,
         type=work.mix,
+        transforms=None if work.transforms is None else work.transforms.words,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         blocks=blocks,
         outside=outside,

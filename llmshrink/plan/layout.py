@@ -15,13 +15,13 @@ from llmshrink.formats.runtimes import Runtime, entry
 from llmshrink.forms import Event
 from llmshrink.gguf.blueprint import draw
 from llmshrink.io import safetensors
-from llmshrink.methods.base import Method
+from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.loading import layers, stored
 from llmshrink.plan.rehearse import rehearse
-from llmshrink.plan.work import Work, main_method, method_name
+from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe.schema import Recipe
 
 DEFAULT_LENGTH = 2048

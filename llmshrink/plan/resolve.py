@@ -15,14 +15,14 @@ from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
 from llmshrink.forms import CodeKind, Event, Layer, Quantized, Scheme
 from llmshrink.methods import load_method
-from llmshrink.methods.base import Method
+from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs
 from llmshrink.plan.transform import plan_transforms
-from llmshrink.plan.work import Work, method_name
+from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 

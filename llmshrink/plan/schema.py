@@ -67,6 +67,7 @@ class Plan(_Part):
     method: str
     format: str
     type: str | None  # the mix of block types in a GGUF file
+    transforms: str | None  # what is done to weights before they are compressed; None: nothing
     learning_steps: int  # of gradient for each block after the method; 0: none
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed

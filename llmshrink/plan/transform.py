@@ -8,7 +8,7 @@ from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
-from llmshrink.methods.base import Method
+from llmshrink.methods.base import Method, method_name
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.flow import Flow, Link, flow_of
 from llmshrink.model.streamed import StreamedModel
@@ -16,6 +16,8 @@ from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform
 from llmshrink.transforms.base import Rotating, Scaling, Transform
 from llmshrink.transforms.rotation import Rotation
+
+TRAINED = ("ternary", "binary")  # methods that find the levels of models that have no others
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,20 @@ class Transforms:
     values: Callable[[int], Rotation] | None  # turns the values of each head
     scalings: tuple[Scaling[Any], ...]
     compressed: frozenset[str]  # keys of the matrices for which it is done
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """Keys of the tensors outside of the blocks that are changed where states are turned."""
+        final, embedding = self.flow.final, self.flow.embedding
+        ends = () if final is None else (*final.producers, *final.consumers)
+        return frozenset(place.key for place in (*ends, *([embedding] if embedding else [])))
+
+    @property
+    def words(self) -> str:
+        """What is done, for people."""
+        turned = [what for what, how in (("states", self.stream), ("values", self.values)) if how is not None]
+        first = f"{self.names[0]} ({' and '.join(turned)})" if turned else self.names[0]
+        return ", ".join((first, *self.names[1:]))
 
     def links(self, block: int, scaling: Scaling[Any]) -> list[Link]:
         """Where a transform works in a block: what feeds a matrix that is compressed."""
@@ -52,6 +68,10 @@ def plan_transforms(
             f"No flow is known for model_type {kind!r}: transforms must know what follows what in a block.",
             hint="Leave out `transform`, or describe the family in llmshrink/model/families.py.",
         )
+    trained = [name for name in map(method_name, methods.values()) if name in TRAINED]
+    if trained:
+        message = f"{trained[0]} stores what a model was trained to be, and {next(iter(wanted))} would change that"
+        raise PlanError(f"{message}.", hint="Leave out `transform`.")
     stream, values = _rotations(wanted, flow, kind, events)
     scalings = tuple(each for each in wanted.values() if isinstance(each, Scaling))
     found = Transforms(flow, tuple(wanted), stream, values, scalings, frozenset(m.key for m in methods))

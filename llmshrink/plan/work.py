@@ -129,8 +129,3 @@ def main_method(methods: dict[Matrix, Method[Any]]) -> Method[Any]:
     counted = Counter((type(method), method.config) for method in methods.values())
     most = counted.most_common(1)[0][0]
     return next(method for method in methods.values() if (type(method), method.config) == most)
-
-
-def method_name(method: Method[Any]) -> str:
-    """The name of a method in a recipe: that of its file."""
-    return type(method).__module__.rpartition(".")[2]

@@ -7,6 +7,7 @@ from typing import Any
 from llmshrink.formats import format_names
 from llmshrink.methods import load_method, method_names
 from llmshrink.recipe.schema import DEFAULT_METHOD, Recipe
+from llmshrink.transforms import load_transform, transform_names
 
 Schema = dict[str, Any]
 _REF = "#/$defs/{model}"
@@ -23,7 +24,19 @@ def json_schema() -> Schema:
         branches.append(_named(settings, name))
     definitions["MethodSpec"] = {"anyOf": branches, "description": "A method's name and its own settings."}
     definitions["FormatSpec"]["properties"]["name"]["enum"] = format_names()
+    transforms = []
+    for name in transform_names():
+        settings = load_transform(name).Config.model_json_schema(ref_template=_REF)
+        transforms.append(_named(settings, name))
+    definitions["TransformSpec"] = {"anyOf": transforms, "description": "A transform's name and its own settings."}
     stage = definitions["QuantizeStage"]["properties"]
+    one = {"anyOf": [{"$ref": "#/$defs/TransformSpec"}, {"enum": transform_names()}]}
+    several = {"items": one, "type": "array"}
+    stage["transform"] = {
+        "anyOf": [several, *one["anyOf"], {"type": "null"}],
+        "default": [],
+        "description": stage["transform"]["description"],
+    }
     stage["inputs"]["anyOf"].append({"enum": ["int8", "fp8"]})  # a mapping's type alone
     overrides = [
         {key: part for key, part in branch.items() if key != "required"}

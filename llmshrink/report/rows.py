@@ -18,6 +18,7 @@ from llmshrink.report.schema import (
     Report,
     StageReport,
     TextScore,
+    TransformReport,
 )
 
 NOT_MEASURED = "not measured"
@@ -217,6 +218,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
     for how in dict.fromkeys(layer.inputs for layer in done if layer.inputs):
         lines.append(f"their inputs are rounded: {how}")
+    if stage.transforms:
+        lines.append(_transformed(stage.transforms))
     if stage.blocks:
         lines.append(_learned(stage.blocks))
     fallbacks = sum(layer.fallback for layer in stage.layers)
@@ -231,6 +234,17 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.seconds:
         lines.append(", ".join(f"{step} {seconds(taken)}" for step, taken in stage.seconds.items()))
     return [clean(line) for line in lines]
+
+
+def _transformed(found: list[TransformReport]) -> str:
+    """Which transforms rewrote the weights, and what is left of the error that they were to lessen."""
+    told = []
+    for name in dict.fromkeys(each.name for each in found):
+        shares = [each.error_left for each in found if each.name == name and each.error_left is not None]
+        mean = sum(shares) / len(shares) if shares else None
+        told.append(name if mean is None else f"{name} (leaves {mean:.2f} of the error of rounding)")
+    worst = max(each.difference for each in found)
+    return f"weights rewritten first: {', '.join(told)}; the blocks did the same to {worst:.0e}"
 
 
 def _learned(blocks: list[BlockReport]) -> str:

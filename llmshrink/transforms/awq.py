@@ -3,7 +3,7 @@
 The weights on channel j are multiplied by s_j and the channel is divided by it. With x_j its root mean square and w_j
 the mean magnitude of the weights on it, in shares of their row's largest, the candidates are s = x^a (the paper's
 equation 5) and s = x^a / w^(1 - a), for a from a grid; s = 1 is always one of them. The paper runs the layers for each
-candidate; here the error of rounding W s / s is known exactly from H = mean of x x^T: tr(E H E^T), summed over some rows.
+candidate; here the error of rounding W s / s is known exactly from H = mean of x x^T: tr(E H E^T), for some rows of W.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import apply_overrides, validate
 from llmshrink.recipe.schema import MethodSpec, Recipe
+from llmshrink.recipe.transform import TransformSpec
+from llmshrink.transforms import load_transform, transform_names
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("without_reader")
@@ -65,6 +67,9 @@ LEARNED = {
     "stages.0.reconstruct": {"steps": 8, "tokens": 32},
     "calibration.samples": 12,
 }
+SCALED = {**RTN_32, "stages.0.transform": [{"name": "awq"}], "calibration.samples": 12}
+SMOOTHED = {**RTN_32, "stages.0.transform": [{"name": "smoothquant"}]}
+TURNED = {**RTN_32, "stages.0.transform": [{"name": "hadamard"}]}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -102,6 +107,13 @@ TRIALS = {
     "stages.quantize.inputs.type": Trial("fp8", {"stages": [{"task": "quantize", "inputs": {"type": "int8"}}]}),
     "stages.quantize.inputs.scales": Trial("static", INT8),
     "stages.quantize.inputs.observer": Trial("minmax", STATIC),
+    "stages.quantize.transform.name": Trial("awq", RTN_32),
+    "stages.quantize.transform.awq.steps": Trial(2, SCALED),
+    "stages.quantize.transform.awq.rows": Trial(4, SCALED),
+    "stages.quantize.transform.smoothquant.alpha": Trial(0.8, SMOOTHED),
+    "stages.quantize.transform.hadamard.residual": Trial(False, TURNED),
+    "stages.quantize.transform.hadamard.heads": Trial(False, TURNED),
+    "stages.quantize.transform.hadamard.seed": Trial(1, TURNED),
     "stages.quantize.reconstruct.steps": Trial(4, LEARNED),
     "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
     "stages.quantize.reconstruct.rate": Trial(0.05, LEARNED),
@@ -170,6 +182,9 @@ def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
             if branch is MethodSpec:
                 for method in method_names():
                     yield from leaves(load_method(method).Config, f"{at}{name}.{method}.")
+            if branch is TransformSpec:
+                for transform in transform_names():
+                    yield from leaves(load_transform(transform).Config, f"{at}{name}.{transform}.")
         one_value = get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
         if not below and not one_value:
             yield f"{at}{name}"
@@ -179,9 +194,10 @@ LEAVES = sorted(leaves(Recipe))
 
 
 def key_of(leaf: str) -> str:
-    """The leaf's path in a recipe: stages by number, settings without their method."""
-    methods = "|".join(method_names())
-    return re.sub(rf"\.method\.({methods})\.", ".method.", re.sub(r"^stages\.\w+", "stages.0", leaf))
+    """The leaf's path in a recipe: stages by number, settings without their method; a transform's name alone is one."""
+    methods, transforms = "|".join(method_names()), "|".join(transform_names())
+    key = re.sub(rf"\.method\.({methods})\.", ".method.", re.sub(r"^stages\.\w+", "stages.0", leaf))
+    return re.sub(rf"\.transform\.({transforms})\.", ".transform.0.", key).replace(".transform.name", ".transform")
 
 
 # --- what a recipe leads to

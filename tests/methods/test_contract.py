@@ -11,8 +11,7 @@ from torch import Tensor
 
 from llmshrink.forms import decode, join_rows, split_rows
 from llmshrink.methods import load_method, method_names
-from llmshrink.methods.base import Method
-from llmshrink.plan.work import method_name
+from llmshrink.methods.base import Method, method_name
 from llmshrink.statistics import Statistic
 
 SHAPE = (24, 64)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, LIKE_LLAMA, VOCABULARY, build_model, config
+from tiny import FAMILIES, LIKE_LLAMA, VOCABULARY, build_model
 from torch import Tensor
 
 from llmshrink.io import safetensors
 from llmshrink.model import families
 from llmshrink.model.anatomy import Group
-from llmshrink.model.edits import Edit, Place
+from llmshrink.model.edits import Edit, Place, changed
 from llmshrink.model.flow import Flow, Link, flow_of
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -32,7 +32,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-tied": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen2-moe": (
         "Qwen2MoeConfig",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 96,
+        },
     ),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "smollm3": ("SmolLM3Config", {}),
@@ -193,7 +198,7 @@ def test_experts_in_one_tensor_are_left(folder: Callable[[str], Path], tmp_path:
 def test_an_edit_changes_channels_alone() -> None:
     tensor = torch.arange(24.0).view(4, 6)
     place = Place("key", 0, (3, 1), offset=1.0)
-    found = place.edit(lambda rows: rows * torch.tensor([2.0, 3.0]))(tensor)
+    found = changed(tensor, [place.edit(lambda rows: rows * torch.tensor([2.0, 3.0]))], torch.float32)
     expected = tensor.clone()
     expected[3], expected[1] = (tensor[3] + 1) * 2 - 1, (tensor[1] + 1) * 3 - 1
     assert torch.equal(found, expected) and found.dtype == torch.float32

@@ -49,6 +49,7 @@ from llmshrink.plan.export import resolve_export
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
@@ -357,8 +358,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
     if isinstance(stage, QuantizeStage):
-        # What is changed must be another than the original, with which it is compared.
-        work = resolve(recipe, stage, StreamedModel(model.source, model.device) if stage.transform else model)
+        work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:
         work = resolve_export(recipe, stage, model)
     work.economy, memory = compress_economy(work, recipe)

@@ -95,7 +95,7 @@ def flow_of(model: StreamedModel) -> Flow | None:
     complete = written and all(len(flow.of("norm")) == len(family.norms) for flow in blocks)
     fixed = None if family.writers else family.fixed
     if fixed is None and model.source.config.get_text_config(decoder=True).tie_word_embeddings:
-        fixed = "its head is tied to the embedding, and the norm between them would have to go into one of them"
+        fixed = "its head is tied to the embedding (`allow_untie: true` gives it a tensor of its own)"
     elif fixed is None and (final is None or table is None or not complete):
         fixed = "; ".join(dict.fromkeys(missing)) or "it has no head that reads the norm behind its blocks"
     return Flow(blocks, final, None if table is None else Place(table.key, 1), fixed, missing)

@@ -10,8 +10,10 @@ from llmshrink.errors import PlanError
 from llmshrink.forms import Event
 from llmshrink.methods.base import Method, method_name
 from llmshrink.model.anatomy import Matrix
+from llmshrink.model.families import family_of
 from llmshrink.model.flow import Flow, Link, flow_of
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.untied import Untied
 from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform
 from llmshrink.transforms.base import Rotating, Scaling, Transform
@@ -51,6 +53,24 @@ class Transforms:
         return [link for link in found if any(place.key in self.compressed for place in link.consumers)]
 
 
+def changeable(specs: Iterable[TransformSpec], model: StreamedModel) -> StreamedModel:
+    """A second model of the same source, beside which the original stays; its head untied where that is allowed."""
+    wanted, source = [_made(spec) for spec in specs], model.source
+    family, table = family_of(source.config), model.anatomy.embedding
+    allowed = any(isinstance(each, Rotating) and each.config.allow_untie for each in wanted)
+    tied = source.config.get_text_config(decoder=True).tie_word_embeddings and not source.gguf
+    if allowed and tied and family is not None and family.writers and table is not None:
+        module = model.model.get_output_embeddings()
+        head = next(f"{name}.weight" for name, each in model.model.named_modules() if each is module)
+        source = Untied(source.id, source.folder, source.commit, table.key, head)
+    return StreamedModel(source, model.device)
+
+
+def _made(spec: TransformSpec) -> Transform[Any]:
+    cls = load_transform(spec.name)
+    return cls(cls.Config(**spec.settings))
+
+
 def plan_transforms(
     specs: Iterable[TransformSpec], model: StreamedModel, methods: dict[Matrix, Method[Any]], events: list[Event]
 ) -> Transforms | None:
@@ -59,7 +79,7 @@ def plan_transforms(
     Raises:
         PlanError: they cannot be done.
     """
-    wanted = {spec.name: load_transform(spec.name)(load_transform(spec.name).Config(**spec.settings)) for spec in specs}
+    wanted = {spec.name: _made(spec) for spec in specs}
     if not wanted:
         return None
     kind = model.source.config.model_type
@@ -73,6 +93,9 @@ def plan_transforms(
         message = f"{trained[0]} stores what a model was trained to be, and {next(iter(wanted))} would change that"
         raise PlanError(f"{message}.", hint="Leave out `transform`.")
     stream, values = _rotations(wanted, flow, kind, events)
+    if isinstance(source := model.source, Untied):
+        size = model.weights.infos[source.head].bytes
+        events.append(Event("untied", f"the head gets a tensor of its own, {source.head}: {size:,} bytes before"))
     scalings = tuple(each for each in wanted.values() if isinstance(each, Scaling))
     found = Transforms(flow, tuple(wanted), stream, values, scalings, frozenset(m.key for m in methods))
     for name, scaling in wanted.items():

@@ -91,6 +91,9 @@ class RotatingConfig(TransformConfig):
         None, description="turn the states between blocks; null: where the model allows it, and it is told where not"
     )
     heads: bool = Field(True, description="turn the values of each head")
+    allow_untie: bool = Field(
+        False, description="give a head that is tied to the embedding a tensor of its own, so that states can be turned"
+    )
 
 
 R = TypeVar("R", bound=RotatingConfig)

@@ -113,6 +113,7 @@ TRIALS = {
     "stages.quantize.transform.smoothquant.alpha": Trial(0.8, SMOOTHED),
     "stages.quantize.transform.hadamard.residual": Trial(False, TURNED),
     "stages.quantize.transform.hadamard.heads": Trial(False, TURNED),
+    "stages.quantize.transform.hadamard.allow_untie": Trial(True, {**TURNED, "model.id": "{tied_model}"}),
     "stages.quantize.transform.hadamard.seed": Trial(1, TURNED),
     "stages.quantize.reconstruct.steps": Trial(4, LEARNED),
     "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
@@ -215,6 +216,7 @@ def places(
     folder = tmp_path_factory.mktemp("leaves")
     shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
     build_model(folder / "other-model", config("llama", **shape))
+    build_model(folder / "tied-model", config("llama", **shape, tie_word_embeddings=True))
     columns = [{"text": question, "answer": answer} for question, answer in zip(TEXT, reversed(TEXT), strict=True)]
     (folder / "columns.json").write_text(json.dumps(columns))
     found = {
@@ -222,6 +224,7 @@ def places(
         "text": text_file,
         "other_text": other_text,
         "other_model": folder / "other-model",
+        "tied_model": folder / "tied-model",
         "wide_model": models_folder("llama"),
         "columns": folder / "columns.json",
         "quantized": folder / "quantized",

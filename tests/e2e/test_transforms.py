@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -147,7 +148,27 @@ def test_gguf(wanted: Wanted, tmp_path: Path, family: str, transform: Any) -> No
     assert report.stages[0].type == "Q8_0"
 
 
-def test_static_inputs_and_learned_blocks(wanted: Wanted) -> None:
+@pytest.mark.parametrize("format_", [{"name": "dense"}, {"type": "Q8_0"}], ids=["dense", "gguf"])
+def test_a_tied_head_gets_a_tensor_of_its_own(
+    wanted: Wanted, models_folder: Callable[..., Path], other_text: Path, format_: Any
+) -> None:
+    folder = models_folder("llama-tied", torch.bfloat16)
+    method = {"name": "rtn", "bits": 8, "group_size": 16} if "name" in format_ else None
+    scored = {"evaluation": {"data": [str(other_text)], "rows": 4, "length": 16, "speed": False}}
+    untied = [{"name": "hadamard", "allow_untie": True}]
+    plan, told = (run.make_plan(wanted(t, folder, method, stage={"format": format_})) for t in (untied, ["hadamard"]))
+    assert plan.bytes_after > told.bytes_after and plan.bytes_before == told.bytes_before
+    assert [e.kind for e in plan.events if "head" in e.message] == ["untied"]
+    assert [e.kind for e in told.events if "head" in e.message] == ["not_turned"]
+    report = done(wanted(untied, folder, method, stage={"format": format_}, **scored))
+    assert all(check.passed for check in report.stages[0].checks)
+    assert report.stages[0].bytes_after == report.stages[0].planned_bytes_after
+    assert report.after is not None and report.after.scores[0].kl is not None and report.after.scores[0].kl < 5e-3
+    settings = json.loads((Path(str(report.output)) / "config.json").read_bytes())
+    assert settings["tie_word_embeddings"] is False
+
+
+def test_static_inputs(wanted: Wanted) -> None:
     inputs = {"inputs": {"type": "int8", "scales": "static"}, "format": {"name": "compressed-tensors"}}
     method = {"name": "rtn", "bits": 8, "group_size": -1}
     assert done(wanted(["smoothquant"], method=method, stage=inputs)).stages[0].transforms

@@ -61,7 +61,7 @@ class Flow:
     final: Link | None  # from the norm behind the blocks to the head
     embedding: Place | None
     fixed: str | None  # why the states between blocks cannot be turned; None: they can
-    missing: list[str] = field(default_factory=list)  # links that there would be, and why they cannot be used
+    missing: list[tuple[str, str]] = field(default_factory=list)  # what gives channels to no link, and why
 
     def turned(self, weights: Weights, turn: Change) -> list[Edit]:
         """What turns the states between blocks: every norm goes into what reads it, which then is turned as they are.
@@ -86,7 +86,7 @@ def flow_of(model: StreamedModel) -> Flow | None:
     family = family_of(model.source.config)
     if family is None:
         return None
-    missing: list[str] = []
+    missing: list[tuple[str, str]] = []
     finders = [_Finder(model, block, family, missing) for block in model.anatomy.blocks]
     blocks = tuple(finder.flow() for finder in finders)
     final = finders[0].final()
@@ -97,14 +97,17 @@ def flow_of(model: StreamedModel) -> Flow | None:
     if fixed is None and model.source.config.get_text_config(decoder=True).tie_word_embeddings:
         fixed = "its head is tied to the embedding (`allow_untie: true` gives it a tensor of its own)"
     elif fixed is None and (final is None or table is None or not complete):
-        fixed = "; ".join(dict.fromkeys(missing)) or "it has no head that reads the norm behind its blocks"
+        fixed = (
+            "; ".join(dict.fromkeys(why for _, why in missing))
+            or "it has no head that reads the norm behind its blocks"
+        )
     return Flow(blocks, final, None if table is None else Place(table.key, 1), fixed, missing)
 
 
 class _Finder:
     """Finds the links of one block."""
 
-    def __init__(self, model: StreamedModel, block: Block, family: Family, missing: list[str]) -> None:
+    def __init__(self, model: StreamedModel, block: Block, family: Family, missing: list[tuple[str, str]]) -> None:
         self._model, self._block, self._family, self._missing = model, block, family, missing
         self._infos = model.weights.infos
         self._matrices = {m.key: m for m in block.matrices}
@@ -142,7 +145,7 @@ class _Finder:
     def _norm(self, name: str, readers: tuple[str, ...]) -> Iterator[Link]:
         weight = self._inside(name)
         if not weight:
-            self._missing.append(f"{self._block.prefix}.{name} has no weights")
+            self._left(name, "it has no weights")
             return
         parts = (*weight, *self._inside(name, "bias"))
         producers = tuple(Place(key, 0, None, self._family.offset if key in weight else 0.0) for key in parts)
@@ -174,7 +177,7 @@ class _Finder:
         if len(downs) > 1:  # of experts, each by itself
             ups = tuple(key for key in ups if f".{self._family.up}." in key)
             if len(ups) != len(downs):
-                self._missing.append(f"{self._block.prefix}.{producer}: its experts are not called as expected")
+                self._left(producer, "its experts are not called as expected")
                 return
             for up, down in zip(ups, downs, strict=True):
                 width = self._infos[up].shape[0]
@@ -198,25 +201,35 @@ class _Finder:
         """The link, where everything that takes its channels can be changed."""
         groups = tuple(group for group in self._block.groups if any(m.key in keys for m in group.matrices))
         others = [m.name for group in groups for m in group.matrices if m.key not in keys]
+        together = [group for group in groups if group.sites[0].expert is None]
         consumers = tuple(Place(key, self._side(key, "in")) for key in keys)
-        where = name if name.startswith(self._block.prefix) else f"{self._block.prefix}.{name}"
         given = [key for key in (*keys, *(p.key for p in producers)) if len(self._infos[key].shape) > 2]
-        if not keys or given or others:
-            what = (
-                f"{given[0]} is no matrix" if given else f"{others[0]} reads it too" if others else "nothing reads it"
-            )
-            self._missing.append(f"what {where} gives is left as it is: {what}")
-            return
-        if any(self._infos[p.key].shape[p.axis] != width * times for p in consumers):
-            self._missing.append(f"what {where} gives is left as it is: {keys[0]} has another width")
-            return
-        yield Link(where, kind, producers, consumers, width, size or width, groups, times)
+        if given:
+            self._left(name, f"{self._short(given[0])} is no matrix")
+        elif others:
+            self._left(name, f"{self._short(others[0])} reads it too")
+        elif not keys or len(together) > 1:
+            self._left(name, "nothing reads it" if not keys else "what should read it gets several tensors")
+        elif any(self._infos[place.key].shape[place.axis] != width * times for place in consumers):
+            self._left(name, f"{self._short(keys[0])} has another width")
+        else:
+            yield Link(self._full(name), kind, producers, consumers, width, size or width, groups, times)
+
+    def _full(self, name: str) -> str:
+        return name if name.startswith(self._block.prefix) else f"{self._block.prefix}.{name}"
+
+    def _short(self, key: str) -> str:
+        """A name on disk without the block's number, so that all blocks are told of at once."""
+        return key.rpartition(f".{self._block.index}.")[2]
+
+    def _left(self, name: str, why: str) -> None:
+        self._missing.append((self._full(name), why))
 
     def _writers(self, name: str) -> Iterator[Place]:
         for key in self._inside(name):
             if len(self._infos[key].shape) != 2:
                 self.written = False
-                self._missing.append(f"{key} is no matrix")
+                self._left(name, f"{name} is no matrix")
             yield Place(key, self._side(key, "out"))
         for key in self._inside(name, "bias"):
             yield Place(key, 0)

@@ -102,7 +102,7 @@ def plan_transforms(
         if isinstance(scaling, Scaling) and not any(found.links(i, scaling) for i in range(len(flow.blocks))):
             raise PlanError(f"{name}: {kind} has no place for it that feeds a compressed layer.")
     if scalings:
-        events += [Event("left_unscaled", why) for why in flow.missing]
+        events += [Event("left_unscaled", f"gets no scales: {why}", name) for name, why in flow.missing]
     return found
 
 

@@ -20,9 +20,9 @@ def test_a_matrix_may_be_compressed_in_stretches_of_rows(method: str, monkeypatc
     hessian.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(1)))
     hessian.finish()
     weight, prepared = torch.randn(50, 64, generator=torch.Generator().manual_seed(2)), used.prepare(hessian)
-    whole = groups._compress(used, weight, prepared)
+    whole = groups.compressed(used, weight, prepared)
     monkeypatch.setattr(groups, "STACK", 7 * 64)
-    parts = groups._compress(used, weight, prepared)
+    parts = groups.compressed(used, weight, prepared)
     assert (decode(parts.weight) == decode(whole.weight)).float().mean() > 0.99  # sums in another order break ties
     assert (parts.objective is None) == (whole.objective is None)
     if parts.objective and whole.objective:

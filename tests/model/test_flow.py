@@ -182,7 +182,7 @@ def test_a_link_is_left_where_something_else_reads_it(
     monkeypatch.setitem(families.FAMILIES, "llama", replace(families._LLAMA, norms=norms))
     _, flow = opened(folder("llama"))
     assert not any(link.kind == "norm" for link in links_of(flow)) and flow.fixed is not None
-    assert "layers.0.self_attn.k_proj reads it too" in flow.missing[0]
+    assert flow.missing[0] == ("model.layers.0.input_layernorm", "self_attn.k_proj reads it too")
 
 
 def test_experts_in_one_tensor_are_left(folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -192,7 +192,8 @@ def test_experts_in_one_tensor_are_left(folder: Callable[[str], Path], tmp_path:
     safetensors.write(copy / safetensors.SINGLE, state)
     _, flow = opened(copy)
     assert [link.kind for link in flow.blocks[0].links] == ["norm", "values"]
-    assert any("mlp.experts.gate_up_proj is no matrix" in why for why in flow.missing) and flow.fixed is not None
+    assert ("model.layers.0.post_attention_layernorm", "mlp.experts.gate_up_proj is no matrix") in flow.missing
+    assert flow.fixed is not None and "mlp.experts.gate_up_proj is no matrix" in flow.fixed
 
 
 def test_an_edit_changes_channels_alone() -> None:

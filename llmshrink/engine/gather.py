@@ -48,7 +48,8 @@ def gather(
     }
     owner = {site: group for group in groups for site in group.sites}
     last = groups[-1].sites[-1] if groups[-1].sites[-1].expert is None else None
-    paired = {group for group in groups if any(issubclass(kind, Cross) for kind in kinds[group])}
+    crossed = {group for group in groups if any(issubclass(kind, Cross) for kind in kinds[group])}
+    paired = crossed if hidden.originals else set()  # without them these are the original's
     batch, turns = _Batch(), Turns(len(hidden.batches))
 
     def observe(site: Site, x: Tensor) -> None:

@@ -263,8 +263,8 @@ class Compressor:
         self._written_out(result)  # perhaps with the states, which change now
         clock.lap("wait")
         learned: list[BlockReport] = []
+        self._advance_originals(block)
         if self._work.reconstruct is not None:
-            self._advance_originals(block)
             learned = reconstruct(block, made, self._hidden, self._groups, self._work.reconstruct, self._seed)
             trim()
             clock.lap("reconstruct")

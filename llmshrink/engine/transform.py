@@ -96,7 +96,7 @@ class Transformer:
         for number, scaling in enumerate(self._transforms.scalings):
             chosen: dict[str, Tensor] = {}
             shares = []
-            for link, found in self._search(scaling, self._transforms.links(block.index, scaling), gather):
+            for link, found in self._search(block, scaling, gather):
                 chosen[link.name] = self._storable(link, found.scale).cpu()
                 shares += [] if found.error_left is None else [found.error_left]
             path = self._file(block.index, number)
@@ -121,12 +121,13 @@ class Transformer:
         for link in links:
             self._model.weights.change(link.edits(Diagonal(checkpoint.get(link.name))))
 
-    def _search(self, scaling: Scaling[Any], links: list[Link], gather: Gather) -> Iterator[tuple[Link, Found]]:
+    def _search(self, block: Block, scaling: Scaling[Any], gather: Gather) -> Iterator[tuple[Link, Found]]:
         """Scales for each link, in as many passes over the calibration rows as the memory asks for."""
-        kinds = (NoStatistic, scaling.needs)
+        links, kinds = self._transforms.links(block.index, scaling), (NoStatistic, scaling.needs)
         sizes = [sum(scaling.needs.bytes(group.width) for group in link.groups) for link in links]
         for part in passes(sizes, self._statistics):
-            statistics = gather(list(dict.fromkeys(g for link in links[part] for g in link.groups)), kinds)
+            fed_by = {group for link in links[part] for group in link.groups}
+            statistics = gather([group for group in block.groups if group in fed_by], kinds)  # in the block's order
             for link in links[part]:
                 fed = [self._fed(group, statistics[group]) for group in link.groups]
                 yield link, scaling.search(fed, (link.times, link.size))

@@ -181,6 +181,16 @@ def test_a_learned_block(wanted: Wanted) -> None:
     assert first.error_after < first.error_before
 
 
+@pytest.mark.parametrize("transform", ["awq", "smoothquant"])
+def test_every_link_sees_its_inputs(wanted: Wanted, models_folder: Callable[..., Path], transform: str) -> None:
+    """Of GPT-2 too, where a norm's link comes before that of values, which a block computes earlier."""
+    report = done(wanted([transform], models_folder("gpt2")))
+    written, source = (safetensors.Checkpoint.open(Path(str(p))) for p in (report.output, report.recipe["model"]["id"]))
+    for norm in ("ln_1", "ln_2"):
+        name = f"transformer.h.0.{norm}.weight"
+        assert not torch.equal(written.get(name), source.get(name)), norm
+
+
 # --- the proof
 
 

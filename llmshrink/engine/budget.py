@@ -20,6 +20,7 @@ from llmshrink.statistics import Cross, Hessian
 
 LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
+TWIN = 32 << 20  # a second model of the same shape, of which one block at a time is in memory
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
 LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
@@ -71,7 +72,8 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     tokens = rows * work.length if work.needs_data else 0
     states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
-    return FIXED + states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
+    twin = TWIN * (work.transforms is not None)
+    return FIXED + twin + states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:

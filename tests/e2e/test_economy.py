@@ -28,7 +28,7 @@ from llmshrink.recipe.schema import ModelSpec, Recipe
 from llmshrink.report.schema import Report
 
 pytestmark = pytest.mark.usefixtures("without_reader")
-PLACES = {"gather": compress, "_compress": groups}
+PLACES = {"gather": compress, "compressed": groups}
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 

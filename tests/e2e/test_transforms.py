@@ -17,6 +17,7 @@ from helpers import SMALL, content, recipe
 from tiny import build_model, config
 
 from llmshrink import run
+from llmshrink.engine import transform
 from llmshrink.engine.workspace import WORK
 from llmshrink.errors import InterruptedRun, LlmshrinkError, PlanError, RecipeError
 from llmshrink.io import safetensors
@@ -172,6 +173,27 @@ def test_static_inputs(wanted: Wanted) -> None:
     inputs = {"inputs": {"type": "int8", "scales": "static"}, "format": {"name": "compressed-tensors"}}
     method = {"name": "rtn", "bits": 8, "group_size": -1}
     assert done(wanted(["smoothquant"], method=method, stage=inputs)).stages[0].transforms
+
+
+def test_a_model_that_is_compressed_already(wanted: Wanted, tmp_path: Path) -> None:
+    """What its codes mean is rewritten; what is left out is written dense, and rewritten too."""
+    first = done(wanted([], method={"name": "rtn", "bits": 8}, stage={"format": {"name": "compressed-tensors"}}))
+    packed = Path(str(first.output)).rename(tmp_path / "packed")
+    report = done(wanted(ALL, packed, method=RTN, stage={"ignore": [".*k_proj", ".*down_proj"]}))
+    assert all(check.passed for check in report.stages[0].checks)
+    assert all(found.difference < 1e-5 for found in report.stages[0].transforms)
+
+
+def test_smoke(wanted: Wanted) -> None:
+    assert all(check.passed for check in run.smoke(wanted(ALL), progress=Silent()))
+
+
+def test_statistics_in_several_passes_give_the_same_scales(wanted: Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = done(wanted(["awq"]))
+    shutil.rmtree(str(whole.output))
+    monkeypatch.setattr(transform, "passes", lambda sizes, _: [slice(i, i + 1) for i in range(len(sizes))])
+    apart = done(wanted(["awq"]))
+    assert apart.stages[0].transforms == whole.stages[0].transforms
 
 
 def test_a_learned_block(wanted: Wanted) -> None:

@@ -88,6 +88,7 @@ def test_awq_weighs_experts_by_their_tokens() -> None:
     grid = candidates(torch.cat(xs), weights, 4)
     errors = [sum(error(x, w, scale) for x, w in pairs) for scale in grid]
     torch.testing.assert_close(found.scale, grid[errors.index(min(errors))], rtol=1e-4, atol=1e-4)
+    assert found.error_left == pytest.approx(min(errors) / errors[0], rel=1e-3)
 
 
 def test_awq_gives_heads_that_share_values_one_scale() -> None:

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink import patterns
+from llmshrink import allocation, patterns
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.finished import verify_folder
@@ -42,6 +43,7 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.choices import Choices
 from llmshrink.plan.describe import describe
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.export import resolve_export
@@ -51,7 +53,7 @@ from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
+from llmshrink.report.schema import AllocationReport, Check, ModelMeasure, Report, StageReport
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
@@ -105,7 +107,7 @@ def execute(
         source, embedded = _open(recipe)
         _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
-        run = _Run(facts, stop.over(progress))
+        run = _Run(facts, stop.over(progress), cached=resumable)
         return run.write(overwrite) if writes else run.evaluate()
 
 
@@ -114,7 +116,7 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
         source, _ = _open(recipe)
         model = StreamedModel(source, torch.device("cpu"))
-        work, _ = _plan(recipe, model)  # what is refused for the whole model is refused here too
+        work, *_ = _plan(recipe, model)  # what is refused for the whole model is refused here too
         small = Path(name) / "model"
         small.mkdir()
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
@@ -136,7 +138,9 @@ def verify(folder: Path, *, progress: Progress) -> list[Check]:
 class _Run:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress) -> None:
+    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool) -> None:
+        """`cached`: what is measured of candidates is kept for other runs."""
+        self.cached = cached
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
@@ -190,22 +194,24 @@ class _Run:
         """Compress, verify, measure, commit."""
         if self.recipe.evaluation.baseline is not None:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
-        work, plan = _plan(self.recipe, self.model)
+        work, plan, choices = _plan(self.recipe, self.model)
         check_size(plan)
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
-            rows = self._calibration(work, workspace) if work.needs_data else None
+            rows = self._calibration(work, workspace) if work.needs_data or choices else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
-            known = self._tell(workspace.events, work.events, self.loader.events)
-            probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
-                clock = time.perf_counter()
+                chosen = None
+                if choices is not None:
+                    work, plan, chosen = self._allocate(choices, work, rows, workspace)
+                known = self._tell(workspace.events, work.events, self.loader.events)
+                clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
@@ -213,7 +219,8 @@ class _Run:
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
-            stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
+            done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
+            stages = [done_so.model_copy(update={"allocation": chosen})]
             models = {"before": self.model, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
@@ -229,6 +236,33 @@ class _Run:
             write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
+
+    def _allocate(
+        self, choices: Choices, guessed: Work, rows: Rows | None, workspace: Workspace
+    ) -> tuple[Work, Plan, AllocationReport]:
+        """Choose what every layer gets; from here on the recipe says it."""
+        assert rows is not None
+        found: list[list[float]] = []
+        events: list[Event] = []
+        assignment = choices.decided
+        if assignment is None:
+            found, events = allocation.costs(
+                choices,
+                rows,
+                self.facts,
+                economy=guessed.economy,
+                folder=workspace.work,
+                cached=self.cached,
+                progress=self.progress,
+            )
+            assignment = choices.assign(found)
+        self.recipe = choices.recipe(assignment)
+        self.facts = replace(self.facts, recipe=self.recipe)
+        work, plan, _ = _plan(self.recipe, self.model)
+        check_size(plan)
+        kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
+        work.events += [*kept, *events, *choices.events(work)]
+        return work, plan, allocation.told(choices, assignment, found, choices.size(work))
 
     def _measure(
         self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path
@@ -340,12 +374,21 @@ def _writing_stage(recipe: Recipe) -> QuantizeStage | ExportStage | None:
     return stages[0] if stages else None
 
 
-def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
+def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | None]:
+    """What is done; where a size is asked for, one way to meet it, and all that could be chosen."""
     stage = _writing_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    work = resolve(recipe, stage, model) if isinstance(stage, QuantizeStage) else resolve_export(recipe, stage, model)
+    choices = None
+    if isinstance(stage, QuantizeStage) and stage.allocate is not None:
+        choices = Choices(recipe, stage, model)
+        choices.check()
+        work = choices.guessed()
+    elif isinstance(stage, QuantizeStage):
+        work = resolve(recipe, stage, model)
+    else:
+        work = resolve_export(recipe, stage, model)
     work.economy, memory = compress_economy(work, recipe)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0
@@ -356,9 +399,8 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
-    return work, describe(
-        work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
-    )
+    plan = describe(work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit)
+    return work, plan, choices
 
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:

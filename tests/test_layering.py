@@ -28,7 +28,10 @@ ALLOWED = {
     "memory": set(),
     "calibration": {"errors", "forms", "io", "memory", "model", "progress", "demo", "recipe"},
     "machine": {"errors", "forms", "memory", "progress"},
+    "allocate": set(),
     "plan": {
+        "allocate",
+        "block_types",
         "errors",
         "forms",
         "formats",
@@ -62,12 +65,14 @@ ALLOWED = {
         "formats",
         "forms",
         "gguf",
+        "io",
         "memory",
         "model",
         "plan",
         "progress",
         "recipe",
         "report",
+        "statistics",
     },
     "report": {"formats", "plan", "progress"},
     "summary": {
@@ -100,6 +105,7 @@ ALLOWED = {
         "report",
     },
     "cli": {"errors", "progress", "recipe", "redact", "report", "run", "forms", "plan"},
+    "allocation": {"calibration", "evaluate", "forms", "plan", "progress", "recipe", "report", "summary"},
     "output": {"engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "run": None,  # the story: it may import everything but the command line
     "__init__": set(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmshrink.errors import PlanError
 from llmshrink.formats.gguf import FLOATS
 from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type, wanted_type
@@ -76,6 +78,14 @@ def mix_specs(
             message = f"{kind} in place of {wanted}, whose blocks do not divide the width {matrix.shape[1]}"
             events.append(Event("block_type", message, matrix.name))
     return found
+
+
+def says_types(stage: QuantizeStage, method: MethodSpec, matrices: Iterable[Matrix]) -> bool:
+    """Whether the mix says the type of any matrix: where `layers` gives all of them types, its name says nothing."""
+    specs = (stage.method_for(matrix.name, method) for matrix in matrices)
+    return any(
+        spec is not None and "type" not in spec.settings and "cast" not in {spec.name} - {method.name} for spec in specs
+    )
 
 
 def _typed(spec: MethodSpec, matrix: Matrix, usual: str) -> MethodSpec:

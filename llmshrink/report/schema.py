@@ -86,6 +86,30 @@ class BlockReport(Record):
     codes_changed: float = Field(description="share of the codes learned that are others than the method's")
 
 
+class UnitReport(Record):
+    """Layers that get the same candidate, and what was measured of each that they can get."""
+
+    layers: str
+    candidates: list[int] = Field(description="positions in the list of candidates")
+    bytes: list[int] = Field(description="with each of them")
+    scores: list[float] = Field(description="what each costs; empty: not measured")
+    chosen: int | None = Field(default=None, description="position in the list of candidates")
+
+
+class AllocationReport(Record):
+    """How the settings of layers were chosen to meet a size."""
+
+    asked_bytes: int = Field(
+        description="of the files that hold tensors; of the tensors, where bits per weight are asked"
+    )
+    asked_bits_per_weight: float | None = None
+    bytes: int = Field(description="what was reached of it")
+    score: str | None = Field(description="what was measured; None: nothing, everything fits")
+    predicted: float | None = Field(description="the sum of the scores that were chosen")
+    candidates: list[dict[str, Any]]
+    units: list[UnitReport]
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -159,6 +183,7 @@ class StageReport(Record):
     type: str | None = Field(default=None, description="the mix of block types in a GGUF file")
     layers: list[LayerReport] = Field(default_factory=list)
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
+    allocation: AllocationReport | None = Field(default=None, description="None: no size was asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
@@ -222,6 +247,7 @@ class Report(Record):
 
 
 __all__ = [
+    "AllocationReport",
     "BY_RULE",
     "BlockReport",
     "CalibrationReport",
@@ -238,4 +264,5 @@ __all__ = [
     "StageReport",
     "Support",
     "TextScore",
+    "UnitReport",
 ]

@@ -52,11 +52,20 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
+from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.report.schema import AllocationReport, Check, ModelMeasure, Report, StageReport
+from llmshrink.report.schema import (
+    AllocationReport,
+    Check,
+    EventRecord,
+    ModelMeasure,
+    Report,
+    SensitivityReport,
+    StageReport,
+)
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
-__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
+__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "measure", "smoke", "verify"]
 
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH, SMOKE_STEPS = 8, 64, 2
@@ -121,8 +130,29 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
         small.mkdir()
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
         truncate(model, small, treated[0] + 1)
-        cut = _smoke_recipe(recipe, work, treated[0], small, Path(name) / "out")
+        cut = _halfway(_smoke_recipe(recipe, work, treated[0], small, Path(name) / "out"))
         return _stage_checks(execute(cut, progress=progress, resumable=False))
+
+
+def measure(recipe: Recipe, *, progress: Progress) -> SensitivityReport:
+    """Measure what each candidate of a recipe's `allocate` costs in each layer, without choosing any.
+
+    Raises:
+        PlanError: a candidate cannot be carried out on this model, or there is nothing to choose.
+    """
+    fix_malloc()
+    stages = [stage if stage.task != "quantize" else _with_choice(stage) for stage in recipe.stages]
+    recipe = recipe.model_copy(update={"stages": stages})
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        base = anonymous_bytes()
+        count = stack.enter_context(threads(recipe.run.threads))
+        stop = stack.enter_context(StopSignal(resumable=True))
+        stack.enter_context(enough_memory())
+        stack.enter_context(memory_limit(recipe.run.memory))
+        source, embedded = _open(recipe)
+        facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, None)
+        return _Run(facts, stop.over(progress), cached=True).measure()
 
 
 def verify(folder: Path, *, progress: Progress) -> list[Check]:
@@ -173,6 +203,38 @@ class _Run:
             seconds=time.perf_counter() - self.start,
         )
 
+    def measure(self) -> SensitivityReport:
+        """What each candidate costs in each unit."""
+        stage = _writing_stage(self.recipe)
+        assert isinstance(stage, QuantizeStage)
+        choices = Choices(self.recipe, stage, self.model)
+        work = choices.works[0]
+        economy, needed = compress_economy(work, self.recipe, choices)
+        check_memory("measure the candidates", needed, self.recipe.run, "--samples, --length")
+        check_finite(self.model, self.progress)
+        rows = self.loader.calibration(self.recipe.calibration, work.length)
+        states = compress_scratch(work, self.recipe) if economy.on_disk else 0
+        scratch = disk_faults(Path(tempfile.gettempdir()), states)
+        with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+            found, events = allocation.costs(
+                choices,
+                rows,
+                self.facts,
+                economy=economy,
+                folder=Path(folder),
+                cached=True,
+                progress=self.progress,
+            )
+        events = [*self.loader.events, *economy.told("measure the candidates"), *events]
+        self._tell(events)
+        return SensitivityReport(
+            model=self.model.source.id,
+            score=choices.spec.score,
+            candidates=choices.candidates,
+            units=allocation.units(choices, found),
+            events=[EventRecord.model_validate(event) for event in events],
+        )
+
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
         for event in itertools.chain(*events):
@@ -209,7 +271,7 @@ class _Run:
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
                 chosen = None
                 if choices is not None:
-                    work, plan, chosen = self._allocate(choices, work, rows, workspace)
+                    work, plan, chosen = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
                 clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
@@ -238,7 +300,7 @@ class _Run:
         return report
 
     def _allocate(
-        self, choices: Choices, guessed: Work, rows: Rows | None, workspace: Workspace
+        self, choices: Choices, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
     ) -> tuple[Work, Plan, AllocationReport]:
         """Choose what every layer gets; from here on the recipe says it."""
         assert rows is not None
@@ -260,6 +322,7 @@ class _Run:
         self.facts = replace(self.facts, recipe=self.recipe)
         work, plan, _ = _plan(self.recipe, self.model)
         check_size(plan)
+        plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
         kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
         work.events += [*kept, *events, *choices.events(work)]
         return work, plan, allocation.told(choices, assignment, found, choices.size(work))
@@ -364,6 +427,10 @@ def _open(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
+def _with_choice(stage: QuantizeStage) -> QuantizeStage:
+    return stage.model_copy(update={"allocate": stage.allocate or AllocateSpec()})
+
+
 def _writing_stage(recipe: Recipe) -> QuantizeStage | ExportStage | None:
     stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage | ExportStage)]
     if len(stages) > 1:
@@ -389,7 +456,7 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | N
         work = resolve(recipe, stage, model)
     else:
         work = resolve_export(recipe, stage, model)
-    work.economy, memory = compress_economy(work, recipe)
+    work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0
     if recipe.evaluation.data:
@@ -399,7 +466,9 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | N
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
-    plan = describe(work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit)
+    plan = describe(
+        work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
+    )
     return work, plan, choices
 
 
@@ -412,6 +481,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
         stage["gate"] = {}
         if stage["task"] == "quantize":
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
+            if stage["allocate"] is not None:
+                stage["allocate"] |= {"size": None, "bpw": None, "rows": SMOKE_STEPS, "length": SMOKE_LENGTH}
             if stage["reconstruct"] is not None:
                 stage["reconstruct"]["steps"] = SMOKE_STEPS
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
@@ -429,6 +500,17 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
             "output": str(output),
         }
     )
+
+
+def _halfway(recipe: Recipe) -> Recipe:
+    """Where a size is asked for: the one between the smallest and the largest of this model, which is not the whole."""
+    stage = _writing_stage(recipe)
+    if not isinstance(stage, QuantizeStage) or stage.allocate is None:
+        return recipe
+    choices = Choices(recipe, stage, StreamedModel(_open(recipe)[0], torch.device("cpu")))
+    bpw = 4 * (choices.smallest + choices.largest) / choices.model.parameters
+    aimed = stage.model_copy(update={"allocate": stage.allocate.model_copy(update={"bpw": bpw})})
+    return recipe.model_copy(update={"stages": [aimed if old is stage else old for old in recipe.stages]})
 
 
 def _stage_checks(report: Report) -> list[Check]:

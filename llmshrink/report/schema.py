@@ -110,6 +110,18 @@ class AllocationReport(Record):
     units: list[UnitReport]
 
 
+class SensitivityReport(Record):
+    """What each candidate costs in each unit of a model, all else being the original's."""
+
+    model: str
+    score: str = Field(
+        description="kl: nats per token in the model's output; block: relative squared error of a block's"
+    )
+    candidates: list[dict[str, Any]]
+    units: list[UnitReport]
+    events: list[EventRecord] = Field(default_factory=list)
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -261,6 +273,7 @@ __all__ = [
     "Record",
     "Report",
     "RuntimeSupport",
+    "SensitivityReport",
     "StageReport",
     "Support",
     "TextScore",

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from llmshrink.calibration.rows import Rows
+from llmshrink.errors import OutputError
 from llmshrink.evaluate.kept import Kept
 from llmshrink.evaluate.sensitivity import Sensitivity
 from llmshrink.forms import Event
+from llmshrink.io.files import disk_faults, write_bytes
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Assignment, Choices
 from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
+from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.load import decisive
-from llmshrink.report.schema import AllocationReport, UnitReport
+from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.report.schema import AllocationReport, EventRecord, SensitivityReport, UnitReport
+from llmshrink.report.sensitivity import plot
 from llmshrink.summary import RunFacts
+
+Costs = list[list[float]]  # of each option of each unit
 
 
 def costs(
     choices: Choices, rows: Rows, facts: RunFacts, *, economy: Economy, folder: Path, cached: bool, progress: Progress
-) -> tuple[list[list[float]], list[Event]]:
+) -> tuple[Costs, list[Event]]:
     """What each option of each unit costs, measured or found where it was kept; and what to tell of that.
 
     Args:
@@ -47,7 +55,69 @@ def costs(
     return found, events
 
 
-def told(choices: Choices, assignment: Assignment, found: list[list[float]], size: int) -> AllocationReport:
+def choose(
+    choices: Choices, rows: Rows, facts: RunFacts, *, economy: Economy, folder: Path, cached: bool, progress: Progress
+) -> tuple[Assignment, Costs, list[Event]]:
+    """What every unit gets, what each option costs, and what to tell; nothing is measured where all is decided."""
+    if choices.decided is not None:
+        return choices.decided, [], []
+    found, events = costs(choices, rows, facts, economy=economy, folder=folder, cached=cached, progress=progress)
+    return choices.assign(found), found, events
+
+
+def halfway(recipe: Recipe, model: StreamedModel) -> Recipe:
+    """The recipe with the size between the smallest and the largest of this model; as it is where it asks for none."""
+    stage = next((stage for stage in recipe.stages if isinstance(stage, QuantizeStage)), None)
+    if stage is None or stage.allocate is None:
+        return recipe
+    choices = Choices(recipe, stage, model)
+    bpw = 4 * (choices.smallest + choices.largest) / model.parameters
+    return _with(recipe, stage.allocate.model_copy(update={"bpw": bpw}))
+
+
+def open_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with choices to measure, where it has none."""
+    stage = next(stage for stage in recipe.stages if isinstance(stage, QuantizeStage))
+    return _with(recipe, stage.allocate or AllocateSpec())
+
+
+def _with(recipe: Recipe, spec: AllocateSpec) -> Recipe:
+    stages = [
+        stage.model_copy(update={"allocate": spec}) if isinstance(stage, QuantizeStage) else stage
+        for stage in recipe.stages
+    ]
+    return recipe.model_copy(update={"stages": stages})
+
+
+def sensitivities(choices: Choices, found: Costs, events: list[Event]) -> SensitivityReport:
+    """What was measured, where nothing is chosen."""
+    return SensitivityReport(
+        model=choices.model.source.id,
+        score=choices.spec.score,
+        candidates=choices.candidates,
+        units=units(choices, found),
+        events=[EventRecord.model_validate(event) for event in events],
+    )
+
+
+def check_place(path: Path) -> None:
+    """Refuse before hours of measuring what could not be written after them.
+
+    Raises:
+        OutputError: the folder is not there, or nothing can be written in it.
+    """
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written.", hint="Name a file in a folder that is there.")
+
+
+def save(report: SensitivityReport, path: Path) -> None:
+    """Write a report as JSON, and its plot beside it."""
+    with disk_faults(path, 0):
+        write_bytes(path, (report.model_dump_json(indent=2) + "\n").encode())
+        write_bytes(path.with_name(f"{path.name}.svg"), plot(report).encode())
+
+
+def told(choices: Choices, assignment: Assignment, found: Costs, size: int) -> AllocationReport:
     """What was chosen among what, as the report has it."""
     spec = choices.spec
     chosen = [unit.options.index(c) for unit, c in zip(choices.units, assignment, strict=True)]
@@ -62,7 +132,7 @@ def told(choices: Choices, assignment: Assignment, found: list[list[float]], siz
     )
 
 
-def units(choices: Choices, found: list[list[float]], assignment: Assignment | None = None) -> list[UnitReport]:
+def units(choices: Choices, found: Costs, assignment: Assignment | None = None) -> list[UnitReport]:
     """What was measured of each unit."""
     return [
         UnitReport(

@@ -52,12 +52,10 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
 from llmshrink.report.schema import (
     AllocationReport,
     Check,
-    EventRecord,
     ModelMeasure,
     Report,
     SensitivityReport,
@@ -130,19 +128,25 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
         small.mkdir()
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
         truncate(model, small, treated[0] + 1)
-        cut = _halfway(_smoke_recipe(recipe, work, treated[0], small, Path(name) / "out"))
+        cut = _smoke_recipe(recipe, work, treated[0], small, Path(name) / "out")
+        cut = allocation.halfway(cut, StreamedModel(open_source(str(small)), model.device))
         return _stage_checks(execute(cut, progress=progress, resumable=False))
 
 
-def measure(recipe: Recipe, *, progress: Progress) -> SensitivityReport:
+def measure(recipe: Recipe, *, progress: Progress, save: Path | None = None) -> SensitivityReport:
     """Measure what each candidate of a recipe's `allocate` costs in each layer, without choosing any.
 
+    Args:
+        recipe: what to measure.
+        progress: told of the steps.
+        save: a JSON file to write, with a plot beside it.
+
     Raises:
+        OutputError: the file cannot be written.
         PlanError: a candidate cannot be carried out on this model, or there is nothing to choose.
     """
     fix_malloc()
-    stages = [stage if stage.task != "quantize" else _with_choice(stage) for stage in recipe.stages]
-    recipe = recipe.model_copy(update={"stages": stages})
+    recipe = allocation.open_recipe(recipe)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         base = anonymous_bytes()
@@ -152,7 +156,12 @@ def measure(recipe: Recipe, *, progress: Progress) -> SensitivityReport:
         stack.enter_context(memory_limit(recipe.run.memory))
         source, embedded = _open(recipe)
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, None)
-        return _Run(facts, stop.over(progress), cached=True).measure()
+        if save is not None:
+            allocation.check_place(save)
+        found = _Run(facts, stop.over(progress), cached=True).measure()
+        if save is not None:
+            allocation.save(found, save)
+        return found
 
 
 def verify(folder: Path, *, progress: Progress) -> list[Check]:
@@ -227,13 +236,7 @@ class _Run:
             )
         events = [*self.loader.events, *economy.told("measure the candidates"), *events]
         self._tell(events)
-        return SensitivityReport(
-            model=self.model.source.id,
-            score=choices.spec.score,
-            candidates=choices.candidates,
-            units=allocation.units(choices, found),
-            events=[EventRecord.model_validate(event) for event in events],
-        )
+        return allocation.sensitivities(choices, found, events)
 
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -304,20 +307,15 @@ class _Run:
     ) -> tuple[Work, Plan, AllocationReport]:
         """Choose what every layer gets; from here on the recipe says it."""
         assert rows is not None
-        found: list[list[float]] = []
-        events: list[Event] = []
-        assignment = choices.decided
-        if assignment is None:
-            found, events = allocation.costs(
-                choices,
-                rows,
-                self.facts,
-                economy=guessed.economy,
-                folder=workspace.work,
-                cached=self.cached,
-                progress=self.progress,
-            )
-            assignment = choices.assign(found)
+        assignment, found, events = allocation.choose(
+            choices,
+            rows,
+            self.facts,
+            economy=guessed.economy,
+            folder=workspace.work,
+            cached=self.cached,
+            progress=self.progress,
+        )
         self.recipe = choices.recipe(assignment)
         self.facts = replace(self.facts, recipe=self.recipe)
         work, plan, _ = _plan(self.recipe, self.model)
@@ -427,10 +425,6 @@ def _open(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-def _with_choice(stage: QuantizeStage) -> QuantizeStage:
-    return stage.model_copy(update={"allocate": stage.allocate or AllocateSpec()})
-
-
 def _writing_stage(recipe: Recipe) -> QuantizeStage | ExportStage | None:
     stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage | ExportStage)]
     if len(stages) > 1:
@@ -500,17 +494,6 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
             "output": str(output),
         }
     )
-
-
-def _halfway(recipe: Recipe) -> Recipe:
-    """Where a size is asked for: the one between the smallest and the largest of this model, which is not the whole."""
-    stage = _writing_stage(recipe)
-    if not isinstance(stage, QuantizeStage) or stage.allocate is None:
-        return recipe
-    choices = Choices(recipe, stage, StreamedModel(_open(recipe)[0], torch.device("cpu")))
-    bpw = 4 * (choices.smallest + choices.largest) / choices.model.parameters
-    aimed = stage.model_copy(update={"allocate": stage.allocate.model_copy(update={"bpw": bpw})})
-    return recipe.model_copy(update={"stages": [aimed if old is stage else old for old in recipe.stages]})
 
 
 def _stage_checks(report: Report) -> list[Check]:

@@ -233,7 +233,7 @@ def measure(
     threads: opt.Threads = None,
     memory: opt.Memory = None,
     save: Annotated[
-        Path | None, typer.Option(help="A JSON file to write; a plot goes beside it, as .svg.", metavar="FILE")
+        Path | None, typer.Option(help="A JSON file to write; a plot goes beside it, as FILE.svg.", metavar="FILE")
     ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -241,19 +241,16 @@ def measure(
 ) -> None:
     """Show what fewer bits cost in each layer: what --target-size and --target-bpw choose by."""
     from llmshrink import run
-    from llmshrink.report import sensitivity
+    from llmshrink.report.sensitivity import render
 
     wanted = opt.build_recipe("quantize", ctx.params)
     _tell_default(wanted.model.id, quiet)
     with listener(quiet=quiet, verbose=verbose) as progress:
-        found = run.measure(wanted, progress=progress)
-    if save is not None:
-        save.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        save.with_suffix(".svg").write_text(sensitivity.plot(found), encoding="utf-8")
+        found = run.measure(wanted, progress=progress, save=save)
     if json:
         console.show_json(found.model_dump(mode="json"))
     elif not quiet:
-        console.show(sensitivity.render(found))
+        console.show(render(found))
 
 
 @app.command(rich_help_panel="Look")

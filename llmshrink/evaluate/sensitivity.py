@@ -49,7 +49,9 @@ class Sensitivity:
             kept: costs that were measured before, and place for others.
             progress: told of the steps.
         """
-        self._choices, self._model, self._spec = choices, choices.model, choices.spec
+        self._choices, self._spec = choices, choices.spec
+        # Of its own, because whoever compresses may replace the embedding before any row is embedded.
+        self._model = StreamedModel(choices.model.source, choices.model.device)
         self._economy, self._kept, self._progress = economy, kept, progress
         batches = rows.batches(economy.batch_tokens)
         self._hidden = Hidden(self._model, batches, folder=folder if economy.on_disk else None)

@@ -29,8 +29,10 @@ USUAL: list[Candidate] = [
     {"bits": 2, "group_size": 64},
     *({"bits": b} for b in (3, 4, 8)),
 ]
+USUAL_EXPERTS: list[Candidate] = [{"bits": b} for b in (2, 3, 4, 8)]  # transformers reads one group size beside experts
 USUAL_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 NARROW_TYPES = ("Q4_0", "Q5_0")  # stand in where the width is not whole blocks of the others
+ANY = "*"  # stands for the number of an expert
 NEAR = 0.99  # of the size that is asked for: less is told
 
 
@@ -44,12 +46,13 @@ class Unit:
     @cached_property
     def patterns(self) -> tuple[str, ...]:
         """Expressions that match exactly the names of its matrices, but for the numbers of experts."""
-        return tuple(dict.fromkeys(r"\.".join(map(re.escape, _parts(m, r"\d+"))) for m in self.matrices))
+        escaped = ([r"\d+" if part == ANY else re.escape(part) for part in _parts(m)] for m in self.matrices)
+        return tuple(dict.fromkeys(r"\.".join(parts) for parts in escaped))
 
     @cached_property
     def name(self) -> str:
         """Its layers as people read them: `model.layers.0.self_attn.q_proj, k_proj, v_proj`."""
-        names = list(dict.fromkeys(".".join(_parts(m, "*")) for m in self.matrices))
+        names = list(dict.fromkeys(".".join(_parts(m)) for m in self.matrices))
         return ", ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
 
 
@@ -102,7 +105,10 @@ class Choices:
         self._rest = self.size(self.works[0]) - first
 
     def _usual(self) -> list[Candidate]:
-        return [{"type": name} for name in (*USUAL_TYPES, *NARROW_TYPES)] if self._gguf else USUAL
+        if self._gguf:
+            return [{"type": name} for name in (*USUAL_TYPES, *NARROW_TYPES)]
+        experts = any(m.kind == "experts" for block in self.model.anatomy.blocks for m in block.matrices)
+        return USUAL_EXPERTS if experts else USUAL
 
     def _alike(self) -> Iterator[tuple[Matrix, ...]]:
         """The matrices that are open, those that a runtime holds as one together; llama.cpp holds each by itself."""
@@ -252,12 +258,12 @@ def _bytes(work: Work, unit: Unit) -> int:
     return sum(tensor.nbytes for tensors in packed for tensor in tensors.values()) + sum(left)
 
 
-def _parts(matrix: Matrix, expert: str) -> list[str]:
-    """The parts of a matrix's name, with `expert` for the number of an expert."""
+def _parts(matrix: Matrix) -> list[str]:
+    """The parts of a matrix's name, with a star for the number of an expert."""
     parts = matrix.name.split(".")
     if matrix.site.expert is not None:
         place = len(parts) - 1 - parts[::-1].index(str(matrix.site.expert))
-        parts[place] = expert
+        parts[place] = ANY
     return parts
 
 

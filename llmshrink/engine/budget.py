@@ -97,10 +97,15 @@ def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
     lent = 2 * FLOAT * max(sum(m.numel for m in unit.matrices) for unit in choices.units)
     blocks = [
         max(_block(work, block, economy, tokens, False) for work in works)
-        + sum(t.nbytes for work in works for t in work.meta_tensors(block).values())
+        + sum(t.nbytes for m in block.matrices for work in works for t in work.packed(m).values())
         for block in model.anatomy.blocks
     ]
-    outside = [sum(_outside(work, part) for work in works) for part in works[0].parts]
+    ends = [part for part in works[0].parts if not isinstance(part, Block)]
+    outside = [
+        max(_outside(work, part) for work in works)
+        + sum(t.nbytes for m in part.matrices for work in works for t in work.packed(m).values())
+        for part in ends
+    ]
     logits = 4 * min(economy.logits, max(economy.batch_tokens, spec.length) * model.width * FLOAT)
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     return FIXED + states * model.hidden * FLOAT + max(max(blocks) + lent, max(outside) + logits + head)

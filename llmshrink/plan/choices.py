@@ -253,9 +253,7 @@ def _nearest(candidate: int, options: tuple[int, ...]) -> int:
 
 def _bytes(work: Work, unit: Unit) -> int:
     """Of all tensors that store a unit."""
-    packed = (work.format.pack(work.slots[m], work.form(m)) for m in unit.matrices if m in work.methods)
-    left = (work.model.weights.infos[m.key].bytes for m in unit.matrices if m not in work.methods)
-    return sum(tensor.nbytes for tensors in packed for tensor in tensors.values()) + sum(left)
+    return sum(tensor.nbytes for matrix in unit.matrices for tensor in work.packed(matrix).values())
 
 
 def _parts(matrix: Matrix) -> list[str]:

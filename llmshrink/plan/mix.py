@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from llmshrink.errors import PlanError
 from llmshrink.formats.gguf import FLOATS
-from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type, wanted_type
+from llmshrink.formats.gguf_mix import MIXES, ROLES, SAID, Place, tensor_type, wanted_type
 from llmshrink.forms import Event
 from llmshrink.gguf.names import family_of
 from llmshrink.methods import load_method
@@ -15,7 +15,6 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
 
 CAST = {name: str(dtype).removeprefix("torch.") for name, dtype in FLOATS.items()}  # what `cast` calls the floats
-SAID = {"bits", "group_size", "symmetric", "scales", "type"}  # by the mix
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
 
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink import patterns
+from llmshrink import allocation, patterns
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.finished import verify_folder
@@ -43,6 +44,7 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.choices import Choices
 from llmshrink.plan.describe import describe
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.export import resolve_export
@@ -53,10 +55,17 @@ from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import EvalStage, ExportStage, QuantizeStage, Recipe
-from llmshrink.report.schema import Check, ModelMeasure, Report, StageReport
+from llmshrink.report.schema import (
+    AllocationReport,
+    Check,
+    ModelMeasure,
+    Report,
+    SensitivityReport,
+    StageReport,
+)
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
-__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "smoke", "verify"]
+__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "measure", "smoke", "verify"]
 
 ROWS = "calibration.json"  # in the folder of work
 SMOKE_ROWS, SMOKE_LENGTH, SMOKE_STEPS = 8, 64, 2
@@ -107,7 +116,7 @@ def execute(
         source, embedded = _open(recipe)
         _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
-        run = _Run(facts, stop.over(progress))
+        run = _Run(facts, stop.over(progress), cached=resumable)
         return run.write(overwrite) if writes else run.evaluate()
 
 
@@ -116,13 +125,45 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
         source, _ = _open(recipe)
         model = StreamedModel(source, torch.device("cpu"))
-        work, _ = _plan(recipe, model)  # what is refused for the whole model is refused here too
+        work, *_ = _plan(recipe, model)  # what is refused for the whole model is refused here too
         small = Path(name) / "model"
         small.mkdir()
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
         truncate(model, small, treated[0] + 1)
         cut = _smoke_recipe(recipe, work, treated[0], small, Path(name) / "out")
+        cut = allocation.halfway(cut, StreamedModel(open_source(str(small)), model.device))
         return _stage_checks(execute(cut, progress=progress, resumable=False))
+
+
+def measure(recipe: Recipe, *, progress: Progress, save: Path | None = None) -> SensitivityReport:
+    """Measure what each candidate of a recipe's `allocate` costs in each layer, without choosing any.
+
+    Args:
+        recipe: what to measure.
+        progress: told of the steps.
+        save: a JSON file to write, with a plot beside it.
+
+    Raises:
+        OutputError: the file cannot be written.
+        PlanError: a candidate cannot be carried out on this model, or there is nothing to choose.
+    """
+    fix_malloc()
+    recipe = allocation.open_recipe(recipe)
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        base = anonymous_bytes()
+        count = stack.enter_context(threads(recipe.run.threads))
+        stop = stack.enter_context(StopSignal(resumable=True))
+        stack.enter_context(enough_memory())
+        stack.enter_context(memory_limit(recipe.run.memory))
+        source, embedded = _open(recipe)
+        facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, None)
+        if save is not None:
+            allocation.check_place(save)
+        found = _Run(facts, stop.over(progress), cached=True).measure()
+        if save is not None:
+            allocation.save(found, save)
+        return found
 
 
 def verify(folder: Path, *, progress: Progress) -> list[Check]:
@@ -138,7 +179,9 @@ def verify(folder: Path, *, progress: Progress) -> list[Check]:
 class _Run:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress) -> None:
+    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool) -> None:
+        """`cached`: what is measured of candidates is kept for other runs."""
+        self.cached = cached
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
@@ -171,6 +214,32 @@ class _Run:
             seconds=time.perf_counter() - self.start,
         )
 
+    def measure(self) -> SensitivityReport:
+        """What each candidate costs in each unit."""
+        stage = _writing_stage(self.recipe)
+        assert isinstance(stage, QuantizeStage)
+        choices = Choices(self.recipe, stage, self.model)
+        work = choices.works[0]
+        economy, needed = compress_economy(work, self.recipe, choices)
+        check_memory("measure the candidates", needed, self.recipe.run, "--samples, --length")
+        check_finite(self.model, self.progress)
+        rows = self.loader.calibration(self.recipe.calibration, work.length)
+        states = compress_scratch(work, self.recipe) if economy.on_disk else 0
+        scratch = disk_faults(Path(tempfile.gettempdir()), states)
+        with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+            found, events = allocation.costs(
+                choices,
+                rows,
+                self.facts,
+                economy=economy,
+                folder=Path(folder),
+                cached=True,
+                progress=self.progress,
+            )
+        events = [*self.loader.events, *economy.told("measure the candidates"), *events]
+        self._tell(events)
+        return allocation.sensitivities(choices, found, events)
+
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
         for event in itertools.chain(*events):
@@ -192,22 +261,24 @@ class _Run:
         """Compress, verify, measure, commit."""
         if self.recipe.evaluation.baseline is not None:
             raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
-        work, plan = _plan(self.recipe, self.model)
+        work, plan, choices = _plan(self.recipe, self.model)
         check_size(plan)
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
-            rows = self._calibration(work, workspace) if work.needs_data else None
+            rows = self._calibration(work, workspace) if work.needs_data or choices else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
-            known = self._tell(workspace.events, work.events, self.loader.events)
-            probe = probe_tokens(self.model)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
-                clock = time.perf_counter()
+                chosen = None
+                if choices is not None:
+                    work, plan, chosen = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
+                known = self._tell(workspace.events, work.events, self.loader.events)
+                clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
@@ -215,7 +286,8 @@ class _Run:
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
-            stages = [writing_stage(work, plan, result, checks, memory, written, seconds)]
+            done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
+            stages = [done_so.model_copy(update={"allocation": chosen})]
             models = {"before": self.model, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
@@ -231,6 +303,29 @@ class _Run:
             write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
+
+    def _allocate(
+        self, choices: Choices, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
+    ) -> tuple[Work, Plan, AllocationReport]:
+        """Choose what every layer gets; from here on the recipe says it."""
+        assert rows is not None
+        assignment, found, events = allocation.choose(
+            choices,
+            rows,
+            self.facts,
+            economy=guessed.economy,
+            folder=workspace.work,
+            cached=self.cached,
+            progress=self.progress,
+        )
+        self.recipe = choices.recipe(assignment)
+        self.facts = replace(self.facts, recipe=self.recipe)
+        work, plan, _ = _plan(self.recipe, self.model)
+        check_size(plan)
+        plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
+        kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
+        work.events += [*kept, *events, *choices.events(work)]
+        return work, plan, allocation.told(choices, assignment, found, choices.size(work))
 
     def _measure(
         self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path
@@ -352,16 +447,24 @@ def _writing_stage(recipe: Recipe) -> QuantizeStage | ExportStage | None:
     return stages[0] if stages else None
 
 
-def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
+def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | None]:
+    """What is done; where a size is asked for, one way to meet it, and all that could be chosen."""
     stage = _writing_stage(recipe)
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    if isinstance(stage, QuantizeStage):
-        work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
+    if isinstance(stage, QuantizeStage) and stage.transform:
+        model = changeable(stage.transform, model)
+    choices = None
+    if isinstance(stage, QuantizeStage) and stage.allocate is not None:
+        choices = Choices(recipe, stage, model)
+        choices.check()
+        work = choices.guessed()
+    elif isinstance(stage, QuantizeStage):
+        work = resolve(recipe, stage, model)
     else:
         work = resolve_export(recipe, stage, model)
-    work.economy, memory = compress_economy(work, recipe)
+    work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0
     if recipe.evaluation.data:
@@ -371,9 +474,10 @@ def _plan(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan]:
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
-    return work, describe(
-        work, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
+    plan = describe(
+        work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
     )
+    return work, plan, choices
 
 
 def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Path) -> Recipe:
@@ -385,6 +489,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
         stage["gate"] = {}
         if stage["task"] == "quantize":
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
+            if stage["allocate"] is not None:
+                stage["allocate"] |= {"size": None, "bpw": None, "rows": SMOKE_STEPS, "length": SMOKE_LENGTH}
             if stage["reconstruct"] is not None:
                 stage["reconstruct"]["steps"] = SMOKE_STEPS
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Rows:
             digest.update(len(row).to_bytes(8, "little"))
             digest.update(row.numpy().tobytes())
         return digest.hexdigest()
+
+    def first(self, rows: int, length: int) -> Rows:
+        """The first of the rows, cut to a length."""
+        return replace(self, tokens=tuple(row[:length] for row in self.tokens[:rows]))
 
     def batches(self, tokens: int) -> list[Tensor]:
         """Rows stacked into [rows, length] with at most `tokens` tokens (at least one row), in order."""

@@ -34,6 +34,10 @@ NOTICES = {
     "economy",
     "out_of_memory",
     "work_lost",
+    "cached",
+    "not_cached",
+    "target_above",
+    "target_below",
 }
 
 

@@ -64,6 +64,8 @@ def quantize(
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
+    target_size: opt.TargetSize = None,
+    target_bpw: opt.TargetBpw = None,
     revision: opt.Revision = None,
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
@@ -186,6 +188,8 @@ def plan(
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     type: opt.Type = None,  # noqa: A002 - the option's name
+    target_size: opt.TargetSize = None,
+    target_bpw: opt.TargetBpw = None,
     revision: opt.Revision = None,
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
@@ -210,6 +214,45 @@ def plan(
     wanted = opt.build_recipe("quantize", ctx.params)
     _tell_default(wanted.model.id, quiet)
     _plan(wanted, json=json)
+
+
+@app.command(rich_help_panel="Look")
+def measure(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.Method = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    revision: opt.Revision = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    memory: opt.Memory = None,
+    save: Annotated[
+        Path | None, typer.Option(help="A JSON file to write; a plot goes beside it, as FILE.svg.", metavar="FILE")
+    ] = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show what fewer bits cost in each layer: what --target-size and --target-bpw choose by."""
+    from llmshrink import run
+    from llmshrink.report.sensitivity import render
+
+    wanted = opt.build_recipe("quantize", ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        found = run.measure(wanted, progress=progress, save=save)
+    if json:
+        console.show_json(found.model_dump(mode="json"))
+    elif not quiet:
+        console.show(render(found))
 
 
 @app.command(rich_help_panel="Look")

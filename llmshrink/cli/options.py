@@ -22,6 +22,8 @@ RECIPE_KEYS = {
     "format": "format.name",
     "to": "format.name",
     "type": "format.type",
+    "target_size": "allocate.size",
+    "target_bpw": "allocate.bpw",
     "calibration": "calibration.data",
     "samples": "calibration.samples",
     "length": "calibration.length",
@@ -138,6 +140,18 @@ Type = Annotated[
         "--type", help="A mix of GGUF types, e.g. Q4_K_M.", autocompletion=complete_type, rich_help_panel=_WHAT
     ),
 ]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Choose each layer's bits by measuring, to meet a size: 3.5GiB, or 30% of the original.",
+        metavar="SIZE",
+        rich_help_panel=_WHAT,
+    ),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(help="The same, in bits per weight, all tensors counted.", metavar="3.2", rich_help_panel=_WHAT),
+]
 To = Annotated[
     str | None,
     typer.Option(help="The format to write.", autocompletion=complete_format, rich_help_panel=_WHAT),
@@ -239,6 +253,9 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     for key, value in PRESETS[preset].items() if preset else ():
         if value is None or key != "reconstruct" or not learned:  # a recipe that learns already knows how long
             data = load.override(data, key, value, task=task)
+    for flag, other in (("target_size", "bpw"), ("target_bpw", "size")):  # of a recipe that asks otherwise
+        if values.get(flag) is not None:
+            data = load.override(data, f"allocate.{other}", None, task=task)
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):

@@ -6,6 +6,7 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from llmshrink.engine.groups import STACK, is_small
@@ -13,6 +14,7 @@ from llmshrink.engine.lanes import lanes_of
 from llmshrink.memory import TRIM, free_memory
 from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan.choices import Choices
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
@@ -28,11 +30,16 @@ PACKING = 3  # bytes per weight while codes become bytes of a file
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
-def compress_economy(work: Work, recipe: Recipe) -> tuple[Economy, int]:
-    """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs."""
+def compress_economy(work: Work, recipe: Recipe, choices: Choices | None = None) -> tuple[Economy, int]:
+    """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
+
+    Where layers' settings are chosen by measuring before it, that is done with the same economy.
+    """
+    rows = recipe.calibration.samples
 
     def needed(economy: Economy) -> int:
-        return planned_memory(work, economy, rows=recipe.calibration.samples, subset=recipe.run.sequential == "subset")
+        compressing = planned_memory(work, economy, rows=rows, subset=recipe.run.sequential == "subset")
+        return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))
 
     return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
 
@@ -74,6 +81,36 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
     twin = TWIN * (work.transforms is not None)
     return FIXED + twin + states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
+
+
+def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
+    """Bytes of measuring what candidates cost, above the level after the imports.
+
+    Args:
+        choices: what is measured.
+        economy: how much is in memory at a time.
+        rows: calibration rows.
+    """
+    works, model, spec = choices.works, choices.model, choices.spec
+    tokens, few = rows * works[0].length, min(spec.rows, rows) * min(spec.length, works[0].length)
+    part_of = {m: part.index for part in works[0].parts for m in part.matrices}
+    streams = Counter(part_of[unit.matrices[0]] for unit in choices.units for _ in unit.options)
+    states = (0 if economy.on_disk else tokens) + (max(streams.values()) + 2) * few
+    lent = 2 * FLOAT * max(sum(m.numel for m in unit.matrices) for unit in choices.units)
+    blocks = [
+        max(_block(work, block, economy, tokens, False) for work in works)
+        + sum(t.nbytes for m in block.matrices for work in works for t in work.packed(m).values())
+        for block in model.anatomy.blocks
+    ]
+    ends = [part for part in works[0].parts if not isinstance(part, Block)]
+    outside = [
+        max(_outside(work, part) for work in works)
+        + sum(t.nbytes for m in part.matrices for work in works for t in work.packed(m).values())
+        for part in ends
+    ]
+    logits = 4 * min(economy.logits, max(economy.batch_tokens, spec.length) * model.width * FLOAT)
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    return FIXED + states * model.hidden * FLOAT + max(max(blocks) + lent, max(outside) + logits + head)
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:

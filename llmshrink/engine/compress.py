@@ -161,10 +161,10 @@ class Compressor:
         model, embedding = self._model, self._model.anatomy.embedding
         if embedding is not None and embedding in self._work.methods:
             checkpoint, slot = self._file(self._work.parts[0]), self._work.slots[embedding]
-            model.replace_embedding(self._work.format.reader(slot, checkpoint.get, self._work.quantization_config))
+            model.replace(embedding, self._work.format.reader(slot, checkpoint.get, self._work.quantization_config))
         elif embedding is not None and embedding.key in model.weights.compressed:
             stored, dtype = model.weights.rows(embedding.key), model.weights.infos[embedding.key].dtype
-            model.replace_embedding(lambda rows: stored(rows).to(dtype))  # it is written dense
+            model.replace(embedding, lambda rows: stored(rows).to(dtype))  # it is written dense
         self._hidden, self._saved = self._embed(), time.perf_counter()
         if self._transformer is not None:
             self._transformer.prove_ends(self._hidden)

@@ -143,6 +143,16 @@ class Hidden:
         """
         return self._advance(index, self.states, done)
 
+    def advance_streams(self, index: int, streams: list[list[Tensor]]) -> None:
+        """Take other states through the loaded block, in place: each stream has one for each batch."""
+
+        def run(number: int) -> None:
+            stream, batch = divmod(number, len(self.batches))
+            streams[stream][batch].copy_(self._run(index, batch, streams[stream]))
+
+        for _ in side_by_side(self.model.device, run, len(streams) * len(self.batches)):
+            pass
+
     def _advance(self, index: int, states: list[Tensor], done: Callable[[int], None] | None = None) -> float:
         def run(batch: int) -> tuple[int, float]:
             out = self._run(index, batch, states)

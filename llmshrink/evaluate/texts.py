@@ -56,13 +56,13 @@ def score_texts(
         if base.task.causal:
             scores = [Scores() for _ in models]
             for tokens, *ends in zip(batches, *states, strict=True):
-                _score(models, ends, tokens, scores, economy.logits)
+                score_batch(models, ends, tokens, scores, economy.logits)
             for row, found in zip(made, scores, strict=True):
                 row.append(_perplexity(found, text, packed))
         else:
             agreement = Agreement(distribution=base.distribution)
             for tokens, *ends in zip(batches, *states, strict=True):
-                _compare(models, ends, tokens, agreement, economy.logits)
+                compare_batch(models, ends, tokens, agreement, economy.logits)
             made[1].append(_agreement(agreement, text, packed, base.task))
     progress.finish()
     return made[0], made[1] if model is not None else []
@@ -80,7 +80,9 @@ def _last_states(model: StreamedModel, batches: list[Tensor], folder: Path | Non
 
 
 @torch.no_grad()
-def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores], logits: int) -> None:
+def score_batch(
+    models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scores: list[Scores], logits: int
+) -> None:
     """Add a batch to the scores, a stretch of positions at a time; the first model is the others' reference."""
     stretch = max(1, logits // (len(tokens) * models[0].vocabulary * 4))
     for one in scores:
@@ -95,7 +97,7 @@ def _score(models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, scor
 
 
 @torch.no_grad()
-def _compare(
+def compare_batch(
     models: list[StreamedModel], ends: list[Tensor], tokens: Tensor, agreement: Agreement, logits: int
 ) -> None:
     """Add a batch of the second model's output beside the first's; a stretch at a time, where tokens have results."""

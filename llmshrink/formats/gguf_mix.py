@@ -51,6 +51,10 @@ MIXES: dict[str, str] = {
 }
 
 
+SAID = {"bits", "group_size", "symmetric", "scales", "type"}
+"""The settings of a method that a mix, or a block type, says."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in a model a matrix is, as far as a mix looks at it."""

@@ -248,10 +248,9 @@ class StreamedModel:
         handle.remove()
         return found[0]
 
-    def replace_embedding(self, rows: Callable[[Rows], Tensor]) -> None:
-        """Embed tokens by these rows, before any has been embedded; a head that is tied to it has them too."""
-        assert self.anatomy.embedding is not None
-        self._replaced = {self.anatomy.embedding.key: rows}
+    def replace(self, matrix: Matrix, rows: Callable[[Rows], Tensor]) -> None:
+        """Take these rows for the embedding (a head tied to it has them too) or for the head, before any is used."""
+        self._replaced = {matrix.key: rows}
 
     def _read_by_row(self) -> dict[str, list[nn.Embedding | nn.Linear]]:
         """The modules whose rows a CPU reads where they are used, by their key; a GPU holds all in full."""

@@ -11,18 +11,26 @@ from llmshrink.formats.runtimes import RUNTIMES, Runtime, Stored, entry
 from llmshrink.io.files import nearest
 from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
+from llmshrink.plan.choices import Choices
 from llmshrink.plan.loading import stored
-from llmshrink.plan.schema import BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
+from llmshrink.plan.schema import AllocationPlan, BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
 from llmshrink.plan.work import Work, main_method
 
 
 def describe(
-    work: Work, *, memory_bytes: int, evaluation_bytes: int, scratch_bytes: int, max_bytes: int | None
+    work: Work,
+    choices: Choices | None = None,
+    *,
+    memory_bytes: int,
+    evaluation_bytes: int,
+    scratch_bytes: int,
+    max_bytes: int | None,
 ) -> Plan:
     """The plan as data.
 
     Args:
         work: what is done.
+        choices: what is chosen by measuring before that, where `work` is one way to meet a size; None: nothing.
         memory_bytes: that the compress step takes.
         evaluation_bytes: that the comparison of both models takes; 0: there is none.
         scratch_bytes: on disk beside the output, until the run ends.
@@ -30,11 +38,13 @@ def describe(
     """
     model, infos = work.model, work.model.weights.infos
     sizes = work.tensor_bytes
+    open_ = {m for unit in choices.units for m in unit.matrices} if choices is not None else set()
     blocks = [
-        BlockPlan(index=block.index, layers=[_layer_plan(work, m) for m in block.matrices])
+        BlockPlan(index=block.index, layers=[_layer_plan(work, m, m in open_) for m in block.matrices])
         for block in model.anatomy.blocks
     ]
-    outside = [_layer_plan(work, m) for m in (model.anatomy.embedding, model.anatomy.head) if m in work.methods]
+    ends = (model.anatomy.embedding, model.anatomy.head)
+    outside = [_layer_plan(work, m, m in open_) for m in ends if m in work.methods]
     inside = {m.key for part in work.parts for m in part.matrices}
     others = [
         TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=sizes.get(k, 0), parameters=i.numel)
@@ -50,6 +60,7 @@ def describe(
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,
+        allocation=None if choices is None else _allocation(choices),
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         blocks=blocks,
         outside=outside,
@@ -76,7 +87,18 @@ def _load_plan(result: Stored, runtime: Runtime) -> LoadPlan:
     return LoadPlan(runtime=runtime, support=found.support, reason=found.reason, source=found.source)
 
 
-def _layer_plan(work: Work, matrix: Matrix) -> LayerPlan:
+def _allocation(choices: Choices) -> AllocationPlan:
+    return AllocationPlan(
+        candidates=choices.candidates,
+        units=len(choices.units),
+        counted="files" if choices.spec.size is not None else "tensors",
+        asked_bytes=choices.limit,
+        smallest_bytes=choices.smallest,
+        largest_bytes=choices.largest,
+    )
+
+
+def _layer_plan(work: Work, matrix: Matrix, is_open: bool) -> LayerPlan:
     method = work.methods.get(matrix)
     if method is None:
         layer, config, after = None, None, work.tensor_bytes[matrix.key]
@@ -88,12 +110,13 @@ def _layer_plan(work: Work, matrix: Matrix) -> LayerPlan:
         shape=matrix.shape,
         parameters=matrix.numel,
         method=None if method is None else method_name(method),
-        bits=None if layer is None else getattr(layer.weight, "bits", None),
-        group_size=getattr(config, "group_size", getattr(config, "block_size", None)),
-        type=None if layer is None else work.format.type_of(layer),
+        bits=None if layer is None or is_open else getattr(layer.weight, "bits", None),
+        group_size=None if is_open else getattr(config, "group_size", getattr(config, "block_size", None)),
+        type=None if layer is None or is_open else work.format.type_of(layer),
         bytes_before=work.model.weights.stored_bytes(matrix.key),
         bytes_after=after,
         reason=work.left.get(matrix),
+        open=is_open,
     )
 
 

@@ -109,8 +109,13 @@ def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format, mix
     name, bits = method_name(method), getattr(method.config, "bits", None)
     if method.task == "export" or mix is not None:
         name, bits = mix or fmt.name, None
+    return default_output(model_id, name if bits is None or name in ("nf4", "fp4") else f"{name}-w{bits}")
+
+
+def default_output(model_id: str, what: str) -> Path:
+    """The folder of a result that the recipe does not name."""
     label = re.sub(r"[^\w.\-]+", "-", Path(model_id).name or Path(model_id).resolve().name)
-    return Path("out") / f"{label}-{name}{'' if bits is None or name in ('nf4', 'fp4') else f'-w{bits}'}"
+    return Path("out") / f"{label}-{what}"
 
 
 def _merged(events: list[Event]) -> list[Event]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llmshrink.formats.base import Slot
 from llmshrink.formats.runtimes import Stored
 from llmshrink.forms import Layer, Scheme
+from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.plan.work import Work
 
 # Linears that vLLM holds as one: their parts must be stored alike.
@@ -33,16 +34,20 @@ def stored(work: Work) -> Stored:
     )
 
 
+def fused(block: Block) -> Iterator[list[Matrix]]:
+    """The matrices of a block that vLLM holds as one: parts of what is fused, and all experts."""
+    parts: dict[object, list[Matrix]] = {}
+    for matrix in block.matrices:
+        owner, _, leaf = matrix.module.rpartition(".")
+        names = next((names for names in FUSED if leaf in names), None)
+        if matrix.kind == "experts":
+            parts.setdefault("experts", []).append(matrix)
+        elif names:
+            parts.setdefault((owner, *sorted(names)), []).append(matrix)
+    yield from parts.values()
+
+
 def _fused_alike(work: Work, schemes: dict[str, Scheme | None]) -> bool:
-    """Whether parts of what is fused, and all experts of a block, have one scheme; a part left dense has none."""
-    for block in work.model.anatomy.blocks:
-        parts: dict[object, set[Scheme | None]] = {}
-        for matrix in block.matrices:
-            owner, _, leaf = matrix.module.rpartition(".")
-            fused = [names for names in FUSED if leaf in names]
-            if fused or matrix.kind == "experts":
-                key = "experts" if matrix.kind == "experts" else (owner, *sorted(fused[0]))
-                parts.setdefault(key, set()).add(schemes.get(matrix.key))
-        if any(len(found) > 1 for found in parts.values()):
-            return False
-    return True
+    """Whether what is fused has one scheme; a part left dense has none."""
+    blocks = work.model.anatomy.blocks
+    return all(len({schemes.get(m.key) for m in alike}) == 1 for block in blocks for alike in fused(block))

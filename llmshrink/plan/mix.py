@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmshrink.errors import PlanError
 from llmshrink.formats.gguf import FLOATS
-from llmshrink.formats.gguf_mix import MIXES, ROLES, Place, tensor_type, wanted_type
+from llmshrink.formats.gguf_mix import MIXES, ROLES, SAID, Place, tensor_type, wanted_type
 from llmshrink.forms import Event
 from llmshrink.gguf.names import family_of
 from llmshrink.methods import load_method
@@ -13,7 +15,6 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
 
 CAST = {name: str(dtype).removeprefix("torch.") for name, dtype in FLOATS.items()}  # what `cast` calls the floats
-SAID = {"bits", "group_size", "symmetric", "scales", "type"}  # by the mix
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
 
 
@@ -76,6 +77,14 @@ def mix_specs(
             message = f"{kind} in place of {wanted}, whose blocks do not divide the width {matrix.shape[1]}"
             events.append(Event("block_type", message, matrix.name))
     return found
+
+
+def says_types(stage: QuantizeStage, method: MethodSpec, matrices: Iterable[Matrix]) -> bool:
+    """Whether the mix says the type of any matrix: where `layers` gives all of them types, its name says nothing."""
+    specs = (stage.method_for(matrix.name, method) for matrix in matrices)
+    return any(
+        spec is not None and "type" not in spec.settings and "cast" not in {spec.name} - {method.name} for spec in specs
+    )
 
 
 def _typed(spec: MethodSpec, matrix: Matrix, usual: str) -> MethodSpec:

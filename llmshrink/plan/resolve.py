@@ -20,7 +20,7 @@ from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
-from llmshrink.plan.mix import mix_of, mix_specs
+from llmshrink.plan.mix import mix_of, mix_specs, says_types
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
@@ -52,10 +52,12 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         events.append(Event("requantized", message))
     default = _default_method(stage, matrices, events)
     try:
+        named = mix
         if mix is None:
             specs = {m: stage.method_for(m.name, default) for m in matrices}
         else:
             specs = mix_specs(mix, stage, model, events)
+            named = mix if says_types(stage, default, specs) else None
     except ValidationError as error:
         raise PlanError(f"The keys of the method, or in `layers`, do not fit {default.name}: {_first(error)}") from None
     _check_patterns(stage, list(specs))
@@ -89,7 +91,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     transforms = plan_transforms(stage.transform, model, methods, events)
-    work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, mix)
+    work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, named)
     inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
     if stage.reconstruct is not None and not any(_learnable(work.form(m)) for m in inside):
         name = method_name(next(iter(methods.values())))

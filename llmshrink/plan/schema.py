@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import BaseModel, ConfigDict
 
 from llmshrink.formats.runtimes import Support
@@ -24,6 +26,18 @@ class LayerPlan(_Part):
     bytes_before: int
     bytes_after: int
     reason: str | None
+    open: bool = False  # its method's settings are chosen by measuring; the bytes are of one way to meet the size
+
+
+class AllocationPlan(_Part):
+    """What is chosen by measuring, and between which sizes."""
+
+    candidates: list[dict[str, Any]]  # the method's keys that differ
+    units: int  # of layers that get the same candidate
+    counted: Literal["files", "tensors"]  # what the bytes below are of: with headers, or of tensors alone
+    asked_bytes: int
+    smallest_bytes: int
+    largest_bytes: int
 
 
 class BlockPlan(_Part):
@@ -68,6 +82,7 @@ class Plan(_Part):
     format: str
     type: str | None  # the mix of block types in a GGUF file
     transforms: str | None  # what is done to weights before they are compressed; None: nothing
+    allocation: AllocationPlan | None  # None: every layer's settings are known
     learning_steps: int  # of gradient for each block after the method; 0: none
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed

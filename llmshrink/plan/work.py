@@ -116,16 +116,18 @@ class Work:
         layer = method.form(matrix.shape, matrix.dtype)
         return layer if inputs is None else replace(layer, input=inputs.meta(method.scales or matrix.dtype))
 
+    def packed(self, matrix: Matrix) -> dict[str, Tensor]:
+        """All tensors that store a matrix, without data; itself where it is left as it is."""
+        if matrix not in self.methods:
+            return {matrix.key: _empty(self.model, matrix.key)}
+        return self.format.pack(self.slots[matrix], self.form(matrix))
+
     def meta_tensors(self, part: Part) -> dict[str, Tensor]:
         """All tensors of a part's file, without data."""
         tensors: dict[str, Tensor] = {}
-        compressed = {m.key: m for m in part.matrices if m in self.methods}
+        matrices = {m.key: m for m in part.matrices}
         for key in part.keys:
-            if key in compressed:
-                matrix = compressed[key]
-                tensors |= self.format.pack(self.slots[matrix], self.form(matrix))
-            else:
-                tensors[key] = _empty(self.model, key)
+            tensors |= self.packed(matrices[key]) if key in matrices else {key: _empty(self.model, key)}
         return tensors
 
 

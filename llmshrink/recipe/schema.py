@@ -24,6 +24,7 @@ from llmshrink.formats import format_names as format_names
 from llmshrink.formats.gguf_mix import MIXES as MIXES
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
+from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
@@ -146,6 +147,11 @@ class QuantizeStage(Section):
         description="what rewrites weights before they are compressed and leaves the function as it is: a name, a "
         "mapping, or a list of them in their order; null: nothing",
     )
+    allocate: AllocateSpec | None = Field(
+        None,
+        description="measure what each candidate costs in each layer, and choose those that together meet a size; "
+        "null: layers get what `method` and `layers` say",
+    )
     reconstruct: ReconstructSpec | None = Field(
         None,
         description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
@@ -190,6 +196,10 @@ class QuantizeStage(Section):
             return self.inputs
         return None if keys["inputs"] is None else InputSpec.model_validate(keys["inputs"])
 
+    def names(self, layer: str) -> bool:
+        """Whether `layers` or `ignore` says what becomes of one layer."""
+        return any(patterns.matches(pattern, layer) for pattern in (*self.layers, *self.ignore))
+
     def _keys_for(self, layer: str) -> dict[str, Any] | None:
         """What `layers` says of one layer: the last match; an empty mapping where nothing matches."""
         found = [keys for pattern, keys in self.layers.items() if patterns.matches(pattern, layer)]
@@ -231,6 +241,19 @@ class QuantizeStage(Section):
         if faults:
             raise refuse(faults)
         return layers
+
+    @field_validator("allocate")
+    @classmethod
+    def _check_candidates(cls, allocate: AllocateSpec | None, info: ValidationInfo) -> Any:
+        faults: list[InitErrorDetails] = []
+        for i, keys in enumerate((allocate and allocate.candidates) or []):
+            try:
+                (info.data.get("method") or MethodSpec()).override(keys)
+            except ValidationError as error:
+                faults += faults_of(error, (), ("candidates", i))
+        if faults:
+            raise refuse(faults)
+        return allocate
 
     @field_validator("ignore")
     @classmethod

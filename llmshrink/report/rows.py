@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 
 from llmshrink.progress import seconds
 from llmshrink.report.schema import (
+    AllocationReport,
     BlockReport,
     EventRecord,
     GateReport,
@@ -220,6 +223,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(f"their inputs are rounded: {how}")
     if stage.transforms:
         lines.append(_transformed(stage.transforms))
+    if stage.allocation is not None:
+        lines += _allocated(stage.allocation)
     if stage.blocks:
         lines.append(_learned(stage.blocks))
     fallbacks = sum(layer.fallback for layer in stage.layers)
@@ -245,6 +250,25 @@ def _transformed(found: list[TransformReport]) -> str:
         told.append(name if mean is None else f"{name} (leaves {mean:.2f} of the error of rounding)")
     worst = max(each.difference for each in found)
     return f"weights rewritten first: {', '.join(told)}; the blocks did the same to {worst:.0e}"
+
+
+def candidate_words(keys: Mapping[str, Any]) -> str:
+    """A candidate in short: `W2 g64`, `Q4_K`."""
+    forms: dict[str, Callable[[Any], str]] = {"bits": lambda n: f"W{n}", "group_size": lambda n: f"g{n}", "type": str}
+    return clean(" ".join(forms[k](v) if k in forms else f"{k} {v}" for k, v in keys.items()))
+
+
+def _allocated(found: AllocationReport) -> list[str]:
+    """How near the size came, and how often each candidate was chosen."""
+    asked = decimal(found.asked_bytes, precision=3)
+    if found.asked_bits_per_weight is not None:
+        asked = f"{found.asked_bits_per_weight:g} bits per weight"
+    below = 1 - found.bytes / found.asked_bytes
+    lines = [f"asked for {asked}, met with {decimal(found.bytes, precision=3)}, {below:.2%} below"]
+    chosen = Counter(unit.chosen for unit in found.units)
+    counts = [f"{candidate_words(keys)} x {chosen[i]}" for i, keys in enumerate(found.candidates) if chosen[i]]
+    how = "" if found.predicted is None else f"; the costs measured add up to {found.predicted:.5f} ({found.score})"
+    return [*lines, f"chosen for {count(len(found.units), 'unit')} of layers: {', '.join(counts)}{how}"]
 
 
 def _learned(blocks: list[BlockReport]) -> str:
@@ -275,6 +299,7 @@ __all__ = [
     "NOTHING",
     "NOT_MEASURED",
     "Row",
+    "candidate_words",
     "clean",
     "comparison",
     "count",

@@ -101,6 +101,42 @@ class TransformReport(Record):
     )
 
 
+class UnitReport(Record):
+    """Layers that get the same candidate, and what was measured of each that they can get."""
+
+    layers: str
+    candidates: list[int] = Field(description="positions in the list of candidates")
+    bytes: list[int] = Field(description="with each of them")
+    scores: list[float] = Field(description="what each costs; empty: not measured")
+    chosen: int | None = Field(default=None, description="position in the list of candidates")
+
+
+class AllocationReport(Record):
+    """How the settings of layers were chosen to meet a size."""
+
+    asked_bytes: int = Field(
+        description="of the files that hold tensors; of the tensors, where bits per weight are asked"
+    )
+    asked_bits_per_weight: float | None = None
+    bytes: int = Field(description="what was reached of it")
+    score: str | None = Field(description="what was measured; None: nothing, everything fits")
+    predicted: float | None = Field(description="the sum of the scores that were chosen")
+    candidates: list[dict[str, Any]]
+    units: list[UnitReport]
+
+
+class SensitivityReport(Record):
+    """What each candidate costs in each unit of a model, all else being the original's."""
+
+    model: str
+    score: str = Field(
+        description="kl: nats per token in the model's output; block: relative squared error of a block's"
+    )
+    candidates: list[dict[str, Any]]
+    units: list[UnitReport]
+    events: list[EventRecord] = Field(default_factory=list)
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -175,6 +211,7 @@ class StageReport(Record):
     layers: list[LayerReport] = Field(default_factory=list)
     transforms: list[TransformReport] = Field(default_factory=list, description="by block, in their order")
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
+    allocation: AllocationReport | None = Field(default=None, description="None: no size was asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
@@ -238,6 +275,7 @@ class Report(Record):
 
 
 __all__ = [
+    "AllocationReport",
     "BY_RULE",
     "BlockReport",
     "CalibrationReport",
@@ -251,8 +289,10 @@ __all__ = [
     "Record",
     "Report",
     "RuntimeSupport",
+    "SensitivityReport",
     "StageReport",
     "Support",
     "TextScore",
     "TransformReport",
+    "UnitReport",
 ]

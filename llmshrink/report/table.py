@@ -15,6 +15,7 @@ from rich.text import Text
 from llmshrink.progress import seconds
 from llmshrink.report.rows import (
     NOT_MEASURED,
+    candidate_words,
     clean,
     comparison,
     count,
@@ -28,7 +29,7 @@ from llmshrink.report.rows import (
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
 if TYPE_CHECKING:
-    from llmshrink.plan.schema import LayerPlan, Plan, TensorPlan
+    from llmshrink.plan.schema import AllocationPlan, LayerPlan, Plan, TensorPlan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -76,6 +77,8 @@ def render_plan(plan: Plan) -> Group:
     ]
     if plan.transforms:
         lines.insert(1, f"before that their weights are rewritten: {plan.transforms}")
+    if plan.allocation is not None:
+        lines[:0] = _allocation(plan.allocation, plan.parameters)
     if plan.learning_steps:
         lines.insert(
             1 + bool(plan.transforms),
@@ -97,6 +100,17 @@ def render_plan(plan: Plan) -> Group:
         _runtimes([(line.runtime, line.support, line.reason, line.source) for line in plan.loads_in]),
         *_events([EventRecord.model_validate(event) for event in plan.events]),
     )
+
+
+def _allocation(found: AllocationPlan, parameters: int) -> list[str]:
+    """What is measured, and between which sizes the result lies."""
+    words = ", ".join(candidate_words(keys) for keys in found.candidates)
+    sizes = (found.smallest_bytes, found.largest_bytes, found.asked_bytes)
+    low, high, asked = (f"{decimal(size)} ({8 * size / parameters:.2f} bits per weight)" for size in sizes)
+    return [
+        f"{count(found.units, 'unit')} of layers are measured with each of {words}; the least costly choice is taken",
+        f"{asked} of {found.counted} are asked for; there is {low} to {high}. Below is one choice of that size",
+    ]
 
 
 def _plan_table(plan: Plan) -> Table:
@@ -140,6 +154,8 @@ def _kind(name: str) -> str:
 def _how(layer: LayerPlan) -> str:
     if layer.method is None:
         return "left as it is"
+    if layer.open:
+        return clean(f"{_method(layer.method)}, by measuring")
     if layer.type is not None:
         return clean(f"{_method(layer.method)} {layer.type}")
     group = {None: "", -1: " per channel"}.get(layer.group_size, f" g{layer.group_size}")

@@ -70,6 +70,16 @@ LEARNED = {
 SCALED = {**RTN_32, "stages.0.transform": [{"name": "awq"}], "calibration.samples": 12}
 SMOOTHED = {**RTN_32, "stages.0.transform": [{"name": "smoothquant"}]}
 TURNED = {**RTN_32, "stages.0.transform": [{"name": "hadamard"}]}
+ALLOCATED = {
+    "stages": [{"task": "quantize", "method": {"name": "rtn"}}],
+    "stages.0.allocate": {
+        "bpw": 15.5,
+        "candidates": [{"bits": bits, "group_size": 32} for bits in (2, 3, 8)],
+        "rows": 2,
+        "length": 12,
+    },
+}
+SIZED = {**ALLOCATED, "stages.0.allocate.bpw": None, "stages.0.allocate.size": 60_000}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -116,6 +126,12 @@ TRIALS = {
     "stages.quantize.transform.hadamard.heads": Trial(False, TURNED),
     "stages.quantize.transform.hadamard.allow_untie": Trial(True, {**TURNED, "model.id": "{tied_model}"}),
     "stages.quantize.transform.hadamard.seed": Trial(1, TURNED),
+    "stages.quantize.allocate.size": Trial(62_000, SIZED),
+    "stages.quantize.allocate.bpw": Trial(16.0, ALLOCATED),
+    "stages.quantize.allocate.candidates": Trial([{"bits": bits, "group_size": 32} for bits in (2, 4, 8)], ALLOCATED),
+    "stages.quantize.allocate.score": Trial("block", ALLOCATED),
+    "stages.quantize.allocate.rows": Trial(3, ALLOCATED),
+    "stages.quantize.allocate.length": Trial(9, ALLOCATED),
     "stages.quantize.reconstruct.steps": Trial(4, LEARNED),
     "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
     "stages.quantize.reconstruct.rate": Trial(0.05, LEARNED),
@@ -337,6 +353,7 @@ FLAGS_ELSEWHERE = {
     "quiet": f"{APP}::test_quiet_prints_only_the_path",
     "verbose": "tests/cli/test_progress.py::test_verbose_tells_every_note",
     "version": f"{APP}::test_version_and_no_arguments",
+    "save": "tests/e2e/test_allocate.py::test_measure",
     "folder": f"what is verified: {APP}::test_smoke_and_verify",
     "recipes ls as_json": f"{APP}::test_json_alone_on_stdout",
     "recipes show name": "tests/cli/test_recipes.py::test_show",
@@ -380,6 +397,7 @@ def test_a_flag_for_a_key_reaches_it(
 
     monkeypatch.setattr(run, "execute", look)
     monkeypatch.setattr(run, "make_plan", look)
+    monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
     leaf = next(leaf for leaf in LEAVES if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]

@@ -1,0 +1,1 @@
+"""What each part of a model gets, so that the whole costs least within a budget of bytes."""

@@ -209,7 +209,7 @@ class _Run:
                 companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
-                files = {**companions, **finish_files(work, workspace, result.files)}
+                files = {**companions, **finish_files(work, workspace, result)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
@@ -274,7 +274,7 @@ class _Run:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
-        folder, originals = workspace.work if economy.on_disk else None, work.reconstruct is not None
+        folder, originals = workspace.work if economy.on_disk else None, work.follows_original
         embed = partial(Hidden, self.model, batches, probe, folder, originals=originals)
         subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
         compressor = Compressor(
@@ -305,7 +305,7 @@ class _Run:
                 name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
             ),
             check_hashes(folder, files),
-            *check_layers(self.model, written, result.layers),
+            *check_layers(self.model, written, result.layers, result.replaced),
             check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
         ]
@@ -372,6 +372,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
             if stage["reconstruct"] is not None:
                 stage["reconstruct"]["steps"] = SMOKE_STEPS
+            if stage["tune"] is not None:
+                stage["tune"]["steps"] = SMOKE_STEPS
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
     calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
     if calibration["data"] == "auto" and recipe.model.id in (None, NAME):

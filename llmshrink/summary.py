@@ -151,6 +151,7 @@ def writing_stage(
         type=work.mix,
         layers=[*result.layers, *_left(plan)],
         blocks=result.blocks,
+        tuned=result.tuned,
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,

@@ -80,13 +80,14 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     Of the states an older and a newer file for a resume, and those in use where they lie there.
     """
     rows = recipe.calibration.samples if work.needs_data else 0
-    shards = 0 if work.blueprint is None else sum(work.shard_bytes.values())
+    apart = work.blueprint is not None or work.tune is not None
+    shards = sum(work.shard_bytes.values()) if apart else 0
     return shards + (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
 
 
 def _streams(work: Work) -> int:
     """Of hidden states: those between the compressed blocks, and where these learn from the original's, its own."""
-    return 1 + (work.reconstruct is not None)
+    return 1 + work.follows_original
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:

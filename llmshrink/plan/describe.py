@@ -49,6 +49,7 @@ def describe(
         format=work.format.name,
         type=work.mix,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
+        tuning_steps=0 if work.tune is None else work.tune.steps,
         blocks=blocks,
         outside=outside,
         others=others,

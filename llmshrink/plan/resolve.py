@@ -94,8 +94,21 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), or leave out `reconstruct` "
             "(--preset best).",
         )
-    work.reconstruct = stage.reconstruct
+    work.reconstruct, work.tune = stage.reconstruct, stage.tune
+    if stage.tune is not None and (why := _cannot_tune(work)):
+        hint = "Leave out `tune`, or choose a method and a format that keep integer codes, such as gptq."
+        raise PlanError(f"`tune` cannot be done here: {why}.", hint=hint)
     return work
+
+
+def _cannot_tune(work: Work) -> str | None:
+    """Why scales and norms cannot be tuned, or None."""
+    model = work.model
+    if model.task.gives != "logits" or not model.distribution:
+        return f"it learns from the original's logits of tokens, and this model gives out {model.task.gives}"
+    if not work.scale_shapes:
+        return f"{work.format.name} stores no scales of {method_name(next(iter(work.methods.values())))} that it learns"
+    return None
 
 
 def _learnable(layer: Layer) -> bool:

@@ -68,6 +68,7 @@ class Plan(_Part):
     format: str
     type: str | None  # the mix of block types in a GGUF file
     learning_steps: int  # of gradient for each block after the method; 0: none
+    tuning_steps: int  # of gradient through the whole model after that; 0: none
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed
     others: list[TensorPlan]

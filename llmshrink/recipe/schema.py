@@ -28,6 +28,7 @@ from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
+from llmshrink.recipe.tune import TuneSpec
 from llmshrink.recipe.units import Bytes
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
@@ -143,6 +144,11 @@ class QuantizeStage(Section):
         None,
         description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
         "null: they stay as the method chose them",
+    )
+    tune: TuneSpec | None = Field(
+        None,
+        description="tune scales, norms and biases through the whole model after that, towards the original's logits, "
+        "or {} with its defaults; null: they stay",
     )
     format: FormatSpec | None = Field(
         None, description="checkpoint format; null: what the method is usually written as"

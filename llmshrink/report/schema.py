@@ -86,6 +86,16 @@ class BlockReport(Record):
     codes_changed: float = Field(description="share of the codes learned that are others than the method's")
 
 
+class TuneReport(Record):
+    """What tuning scales, norms and biases through the whole model gained on calibration rows held back from it."""
+
+    kl_before: float = Field(description="KL(original || this model), nats per token")
+    kl_after: float = Field(description="the same of what was written; as before where that was no better")
+    steps: int = Field(description="of gradient; 0: nothing was taken over")
+    numbers: int = Field(description="how many were learned")
+    tokens_held: int = Field(description="on which both were measured")
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -159,6 +169,7 @@ class StageReport(Record):
     type: str | None = Field(default=None, description="the mix of block types in a GGUF file")
     layers: list[LayerReport] = Field(default_factory=list)
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
+    tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
@@ -238,4 +249,5 @@ __all__ = [
     "StageReport",
     "Support",
     "TextScore",
+    "TuneReport",
 ]

@@ -74,6 +74,8 @@ def render_plan(plan: Plan) -> Group:
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
+    if plan.tuning_steps:
+        lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
     if plan.learning_steps:
         lines.insert(1, f"then the codes of each block are learned: {plan.learning_steps} steps of gradient")
     if plan.max_bytes is not None:

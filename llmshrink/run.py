@@ -372,8 +372,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
             if stage["reconstruct"] is not None:
                 stage["reconstruct"]["steps"] = SMOKE_STEPS
-            if stage["tune"] is not None:
-                stage["tune"]["steps"] = SMOKE_STEPS
+            tune = None if work.tune is None else work.tune.model_copy(update={"steps": SMOKE_STEPS})
+            stage["tune"] = tune and tune.model_dump()
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
     calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
     if calibration["data"] == "auto" and recipe.model.id in (None, NAME):

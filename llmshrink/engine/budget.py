@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
+from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
 from llmshrink.model.anatomy import Block, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
@@ -23,6 +24,10 @@ FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, 
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
 LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
+LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, their gradients, one that is being made
+TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
+SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
+COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 PACKING = 3  # bytes per weight while codes become bytes of a file
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
@@ -71,7 +76,10 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     tokens = rows * work.length if work.needs_data else 0
     states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
-    return FIXED + states + max(blocks, *(_outside(work, part) for part in work.parts))
+    compressed = states + max(blocks, *(_outside(work, part) for part in work.parts))
+    # While it is tuned, the states of the compressed model are gone.
+    tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
+    return FIXED + max(compressed, tuned)
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:
@@ -82,7 +90,11 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     rows = recipe.calibration.samples if work.needs_data else 0
     apart = work.blueprint is not None or work.tune is not None
     shards = sum(work.shard_bytes.values()) if apart else 0
-    return shards + (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+    states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+    if work.tune is None:
+        return shards + states
+    between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
+    return shards + states + between + SAVED * FLOAT * work.tuned_numbers
 
 
 def _streams(work: Work) -> int:
@@ -120,7 +132,7 @@ def planned_evaluation(model: StreamedModel, economy: Economy, *, rows: int, len
 
 def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool) -> int:
     """The largest of its phases: inputs gathered, one group after another compressed, the way to the next block."""
-    batch = min(max(economy.batch_tokens, work.length), tokens or work.length)
+    batch = _batch(work, economy, tokens)
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
     packed = 2 * sum(t.nbytes for t in work.meta_tensors(block).values())  # the block before is still being written
     groups = [g for g in block.groups if any(m in work.methods for m in g.matrices)]
@@ -143,6 +155,36 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         phases.append(loaded + _learning(work.model, block, batch) + LEARNING * FLOAT * learned)
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _tuning(work: Work, economy: Economy, tokens: int) -> int:
+    """Moves and their averages, states between all blocks, and a block with its gradients or a stretch of logits."""
+    assert work.tune is not None
+    model, batch = work.model, _batch(work, economy, tokens)
+    between = 0 if economy.on_disk else _between(work, economy, tokens)
+    blocks = model.anatomy.blocks
+    block = max(LENT * _weights(model, b) + _forward(model, b, batch) + _learning(model, b, batch) for b in blocks)
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    logits = COMPARED * min(economy.logits, batch * model.width * FLOAT) + head
+    gradients = _step(work, economy, tokens) * model.hidden * FLOAT
+    return TUNED * FLOAT * work.tuned_numbers + between + gradients + max(block, logits)
+
+
+def _between(work: Work, economy: Economy, tokens: int) -> int:
+    """Bytes of the states between blocks of one step of tuning, or of the rows held back."""
+    states = (len(work.model.anatomy.blocks) + 1) * _step(work, economy, tokens)
+    return max(states, tokens // HELD + _batch(work, economy, tokens)) * work.model.hidden * FLOAT
+
+
+def _step(work: Work, economy: Economy, tokens: int) -> int:
+    """Tokens in a step of tuning: whole batches."""
+    assert work.tune is not None
+    batch = _batch(work, economy, tokens)
+    return min(tokens, -(-work.tune.tokens // batch) * batch)
+
+
+def _batch(work: Work, economy: Economy, tokens: int) -> int:
+    return min(max(economy.batch_tokens, work.length), tokens or work.length)
 
 
 def _outside(work: Work, part: Part) -> int:

@@ -24,6 +24,7 @@ from llmshrink.plan.mix import mix_of, mix_specs
 from llmshrink.plan.work import Work, method_name
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.tune import TuneSpec
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
@@ -94,11 +95,24 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), or leave out `reconstruct` "
             "(--preset best).",
         )
-    work.reconstruct, work.tune = stage.reconstruct, stage.tune
-    if stage.tune is not None and (why := _cannot_tune(work)):
+    work.reconstruct = stage.reconstruct
+    work.tune = _tune(stage, work)
+    return work
+
+
+def _tune(stage: QuantizeStage, work: Work) -> TuneSpec | None:
+    """How the model is tuned, or None.
+
+    Raises:
+        PlanError: it cannot be, and the recipe does not leave it open.
+    """
+    if stage.tune is None or (why := _cannot_tune(work)) is None:
+        return TuneSpec() if stage.tune == "auto" else stage.tune
+    if stage.tune != "auto":
         hint = "Leave out `tune`, or choose a method and a format that keep integer codes, such as gptq."
         raise PlanError(f"`tune` cannot be done here: {why}.", hint=hint)
-    return work
+    work.events.append(Event("not_tuned", f"scales and norms stay as they are: {why}"))
+    return None
 
 
 def _cannot_tune(work: Work) -> str | None:

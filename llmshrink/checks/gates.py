@@ -34,6 +34,7 @@ NOTICES = {
     "economy",
     "out_of_memory",
     "work_lost",
+    "not_tuned",
 }
 
 

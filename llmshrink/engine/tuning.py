@@ -47,6 +47,7 @@ class Tuning:
         trim()
         self._tuner = Tuner(work, shards, targets, folder, seed)
         self._seconds, self._saved = 0.0, time.perf_counter()
+        self._events: list[Event] = []
 
     def run(self, done: list[dict[str, Any]]) -> dict[str, Any]:
         """Tune; `done` are the journal's entries of it.
@@ -82,7 +83,7 @@ class Tuning:
             self._save()
 
     def _finish(self, after: float | None) -> dict[str, Any]:
-        tuner, files, events = self._tuner, {}, []
+        tuner, files, events = self._tuner, {}, self._events
         assert tuner.point.before is not None
         if after is None:
             message = "scales and norms stay as they were: tuning made nothing better on the rows held back"
@@ -126,6 +127,9 @@ class Tuning:
         if (entry := next(whole, None)) is not None:
             self._tuner.load(self._workspace.folder / next(iter(entry["saved"])), Point(**entry["tuning"]))
             self._seconds = entry["seconds"]
+        elif done:
+            message = f"no file of a tuning in {self._workspace.work} is whole: it begins anew"
+            self._events.append(Event("work_lost", message))
 
     def _remove_older(self, kept: Path | None) -> None:
         for path in self._workspace.work.glob("tuning-*.safetensors"):

@@ -89,15 +89,43 @@ def test_a_stopped_run_gives_the_same_bytes(smallest: Path, text_file: Path, tmp
     whole = run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
     with pytest.raises(InterruptedRun):
         run.execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop(steps))
-    taken: list[int] = []
-
-    class Counting(Silent):
-        def advance(self, amount: int, note: str = "") -> None:
-            taken.extend([1] * note.startswith("KL"))
-
-    report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Counting())
-    assert len(taken) == 12 - steps and tuned(report) == tuned(whole)
+    progress = _Counting()
+    report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=progress)
+    assert progress.steps == 12 - steps and tuned(report) == tuned(whole)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+class _Counting(Silent):
+    """Counts steps of tuning."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.steps += note.startswith("KL")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_tuned_is_not_tuned_again(
+    smallest: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """The run ends after it, and the file of what it found is there or not."""
+    run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
+    with monkeypatch.context() as patch, pytest.raises(InterruptedRun):
+        patch.setattr(run, "finish_files", _interrupted)
+        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Silent())
+    (found,) = (tmp_path / "out.partial").rglob("tuned.safetensors")
+    if lost:
+        found.unlink()
+    progress = _Counting()
+    report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=progress)
+    assert progress.steps == (12 if lost else 0)
+    assert ("work_lost" in [event.kind for event in report.events]) == lost
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def _interrupted(*_: object) -> None:
+    raise InterruptedRun("stopped")
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "gemma2", "qwen2"])

@@ -1,13 +1,14 @@
-"""Quality and time beside llm-compressor's and GPTQModel's GPTQ: same model, same calibration rows, one run.
+"""Quality and time beside llm-compressor's and GPTQModel's GPTQ, and AutoRound: same model, same rows, one run.
 
-    python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON
-        [--model lab8m] [--settings 4:128 3:128 2:64 w8a8 fp8] [--repeat 3]
+    python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON --autoround PYTHON
+        [--model lab8m] [--settings 4:128 3:128 2:64 w8a8 fp8] [--presets balanced best] [--repeat 3] [--json FILE]
 
 Each PYTHON is the interpreter of an environment with that tool (they exclude each other, and ours). Every tool runs in
 a process of its own with `--shared`'s script; its time is its own stopwatch from load to saved file, ours the compress
 stage; whole-process time is given beside it. All outputs are then scored here by one function, row by row: KL to the
-original in nats per token, and the ratio to the best peer with a paired bootstrap over rows. A setting is bits:group,
-or a scheme that rounds inputs too: ours is then the recipe of that name, and only llm-compressor has it.
+original in nats per token, and the ratio to each peer with a paired bootstrap over rows. A setting is bits:group, or a
+scheme that rounds inputs too: ours is then the recipe of that name, and only llm-compressor has it. `bench.plot` draws
+what `--json` keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from llmshrink.calibration.rows import Rows, tokenize
 from llmshrink.calibration.text import documents
 from llmshrink.evaluate.metrics import Scores, bootstrap_ratio
 
-PEERS = {"llm-compressor": "peer_llmcompressor.py", "gptqmodel": "peer_gptqmodel.py"}
+PEERS = {
+    "llm-compressor": "peer_llmcompressor.py",
+    "gptqmodel": "peer_gptqmodel.py",
+    "auto-round": "peer_autoround.py",
+}
 MODELS: dict[str, dict[str, Any]] = {
     "lab8m": {"length": 256, "rows": 128, "calibration": "calibration", "texts": ["tinystories", "gsm8k", "wikitext2"]},
     "stories260K": {
@@ -73,9 +78,12 @@ def run_peer(
     return {"seconds": json.loads(line)["seconds"], "process": time.perf_counter() - start}
 
 
-def run_ours(model: Path, out: Path, setting: str, facts: dict[str, Any], shared: Path) -> dict[str, float]:
+def run_ours(
+    model: Path, out: Path, setting: str, preset: str, facts: dict[str, Any], shared: Path
+) -> dict[str, float]:
     """The command as a user types it, without evaluation."""
     command = [sys.executable, "-m", "llmshrink", "quantize", str(model), *arguments(setting)[1], "-o", str(out)]
+    command += ["--preset", preset]
     command += ["--samples", str(facts["rows"]), "--length", str(facts["length"]), "--quiet"]
     command += ["--calibration", str(shared / "data" / f"{facts['calibration']}.json")]
     command += ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]
@@ -88,9 +96,10 @@ def run_ours(model: Path, out: Path, setting: str, facts: dict[str, Any], shared
 
 
 def load(folder: Path, base: Path) -> Any:
-    """A model in float32: by transformers, or for a GPTQ folder by the decoder below."""
+    """A model in float32: by transformers, or for codes laid out as GPTQ's by the decoder below."""
+    folder = next(folder.rglob("config.json")).parent  # AutoRound makes a folder of its own in it
     config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    if config.get("quant_method") != "gptq":
+    if config.get("quant_method") not in ("gptq", "auto-round"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tensors: dict[str, Tensor] = {}
@@ -141,6 +150,10 @@ class Measured:
         self.scores: list[Scores] = []
         self.bytes = 0
 
+    def facts(self) -> dict[str, Any]:
+        """What `bench.plot` draws."""
+        return {"times": self.times, "bytes": self.bytes, "kl": [s.kl for s in self.scores]}
+
     def line(self, tool: str) -> str:
         """A line of the table; times are medians."""
         seconds, process = (statistics.median(t[key] for t in self.times) for key in ("seconds", "process"))
@@ -159,41 +172,40 @@ def measure(
     facts, shared = MODELS[args.model], args.shared.resolve()
     found: dict[str, Measured] = {}
     for turn in range(args.repeat):
-        for tool in (*PEERS, "llmshrink"):
-            python = None if tool == "llmshrink" else getattr(args, tool)
-            if tool != "llmshrink" and (python is None or (setting in SCHEMES and tool != "llm-compressor")):
+        for tool in (*PEERS, *args.presets):
+            if tool in PEERS and (getattr(args, tool) is None or (setting in SCHEMES and tool != "llm-compressor")):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / tool
-                if python is None:
-                    times = run_ours(source, out, setting, facts, shared)
+                if tool in PEERS:
+                    script = shared / "bench" / PEERS[tool]
+                    times = run_peer(getattr(args, tool), script, source, out, setting, facts)
                 else:
-                    times = run_peer(python, shared / "bench" / PEERS[tool], source, out, setting, facts)
+                    times = run_ours(source, out, setting, tool, facts, shared)
                 one = found.setdefault(tool, Measured())
                 one.times.append(times)
                 if turn == 0:
                     model = load(out, source)
                     one.scores = [score(model, base, text) for text in texts.values()]
-                    one.bytes = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+                    one.bytes = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     return found
 
 
 def compare(found: dict[str, Measured], texts: dict[str, Rows]) -> None:
-    """Print the table of one setting, and this tool beside the best of the others."""
+    """Print the table of one setting, and what this tool wrote beside each of the others'."""
     for tool, one in found.items():
-        print(one.line(tool))
-    ours = found["llmshrink"]
-    peers = {tool: one for tool, one in found.items() if tool != "llmshrink"}
-    for tool, one in peers.items():
-        ratios = [mine["seconds"] / theirs["seconds"] for mine, theirs in zip(ours.times, one.times, strict=True)]
-        every = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"  time: {statistics.median(ratios):.2f} of {tool}'s ({every})")
-    for number, text in enumerate(texts):
-        if peers:
-            best = min(peers, key=lambda tool: peers[tool].scores[number].kl or 0.0)
-            rows = ours.scores[number].kl_rows, peers[best].scores[number].kl_rows
-            ratio, low, high = bootstrap_ratio(*rows)
-            print(f"  {text}: KL {ratio:.3f} of {best}'s, 95 % interval {low:.3f} to {high:.3f}", flush=True)
+        print(one.line(tool if tool in PEERS else f"llmshrink {tool}"))
+    peers = {tool: one for tool, one in found.items() if tool in PEERS}
+    for preset, ours in ((tool, one) for tool, one in found.items() if tool not in PEERS):
+        for tool, one in peers.items():
+            ratios = [mine["seconds"] / theirs["seconds"] for mine, theirs in zip(ours.times, one.times, strict=True)]
+            every = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"  {preset}: time {statistics.median(ratios):.2f} of {tool}'s ({every}); KL", end="")
+            for number, text in enumerate(texts):
+                rows = ours.scores[number].kl_rows, one.scores[number].kl_rows
+                ratio, low, high = bootstrap_ratio(*rows)
+                print(f" {text} {ratio:.3f} ({low:.3f} to {high:.3f})", end="")
+            print(flush=True)
 
 
 def main() -> None:
@@ -203,6 +215,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="lab8m")
     parser.add_argument("--settings", nargs="+", default=["4:128", "3:128", "2:64"])
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--presets", nargs="+", default=["balanced"])
+    parser.add_argument("--json", type=Path)
     for peer in PEERS:
         parser.add_argument(f"--{peer.replace('-', '')}", dest=peer)
     args = parser.parse_args()
@@ -222,9 +236,14 @@ def main() -> None:
         )
         for name in facts["texts"]
     }
+    kept: dict[str, Any] = {}
     for setting in args.settings:
         print(f"\n{args.model} {setting}", flush=True)
-        compare(measure(args, setting, base, texts, source), texts)
+        found = measure(args, setting, base, texts, source)
+        compare(found, texts)
+        kept[setting] = {tool: one.facts() for tool, one in found.items()}
+        if args.json is not None:
+            args.json.write_text(json.dumps({"model": args.model, "texts": list(texts), "settings": kept}))
 
 
 if __name__ == "__main__":

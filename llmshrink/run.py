@@ -274,7 +274,7 @@ class _Run:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
-        folder, originals = workspace.work if economy.on_disk else None, work.follows_original
+        folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(Hidden, self.model, batches, probe, folder, originals=originals)
         subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
         compressor = Compressor(

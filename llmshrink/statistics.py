@@ -145,6 +145,38 @@ class Hessian:
         return 4 * width * width
 
 
+class Cross(Hessian):
+    """A Hessian, and how far the inputs are from those of the original model: `shift` [in, in], float32.
+
+    With x an input and y the one that the original's layer gets for the same token, `shift` is the mean of
+    (y - x) x^T: what GPTAQ (Li et al. 2025, arXiv 2504.02692) calls the asymmetric part of the calibration.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.shift = torch.zeros(width, width, device=device)
+
+    def pair(self, x: Tensor, original: Tensor) -> None:
+        """Add a batch of inputs, and those of the original for the same tokens; both [tokens, in], float32."""
+        self.update(x)
+        self.shift.addmm_((original - x).T, x)
+
+    def finish(self) -> None:
+        """Turn the sums into means."""
+        super().finish()
+        self.shift /= max(self.tokens, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        super().to(device)
+        self.shift = self.shift.to(device)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 2 * Hessian.bytes(width)
+
+
 class NoStatistic:
     """For methods that look at the weight alone."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmshrink.statistics import NARROW, NARROW_TILE, Hessian, Norm, NoStatistic, Range
+from llmshrink.statistics import NARROW, NARROW_TILE, Cross, Hessian, Norm, NoStatistic, Range
 
 CPU = torch.device("cpu")
 
@@ -25,6 +25,17 @@ def test_hessian_is_the_mean_of_the_outer_products(width: int) -> None:
     assert found.tokens == len(x)
     assert torch.equal(found.matrix, found.matrix.T)
     torch.testing.assert_close(found.matrix.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_is_a_hessian_and_the_mean_of_the_difference_times_the_input() -> None:
+    x, y = inputs(9), inputs(9) + 0.1 * inputs(9).flip(0)
+    found, hessian = Cross(9, CPU), Hessian(9, CPU)
+    for part, original in zip(x.split(13), y.split(13), strict=True):
+        found.pair(part, original)
+        hessian.update(part)
+    found.finish(), hessian.finish()
+    assert found.tokens == len(x) and torch.equal(found.matrix, hessian.matrix)
+    torch.testing.assert_close(found.shift.double(), (y - x).double().T @ x.double() / len(x), rtol=1e-5, atol=1e-6)
 
 
 def test_norm_is_the_mean_square_of_each_feature() -> None:
@@ -56,7 +67,7 @@ def test_range_counts_every_magnitude_in_the_bin_it_lies_in() -> None:
         assert ((magnitudes[inside] - middle).abs() <= middle / 64).all() or low == 0
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian, NoStatistic])
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross, NoStatistic])
 def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     found = kind(4, CPU)
     found.finish()
@@ -64,13 +75,13 @@ def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     assert all(not value.any() for value in vars(found).values() if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian, NoStatistic])
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross, NoStatistic])
 def test_bytes_are_those_of_the_tensors(kind: type[Norm]) -> None:
     tensors = [value for value in vars(kind(48, CPU)).values() if isinstance(value, torch.Tensor)]
     assert kind.bytes(48) == sum(t.numel() * t.itemsize for t in tensors)
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian])
+@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross])
 def test_inputs_are_not_changed(kind: type[Norm]) -> None:
     x = inputs(6)
     copy = x.clone()

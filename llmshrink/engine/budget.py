@@ -12,12 +12,12 @@ from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
-from llmshrink.model.anatomy import Block, Part
+from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
-from llmshrink.statistics import Hessian
+from llmshrink.statistics import Cross, Hessian
 
 LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
@@ -98,8 +98,8 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
 
 
 def _streams(work: Work) -> int:
-    """Of hidden states: those between the compressed blocks, and where these learn from the original's, its own."""
-    return 1 + work.follows_original
+    """Of hidden states: those between the compressed blocks, and where they are looked at, the original's."""
+    return 1 + work.needs_originals
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:
@@ -144,7 +144,7 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         phases.append(loaded + kept if kept else 0)
         for group, size in zip(groups[part], sizes[part], strict=True):
             methods = [work.methods[m] for m in group.matrices if m in work.methods]
-            factors = int(PANELS * Hessian.bytes(group.width) / FLOAT) if Hessian in work.needs(group) else 0
+            factors = _factors(work, group)
             matrices = [m.numel for m in group.matrices]
             sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
             lanes = lanes_of(work.model.device) if is_small(group) else 1
@@ -193,9 +193,15 @@ def _outside(work: Work, part: Part) -> int:
         return 0
     matrix, (group,) = part.matrices[0], part.groups
     size = work.statistic_bytes(group)
-    factors = int(PANELS * Hessian.bytes(group.width) / FLOAT) if Hessian in work.needs(group) else 0
+    factors = _factors(work, group)
     packed = sum(tensor.nbytes for tensor in work.meta_tensors(part).values())
     return size + factors + SWEEP * FLOAT * min(matrix.numel, STACK) + PACKING * matrix.numel + packed
+
+
+def _factors(work: Work, group: Group) -> int:
+    """What factorising a group's Hessian takes at its peak; with the original's inputs, three more matrices."""
+    size, kinds = Hessian.bytes(group.width), work.needs(group)
+    return int(PANELS * size / FLOAT) + 3 * size * (Cross in kinds) if {Hessian, Cross} & set(kinds) else 0
 
 
 def _weights(model: StreamedModel, block: Block) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
@@ -12,7 +14,7 @@ from llmshrink.engine.lanes import Turns, side_by_side
 from llmshrink.errors import LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site, watch
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.statistics import Gathered, Statistic
+from llmshrink.statistics import Cross, Gathered, Statistic
 
 
 class _Enough(Exception):  # noqa: N818 - the last wanted input was seen: what follows in the block is not needed
@@ -25,6 +27,8 @@ class _Batch(threading.local):
     def __init__(self) -> None:
         self.number = 0
         self.seen: dict[Group, Tensor] = {}
+        self.first = False  # whether the states are the original's, which go first
+        self.originals: dict[Group, Tensor] = {}
 
 
 def gather(
@@ -44,6 +48,8 @@ def gather(
     }
     owner = {site: group for group in groups for site in group.sites}
     last = groups[-1].sites[-1] if groups[-1].sites[-1].expert is None else None
+    crossed = {group for group in groups if any(issubclass(kind, Cross) for kind in kinds[group])}
+    paired = crossed if hidden.originals else set()  # without them these are the original's
     batch, turns = _Batch(), Turns(len(hidden.batches))
 
     def observe(site: Site, x: Tensor) -> None:
@@ -52,10 +58,13 @@ def gather(
             return
         if group not in seen:
             seen[group] = x
-            with turns.turn(batch.number, group):
-                rows = x.reshape(-1, x.shape[-1]).float()
-                for statistic in statistics[group].values():
-                    statistic.update(rows)
+            rows = x.reshape(-1, x.shape[-1])
+            if batch.first:
+                if group in paired:
+                    batch.originals[group] = rows.to(torch.float32, copy=True)
+            else:
+                with turns.turn(batch.number, group):
+                    _update(statistics[group], rows.float(), batch.originals.pop(group, None))
         elif seen[group].data_ptr() != x.data_ptr() or seen[group]._version != x._version:
             raise LlmshrinkError(f"{site.module}: its input is not the tensor that {group.sites[0].module} gets.")
         if site == group.sites[-1]:
@@ -64,9 +73,12 @@ def gather(
             raise _Enough
 
     def run(number: int) -> None:
-        batch.number, batch.seen = number, {}
-        with turns.taking_part(number), suppress(_Enough):
-            hidden.run(block.index, number)
+        batch.number = number
+        with turns.taking_part(number):
+            for batch.first in (True, False) if paired else (False,):
+                batch.seen = {}
+                with suppress(_Enough):
+                    hidden.run(block.index, number, original=batch.first)
 
     with watch(model.model.get_submodule(block.prefix), block.prefix, observe):
         for _ in side_by_side(model.device, run, len(hidden.batches)):
@@ -76,13 +88,25 @@ def gather(
     return statistics
 
 
+def _update(statistics: Gathered, x: Tensor, original: Tensor | None) -> None:
+    """Add a batch of inputs [tokens, in], and of the original's where they are known."""
+    for statistic in statistics.values():
+        if isinstance(statistic, Cross) and original is not None:
+            statistic.pair(x, original)
+        else:
+            statistic.update(x)
+
+
 def gather_head(model: StreamedModel, group: Group, kinds: tuple[type[Statistic], ...], hidden: Hidden) -> Gathered:
     """The statistics of the head's input over all batches, whose states have left the last block."""
     gathered: Gathered = {kind: kind(group.width, model.device) for kind in kinds}
-    for tokens, state in zip(hidden.batches, hidden.states, strict=False):
-        x = model.head_input(tokens, state)
-        for statistic in gathered.values():
-            statistic.update(x.reshape(-1, x.shape[-1]).float())
+
+    def rows(tokens: Tensor, state: Tensor) -> Tensor:
+        return model.head_input(tokens, state).reshape(-1, group.width).float()
+
+    originals = hidden.originals if any(issubclass(kind, Cross) for kind in kinds) else []
+    for tokens, state, original in zip_longest(hidden.batches, hidden.states[: len(hidden.batches)], originals):
+        _update(gathered, rows(tokens, state), None if original is None else rows(tokens, original))
     for statistic in gathered.values():
         statistic.finish()
     return gathered

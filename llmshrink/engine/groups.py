@@ -91,7 +91,7 @@ class GroupCompressor:
             used, event = self._or_baseline(method, matrices[0], gathered[NoStatistic].tokens)
             key = (type(used), used.config)
             if key not in prepared:
-                prepared[key] = used.prepare(gathered[used.needs])
+                prepared[key] = used.prepare(gathered[self._work.kind(group, used)])
                 trim()
             weights = [self._model.read(matrix).to(device) for matrix in matrices]
             layer = _compress(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])

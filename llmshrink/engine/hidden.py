@@ -108,9 +108,14 @@ class Hidden:
         """All states, as a run that goes on needs them."""
         return [*self.states, *self.originals]
 
-    def run(self, index: int, batch: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The output of block `index` for one batch; the state stays as it is. `weights` as `StreamedModel.run`."""
-        return self._run(index, batch, self.states, weights)
+    def run(
+        self, index: int, batch: int, weights: Mapping[str, Tensor] | None = None, *, original: bool = False
+    ) -> Tensor:
+        """The output of block `index` for one batch; the state stays as it is.
+
+        `weights` as `StreamedModel.run`; `original`: for the original's state.
+        """
+        return self._run(index, batch, self.originals if original else self.states, weights)
 
     def _run(self, index: int, batch: int, states: list[Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.model.run(index, self._records[batch], states[batch].to(self.model.device), weights)

@@ -82,6 +82,11 @@ class Method(ABC, Generic[C]):
         self.config: C = config
         self.scales = scales
 
+    @property
+    def statistic(self) -> type[Statistic]:
+        """What is to be gathered under these settings: `needs`, or a kind of it that knows more."""
+        return self.needs
+
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""
         return None

@@ -6,6 +6,12 @@ x x^T. Columns are taken in order of falling diag(H) ("activation order"), while
 
 The paper never returns to a code once it is chosen. Here `refine` does, by coordinate descent on the same objective:
 each group's scale and then each code in turn moves to its best value given all the others.
+
+With `propagate`, a layer does not aim at W x for the inputs x that the compressed blocks before it give, but towards
+W y, what the original's layer gives for the inputs y of the original. The weights nearest to that by (damped) least
+squares are W + W S (H + damp)^-1, with S the mean of (y - x) x^T, and GPTQ goes on from there. That is the target of
+GPTAQ (Li et al. 2025, arXiv 2504.02692); going a part of the way only is taken from QEP (Arai and Ichikawa 2025,
+arXiv 2504.09629).
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
-from llmshrink.statistics import Hessian, Statistic
+from llmshrink.statistics import Cross, Hessian, Statistic
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
 PANEL = 256  # rows of the Hessian that are factorised at a time
@@ -37,6 +43,13 @@ class GptqConfig(BlockConfig):
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
     damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     refine: int = Field(1, ge=0, description="passes over all scales and codes after the paper's single one")
+    propagate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="what share of the error of the compressed blocks before it a layer makes up for; above 0 the "
+        "original's states are computed beside",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,7 @@ class Factors(Prepared):
     importance: Tensor  # float32 [in], 1 / diag(H^-1): the cost of an error once all other inputs have made up for it
     order: Tensor  # int64 [in], the columns in the order they are rounded
     spread: Tensor  # float32 [in, in] in that order; row i spreads the error of column i. Below the diagonal: undefined
+    shift: Tensor | None = None  # float32 [in, in], of each weight W the target is W + W shift
 
 
 class Gptq(Method[GptqConfig]):
@@ -58,6 +72,11 @@ class Gptq(Method[GptqConfig]):
     by_row = True
     baseline = "rtn"
     Config = GptqConfig
+
+    @property
+    def statistic(self) -> type[Statistic]:
+        """The Hessian; with the original's inputs beside it where their difference is made up for."""
+        return Cross if self.config.propagate else Hessian
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None."""
@@ -92,9 +111,17 @@ class Gptq(Method[GptqConfig]):
                 continue
             if share > self.config.damp:
                 events.append(Event("damping", f"raised to {share:g} of the mean diagonal", data={"damp": share}))
-            return replace(factors, events=tuple(events))
+            shift = self._shift(statistic, factors) if isinstance(statistic, Cross) else None
+            return replace(factors, shift=shift, events=tuple(events))
         failed = Event("rtn_fallback", "rounded to nearest: the Hessian could not be factorised at any damping")
         return Prepared((*events, failed))
+
+    def _shift(self, statistic: Cross, factors: Factors) -> Tensor:
+        damped = statistic.matrix + factors.damp * torch.eye(len(factors.H), device=factors.H.device)
+        solved = torch.cholesky_solve(
+            statistic.shift.T, torch.linalg.cholesky(damped)
+        )  # H and its inverse are symmetric
+        return solved.T.mul(self.config.propagate)
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Quantize one matrix [out, in].
@@ -105,6 +132,8 @@ class Gptq(Method[GptqConfig]):
         if not isinstance(prepared, Factors):
             grid = choose_grid(W, self.config, kind)
             return Layer(grid.form(round_to(grid, W, self.config), self.config))
+        if prepared.shift is not None:
+            W = W + W @ prepared.shift
         first = choose_grid(W, self.config, kind, prepared.importance)
         grid, steps = first, self._sweep(W, first, prepared)
         for _ in range(self.config.refine):

@@ -25,6 +25,7 @@ from llmshrink.plan.work import Work, method_name
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
 from llmshrink.recipe.tune import TuneSpec
+from llmshrink.statistics import Cross
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
@@ -77,6 +78,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
+    _propagated(recipe, methods, events)
     events += [Event("caution", why, m.name) for m, method in methods.items() if (why := _caution(method))]
     chosen = _choose_format(stage, methods)
     if chosen.name not in ("gguf", "dense") and any(getattr(m.config, "block", None) for m in methods.values()):
@@ -123,6 +125,24 @@ def _cannot_tune(work: Work) -> str | None:
     if not work.scale_shapes:
         return f"{work.format.name} stores no scales of {method_name(next(iter(work.methods.values())))} that it learns"
     return None
+
+
+def _propagated(recipe: Recipe, methods: dict[Matrix, Method[Any]], events: list[Event]) -> None:
+    """What `propagate` cannot do: within a block, and for experts.
+
+    Raises:
+        PlanError: layers are to see what was compressed in their own block.
+    """
+    asked = [m for m, method in methods.items() if method.statistic is Cross]
+    if asked and recipe.run.sequential == "subset":
+        raise PlanError(
+            f"{asked[0].name}: `propagate` needs the original block, and with `sequential: subset` it is partly "
+            "compressed.",
+            hint="Choose --sequential block, or propagate 0.",
+        )
+    if experts := [m.name for m in asked if m.site.expert is not None]:
+        message = "`propagate` leaves out experts, which may get other tokens in the original"
+        events.append(Event("not_propagated", f"{message}: {len(experts)} matrices", experts[0]))
 
 
 def _learnable(layer: Layer) -> bool:

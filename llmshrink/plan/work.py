@@ -23,7 +23,7 @@ from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.tune import TuneSpec
-from llmshrink.statistics import NoStatistic, Range, Statistic
+from llmshrink.statistics import Cross, Hessian, NoStatistic, Range, Statistic
 
 
 @dataclass
@@ -80,12 +80,7 @@ class Work:
     def needs_data(self) -> bool:
         """Whether any method, any static scale or a reconstruction looks at calibration text."""
         gathered = any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
-        return gathered or self.follows_original
-
-    @property
-    def follows_original(self) -> bool:
-        """Whether the original's states go through its blocks beside the others."""
-        return self.reconstruct is not None or self.tune is not None
+        return gathered or self.reconstruct is not None or self.tune is not None
 
     @cached_property
     def vectors(self) -> list[str]:
@@ -122,11 +117,25 @@ class Work:
 
     def reads_data(self, matrix: Matrix) -> bool:
         """Whether a matrix is compressed by what its inputs are on calibration text."""
-        return matrix in self.methods and self.methods[matrix].needs.bytes(1) > 0
+        return matrix in self.methods and self.methods[matrix].statistic.bytes(1) > 0
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether the original's states are kept beside the compressed model's."""
+        kinds = {kind for part in self.parts for group in part.groups for kind in self.needs(group)}
+        return self.reconstruct is not None or self.tune is not None or Cross in kinds
+
+    def kind(self, group: Group, method: Method[Any]) -> type[Statistic]:
+        """What a method is given of a group.
+
+        An expert of the original may get other tokens than that of the compressed model: they cannot be put in pairs.
+        """
+        experts = group.sites[0].expert is not None
+        return Hessian if experts and method.statistic is Cross else method.statistic
 
     def needs(self, group: Group) -> tuple[type[Statistic], ...]:
         """What is gathered of a group: tokens always, what its methods ask for, and the range of static inputs."""
-        methods = [self.methods[m].needs for m in group.matrices if m in self.methods]
+        methods = [self.kind(group, self.methods[m]) for m in group.matrices if m in self.methods]
         static = any(self.inputs[m].observer for m in group.matrices if m in self.inputs)
         return tuple(dict.fromkeys((NoStatistic, *methods, *([Range] if static else []))))
 

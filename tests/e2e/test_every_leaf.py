@@ -83,6 +83,7 @@ TRIALS = {
     "stages.quantize.method.gptq.act_order": Trial(False),
     "stages.quantize.method.gptq.damp": Trial(0.5),
     "stages.quantize.method.gptq.refine": Trial(0),
+    "stages.quantize.method.gptq.propagate": Trial(0.5),
     "stages.quantize.method.rtn.bits": Trial(3, RTN_32),
     "stages.quantize.method.rtn.group_size": Trial(16, RTN_32),
     "stages.quantize.method.rtn.symmetric": Trial(False, {**RTN_32, **DENSE}),

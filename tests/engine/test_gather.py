@@ -17,8 +17,8 @@ from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.errors import InputError, LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site
 from llmshrink.model.source import open_source
-from llmshrink.model.streamed import StreamedModel
-from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
+from llmshrink.model.streamed import Decoded, StreamedModel
+from llmshrink.statistics import Cross, Hessian, Norm, NoStatistic, Statistic
 
 CPU = torch.device("cpu")
 Models = Callable[..., Path]
@@ -102,6 +102,38 @@ def test_hessians_are_those_of_hooks_on_the_full_model(models_folder: Models, fa
             assert isinstance(statistic, Hessian)
             expected = x.T @ x / max(len(x), 1)
             assert (statistic.matrix - expected).abs().max() <= 1e-5 * expected.abs().max(), site
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_inputs_are_put_in_pairs_with_the_original_s(models_folder: Models, family: str) -> None:
+    """Block 0 is compressed by setting a part of its weights to zero; what block 1 gets is then another input."""
+    folder = models_folder(family)
+    with hooked(full := full_model(folder)) as originals, torch.no_grad():
+        for tokens in batches():
+            full(tokens)
+    model = StreamedModel(open_source(str(folder)), CPU)
+    cut = {m.key: model.read(m).clone() for m in model.anatomy.blocks[0].matrices}
+    for matrix in model.anatomy.blocks[0].matrices:
+        cut[matrix.key][::2] = 0
+        weight = full.get_parameter(matrix.parameter)
+        weight.data.copy_(matrix.seen(cut[matrix.key]))
+    with hooked(full) as seen, torch.no_grad():
+        for tokens in batches():
+            full(tokens)
+    hidden = Hidden(model, batches(), originals=True)
+    model.load_block(0)
+    hidden.advance_originals(0)
+    model.load_block(0, {key: Decoded(lambda weight=weight: weight) for key, weight in cut.items()})
+    hidden.advance(0)
+    block = model.anatomy.blocks[1]
+    model.load_block(1)
+    found = gather(model, block, list(block.groups), dict.fromkeys(block.groups, (Cross,)), hidden)
+    for group in block.groups:
+        x, y = (torch.cat(inputs[name_of(group.sites[0])]).double() for inputs in (seen, originals))
+        statistic, expected = found[group][Cross], (y - x).T @ x / len(x)
+        assert isinstance(statistic, Cross) and statistic.tokens == len(x) and expected.abs().max() > 0
+        assert (statistic.shift - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (statistic.matrix - x.T @ x / len(x)).abs().max() <= 1e-5 * statistic.matrix.abs().max()
 
 
 def test_norms_are_the_diagonal_of_the_hessian(models_folder: Models) -> None:

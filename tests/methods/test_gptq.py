@@ -16,7 +16,7 @@ from llmshrink.methods import gptq
 from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
 from llmshrink.methods.grid import Grid, choose_grid, round_to
 from llmshrink.methods.rtn import Rtn, RtnConfig
-from llmshrink.statistics import Hessian
+from llmshrink.statistics import Cross, Hessian
 
 WIDTH, OUT = 48, 20
 
@@ -311,3 +311,56 @@ def test_no_row_of_a_block_type_is_worse_than_rounding_to_nearest(name: str) -> 
     mine = objective(weight, layer.weight, statistic.matrix)
     torch.testing.assert_close(layer.objective.own, mine.float(), rtol=1e-2, atol=1e-6)
     assert mine.sum() < 0.8 * objective(weight, plain, statistic.matrix).sum()
+
+
+# --- what compressed blocks before it did to the inputs
+
+
+def pairs(seed: int = 0) -> tuple[Tensor, Tensor, Cross]:
+    """Inputs, what the original's layer gets for the same tokens, and the statistic of both."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, WIDTH, generator=random) @ torch.randn(WIDTH, WIDTH, generator=random)
+    y = x + 0.3 * torch.randn(400, WIDTH, generator=random) + 0.1 * x.roll(1, 1)
+    statistic = Cross(WIDTH, torch.device("cpu"))
+    statistic.pair(x, y)
+    statistic.finish()
+    return x.double(), y.double(), statistic
+
+
+def test_the_target_is_the_damped_least_squares_solution() -> None:
+    x, y, statistic = pairs()
+    factors = prepared(Gptq(GptqConfig(group_size=16, propagate=1.0)), statistic)
+    assert factors.shift is not None
+    W = matrix().double()
+    # Rows added to both sides: damping pulls the solution towards W.
+    pull = (len(x) * factors.damp) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([y @ W.T, pull @ W.T])).solution.T
+    torch.testing.assert_close(W + W @ factors.shift.double(), best, rtol=1e-3, atol=1e-5)
+    half = prepared(Gptq(GptqConfig(group_size=16, propagate=0.5)), statistic).shift
+    assert half is not None
+    torch.testing.assert_close(2 * half, factors.shift)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_outputs_come_nearer_to_the_original_s(bits: int) -> None:
+    x, y, statistic = pairs()
+    W, errors = matrix(), []
+    for share in (0.0, 0.5, 1.0):
+        method = Gptq(GptqConfig(bits=bits, group_size=16, propagate=share))
+        assert method.statistic is (Cross if share else Hessian)
+        form = method.compress(W, method.prepare(statistic)).weight
+        errors.append(float((x @ decode(form).double().T - y @ W.double().T).square().sum()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_equal_inputs_shift_nothing() -> None:
+    statistic = Cross(WIDTH, torch.device("cpu"))
+    x = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(3))
+    statistic.pair(x, x)
+    statistic.finish()
+    plain, shifted = (
+        method.compress(matrix(), method.prepare(statistic)).weight
+        for method in (Gptq(GptqConfig(group_size=16, propagate=share)) for share in (0.0, 1.0))
+    )
+    assert isinstance(plain, Quantized) and isinstance(shifted, Quantized)
+    assert torch.equal(plain.codes, shifted.codes)

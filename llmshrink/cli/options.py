@@ -97,7 +97,7 @@ Method = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="How much effort: fast (no text), balanced (the default), or best (blocks are learned by gradient).",
+        help="How much effort: fast (no text), balanced (the default), or best (learned by gradient).",
         metavar="|".join(PRESETS),
         rich_help_panel=_WHAT,
     ),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
+from llmshrink.engine.compress import Result
 from llmshrink.engine.workspace import Workspace
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.io.files import copy_file, write_bytes, write_json
-from llmshrink.io.safetensors import INDEX, Checkpoint, read_header
+from llmshrink.io.safetensors import INDEX, Checkpoint, read_header, write
 from llmshrink.plan.work import Work
 from llmshrink.recipe import text
 from llmshrink.recipe.schema import Recipe
@@ -35,13 +39,22 @@ def save_companions(work: Work, folder: Path) -> dict[str, str]:
     return written
 
 
-def finish_files(work: Work, workspace: Workspace, shards: dict[str, str]) -> dict[str, str]:
-    """Make of the shards, whose SHA-256 is given, what loaders take; returns that of every file of the output."""
+def finish_files(work: Work, workspace: Workspace, result: Result) -> dict[str, str]:
+    """Make of the shards what loaders take; returns the SHA-256 of every file of the output."""
+    if work.tune is not None:
+        files = {name: _merge(workspace, name, result.replaced) for name in work.shards.values()}
+        return {**files, INDEX: _write_index(work, workspace.folder)}
     if work.blueprint is None:
-        return {**shards, INDEX: _write_index(work, workspace.folder)}
+        return {**result.files, INDEX: _write_index(work, workspace.folder)}
     headers = (read_header(workspace.work / name) for name in work.shards.values())
     checkpoint = Checkpoint(workspace.work, {name: info for header in headers for name, info in header.items()})
     return {SINGLE: work.blueprint.write(workspace.folder / SINGLE, checkpoint.get)}
+
+
+def _merge(workspace: Workspace, name: str, replaced: Mapping[str, Tensor]) -> str:
+    """Write a shard with what was tuned in it; returns its SHA-256."""
+    shard = Checkpoint(workspace.work, read_header(workspace.work / name))
+    return write(workspace.folder / name, {key: replaced.get(key, shard.get(key)) for key in shard.infos})
 
 
 def write_report(folder: Path, report: Report, recipe: Recipe) -> None:

@@ -282,7 +282,7 @@ class _Run:
                 companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
                 result.events += rounding(work, result)
-                files = {**companions, **finish_files(work, workspace, result.files)}
+                files = {**companions, **finish_files(work, workspace, result)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
@@ -412,7 +412,7 @@ class _Run:
                 name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
             ),
             check_hashes(folder, files),
-            *check_layers(work.model, written, result.layers),
+            *check_layers(work.model, written, result.layers, result.replaced),
             check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
         ]
@@ -493,6 +493,8 @@ def _smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: P
                 stage["allocate"] |= {"size": None, "bpw": None, "rows": SMOKE_STEPS, "length": SMOKE_LENGTH}
             if stage["reconstruct"] is not None:
                 stage["reconstruct"]["steps"] = SMOKE_STEPS
+            tune = None if work.tune is None else work.tune.model_copy(update={"steps": SMOKE_STEPS})
+            stage["tune"] = tune and tune.model_dump()
             stage["ignore"] = [p for p in stage["ignore"] if any(patterns.matches(p, n) for n in names)]
     calibration = {**data["calibration"], "samples": SMOKE_ROWS, "length": SMOKE_LENGTH}
     if calibration["data"] == "auto" and recipe.model.id in (None, NAME):

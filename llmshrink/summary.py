@@ -152,6 +152,7 @@ def writing_stage(
         layers=[*result.layers, *_left(plan)],
         transforms=result.transforms,
         blocks=result.blocks,
+        tuned=result.tuned,
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,

@@ -38,6 +38,7 @@ NOTICES = {
     "not_cached",
     "target_above",
     "target_below",
+    "not_tuned",
 }
 
 

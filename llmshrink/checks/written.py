@@ -88,8 +88,17 @@ def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:
     return Check(name="hashes", passed=not wrong, detail=detail)
 
 
-def check_layers(source: StreamedModel, written: StreamedModel, layers: list[LayerReport]) -> list[Check]:
-    """Decode every compressed matrix and compare its error with the report; the rest must equal the source."""
+def check_layers(
+    source: StreamedModel, written: StreamedModel, layers: list[LayerReport], tuned: Mapping[str, Tensor]
+) -> list[Check]:
+    """Decode every compressed matrix and compare its error with the report.
+
+    The rest must equal the source, or what `tuned` has by its name.
+    """
+
+    def meant(key: str) -> Tensor:
+        return tuned[key] if key in tuned else source.weights.dense(key)
+
     by_name = {layer.name: layer for layer in layers}
     worst, worst_name = 0.0, ""
     for matrix in source.anatomy.matrices:
@@ -109,12 +118,10 @@ def check_layers(source: StreamedModel, written: StreamedModel, layers: list[Lay
     checkpoint = written.source.checkpoint
     dropped, add = (_left_out(source), checkpoint.norms_add) if isinstance(checkpoint, GgufCheckpoint) else ((), 0.0)
     left = [k for k in source.weights.infos if k.removesuffix(".weight") not in by_name and k not in dropped]
-    changed = [
-        k
-        for k in left
-        if k not in written.weights.infos or not _equal(source.weights.dense(k), written.weights.get(k), add)
-    ]
-    detail = f"{len(left)} other tensors equal the source's" if not changed else f"differ: {', '.join(changed[:3])}"
+    changed = [k for k in left if k not in written.weights.infos or not _equal(meant(k), written.weights.get(k), add)]
+    learned = sum(key in tuned for key in left)
+    equal = f"{len(left) - learned} other tensors equal the source's" + (f", {learned} are tuned" if learned else "")
+    detail = equal if not changed else f"differ: {', '.join(changed[:3])}"
     return [decode, Check(name="copied", passed=not changed, detail=detail)]
 
 

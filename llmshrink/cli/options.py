@@ -45,9 +45,9 @@ RECIPE_KEYS = {
     "output": "output",
 }
 PRESETS: dict[str, dict[str, Any]] = {  # what each effort means
-    "fast": {"method.name": "rtn", "reconstruct": None},
-    "balanced": {"reconstruct": None},
-    "best": {"reconstruct": {}},
+    "fast": {"method.name": "rtn", "reconstruct": None, "tune": None},
+    "balanced": {"reconstruct": None, "tune": None},
+    "best": {"reconstruct": {}, "tune": "auto"},
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
@@ -107,7 +107,7 @@ Method = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="How much effort: fast (no text), balanced (the default), or best (blocks are learned by gradient).",
+        help="How much effort: fast (no text), balanced (the default), or best (learned by gradient).",
         metavar="|".join(PRESETS),
         rich_help_panel=_WHAT,
     ),
@@ -249,9 +249,9 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"there is no preset {preset!r}", hint=f"choose {', '.join(PRESETS)}")
     if preset == "fast" and values.get("method") not in (None, "rtn"):
         raise UsageError("--preset fast is method rtn, which looks at no text", hint="leave out --preset or --method")
-    learned = any(stage.get("reconstruct") for stage in data["stages"])
+    told = {key for stage in data["stages"] for key in ("reconstruct", "tune") if stage.get(key)}
     for key, value in PRESETS[preset].items() if preset else ():
-        if value is None or key != "reconstruct" or not learned:  # a recipe that learns already knows how long
+        if value is None or key not in told:  # a recipe that learns already knows how long
             data = load.override(data, key, value, task=task)
     for flag, other in (("target_size", "bpw"), ("target_bpw", "size")):  # of a recipe that asks otherwise
         if values.get(flag) is not None:

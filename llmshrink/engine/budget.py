@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
+from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
 from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
@@ -26,6 +27,10 @@ TWIN = 32 << 20  # a second model of the same shape, of which one block at a tim
 FLOAT = 4
 SWEEP = 9  # float32 copies of what is compressed in one call
 LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
+LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, their gradients, one that is being made
+TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
+SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
+COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 PACKING = 3  # bytes per weight while codes become bytes of a file
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
@@ -80,7 +85,10 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
     twin = TWIN * (work.transforms is not None)
-    return FIXED + twin + states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
+    compressed = states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
+    # While it is tuned, the states of the compressed model are gone.
+    tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
+    return FIXED + twin + max(compressed, tuned)
 
 
 def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
@@ -119,8 +127,13 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     Of the states an older and a newer file for a resume, and those in use where they lie there.
     """
     rows = recipe.calibration.samples if work.needs_data else 0
-    shards = 0 if work.blueprint is None else sum(work.shard_bytes.values())
-    return shards + (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+    apart = work.blueprint is not None or work.tune is not None
+    shards = sum(work.shard_bytes.values()) if apart else 0
+    states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+    if work.tune is None:
+        return shards + states
+    between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
+    return shards + states + between + SAVED * FLOAT * work.tuned_numbers
 
 
 def _streams(work: Work) -> int:
@@ -158,7 +171,7 @@ def planned_evaluation(model: StreamedModel, economy: Economy, *, rows: int, len
 
 def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool) -> int:
     """The largest of its phases: inputs gathered, one group after another compressed, the way to the next block."""
-    batch = min(max(economy.batch_tokens, work.length), tokens or work.length)
+    batch = _batch(work, economy, tokens)
     loaded = _weights(work.model, block) + _forward(work.model, block, batch)
     packed = 2 * sum(t.nbytes for t in work.meta_tensors(block).values())  # the block before is still being written
     groups = [g for g in block.groups if any(m in work.methods for m in g.matrices)]
@@ -205,6 +218,36 @@ def _turned(work: Work, part: Part) -> int:
     exact = {matrix.key for matrix in part.matrices if matrix in work.methods}
     changed = [key for key in part.keys if key in work.transforms.outside]
     return sum(infos[key].numel * FLOAT if key in exact else infos[key].bytes for key in changed)
+
+
+def _tuning(work: Work, economy: Economy, tokens: int) -> int:
+    """Moves and their averages, states between all blocks, and a block with its gradients or a stretch of logits."""
+    assert work.tune is not None
+    model, batch = work.model, _batch(work, economy, tokens)
+    between = 0 if economy.on_disk else _between(work, economy, tokens)
+    blocks = model.anatomy.blocks
+    block = max(LENT * _weights(model, b) + _forward(model, b, batch) + _learning(model, b, batch) for b in blocks)
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    logits = COMPARED * min(economy.logits, batch * model.width * FLOAT) + head
+    gradients = _step(work, economy, tokens) * model.hidden * FLOAT
+    return TUNED * FLOAT * work.tuned_numbers + between + gradients + max(block, logits)
+
+
+def _between(work: Work, economy: Economy, tokens: int) -> int:
+    """Bytes of the states between blocks of one step of tuning, or of the rows held back."""
+    states = (len(work.model.anatomy.blocks) + 1) * _step(work, economy, tokens)
+    return max(states, tokens // HELD + _batch(work, economy, tokens)) * work.model.hidden * FLOAT
+
+
+def _step(work: Work, economy: Economy, tokens: int) -> int:
+    """Tokens in a step of tuning: whole batches."""
+    assert work.tune is not None
+    batch = _batch(work, economy, tokens)
+    return min(tokens, -(-work.tune.tokens // batch) * batch)
+
+
+def _batch(work: Work, economy: Economy, tokens: int) -> int:
+    return min(max(economy.batch_tokens, work.length), tokens or work.length)
 
 
 def _outside(work: Work, part: Part) -> int:

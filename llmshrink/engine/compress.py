@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,20 @@ from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.reconstruct import reconstruct
+from llmshrink.engine.shards import Shards
 from llmshrink.engine.transform import Transformer
+from llmshrink.engine.tuning import Tuning
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InputError
-from llmshrink.forms import Event
+from llmshrink.forms import Event, relative_error
 from llmshrink.io import safetensors
 from llmshrink.memory import memory_error, release, trim
-from llmshrink.model.anatomy import Block, Group, Matrix, Part
+from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import Decoded
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.report.schema import BlockReport, LayerReport, TransformReport
+from llmshrink.report.schema import BlockReport, LayerReport, TransformReport, TuneReport
 from llmshrink.statistics import Gathered, NoStatistic, Statistic
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -53,6 +54,8 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
     resumed: int = 0  # blocks that an earlier run had finished
+    tuned: TuneReport | None = None
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # tensors that were tuned, in place of a shard's
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take over a journal entry."""
@@ -95,21 +98,24 @@ class Compressor:
         self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
         self._hidden: Hidden
         self._groups, self._transformer = GroupCompressor(work), transformer
-        # Shards that become one file are no part of the output.
-        self._folder = workspace.folder if work.blueprint is None else workspace.work
+        # Shards that become one file, or are written again, are no part of the output.
+        apart = work.blueprint is not None or work.tune is not None
+        self._folder = workspace.work if apart else workspace.folder
+        self._shards = Shards(work, self._groups, self._folder)
         self._saved = time.perf_counter()  # when states last were
-        self._batch_tokens, self._statistics = economy.batch_tokens, economy.statistics
+        self._economy, self._batch_tokens, self._statistics = economy, economy.batch_tokens, economy.statistics
         self._subset, self._seed, self._progress = subset, seed, progress
         self._pending: Future[dict[str, Any]] | None = None
         self._unwritten: list[Event] = []  # go into the journal with the next block
 
     def run(self, done: list[dict[str, Any]]) -> tuple[Result, Tensor]:
-        """Compress every part that `done`, the journal's entries, does not hold yet.
+        """Compress every part that `done`, the journal's entries, does not hold yet; then tune them all.
 
         Returns:
             What became of the parts, and the states [rows, length, hidden] of the probe rows behind the last block.
         """
         result = Result()
+        tuning, done = [e for e in done if "tuning" in e], [e for e in done if "tuning" not in e]
         if self._transformer is not None:
             self._transformer.begin([entry["block"] for entry in done if entry.get("transformed")])
         for entry in done:
@@ -128,7 +134,40 @@ class Compressor:
                 self._do(part, result, disk)
             self._written_out(result)
         self._progress.finish()
+        if self._work.tune is not None:
+            self._tune(tuning, result)
         return result, self._hidden.states[-1]
+
+    def _tune(self, done: list[dict[str, Any]], result: Result) -> None:
+        """Tune all parts together, and take the probe through them as they are then."""
+        tuning = Tuning(
+            self._work,
+            self._workspace,
+            self._shards,
+            self._hidden,
+            economy=self._economy,
+            seed=self._seed,
+            progress=self._progress,
+        )
+        entry = tuning.run(done)
+        result.tuned = TuneReport.model_validate(entry["report"])
+        self._add(result, {**entry, "layers": [], "files": {}})
+        for name in entry["files"]:
+            changed = safetensors.read_header(self._workspace.folder / name)
+            path = (self._workspace.folder / name).parent
+            result.replaced = {n: safetensors.Checkpoint(path, changed).get(n) for n in changed}
+        self._shards.replaced = result.replaced
+        self._hidden = self._hidden.anew()
+        layers = {layer.name: layer for layer in result.layers}
+        for block in self._model.anatomy.blocks:
+            decoded = self._shards.written(block)
+            for matrix in block.matrices:
+                if matrix in self._work.scale_shapes and result.replaced:
+                    error = relative_error(self._model.read(matrix), decoded[matrix.key].weight())
+                    changes = {"relative_error": error, "objective": None}
+                    layers[matrix.name] = layers[matrix.name].model_copy(update=changes)
+            self._forward(block, decoded)
+        result.layers = list(layers.values())
 
     def _do(self, part: Part, result: Result, disk: ThreadPoolExecutor) -> None:
         entry, tensors = self._block(part, result) if isinstance(part, Block) else self._outside(part)
@@ -160,7 +199,7 @@ class Compressor:
         """Embed all rows, as the written embedding does, and go on behind the last finished block."""
         model, embedding = self._model, self._model.anatomy.embedding
         if embedding is not None and embedding in self._work.methods:
-            checkpoint, slot = self._file(self._work.parts[0]), self._work.slots[embedding]
+            checkpoint, slot = self._shards.open(self._work.parts[0]), self._work.slots[embedding]
             model.replace(embedding, self._work.format.reader(slot, checkpoint.get, self._work.quantization_config))
         elif embedding is not None and embedding.key in model.weights.compressed:
             stored, dtype = model.weights.rows(embedding.key), model.weights.infos[embedding.key].dtype
@@ -186,7 +225,7 @@ class Compressor:
             elif newest is None or block.index > newest["block"]:
                 self._progress.advance(0, f"running block {block.index} again")
                 self._advance_originals(block)
-                self._forward(block, self._written(block))
+                self._forward(block, self._shards.written(block))
         rows = self._hidden.within(self._batch_tokens)
         if rows != self._hidden.rows:  # there is less memory than when the run began
             self._hidden.split(rows)
@@ -204,23 +243,6 @@ class Compressor:
             result.events.append(Event("work_lost", message))
             self._progress.event(result.events[-1])
         return whole
-
-    def _file(self, part: Part) -> safetensors.Checkpoint:
-        path = self._folder / self._work.shards[part.index]
-        return safetensors.Checkpoint(path.parent, safetensors.read_header(path))
-
-    def _written(self, part: Part) -> dict[str, Decoded]:
-        """The compressed matrices of a finished part, from its file."""
-        checkpoint, decoded = self._file(part), self._opened(part)
-
-        def get(name: str) -> Tensor:
-            # A copy: what is computed with must not lie in a mapped file, nor be aligned otherwise than when made.
-            return checkpoint.get(name).clone()
-
-        for matrix in part.matrices:
-            if matrix in self._work.methods:
-                decoded[matrix.key] = self._groups.decoded(self._work.slots[matrix], get)
-        return decoded
 
     # --- one part
 
@@ -247,7 +269,7 @@ class Compressor:
         if transformed:
             clock.lap("transform")
         made = self._begun(block)
-        made.decoded, made.events = self._opened(block), events
+        made.decoded, made.events = self._shards.opened(block), events
         for step in self._steps(block):
             before = dict(made.decoded)  # what is compressed in a step is seen by the next one only
             sizes = [self._work.statistic_bytes(group) for group in step]
@@ -280,7 +302,7 @@ class Compressor:
             return {}
 
         def find(groups: list[Group], kinds: tuple[type[Statistic], ...]) -> dict[Group, Gathered]:
-            return self._gather(block, groups, dict.fromkeys(groups, kinds), self._opened(block), events)
+            return self._gather(block, groups, dict.fromkeys(groups, kinds), self._shards.opened(block), events)
 
         reports, files = self._transformer.block(block, self._hidden, find)
         written = {self._below(path): digest for path, digest in files.items()}
@@ -299,19 +321,11 @@ class Compressor:
         compressed = {m.key for m in part.matrices if m in self._work.methods}
         return Made(tensors={key: self._model.weights.dense(key) for key in part.keys if key not in compressed})
 
-    def _opened(self, part: Part) -> dict[str, Decoded]:
-        """Matrices that were compressed and are written dense: rounded to the model's dtype, and so gone on with."""
-
-        def read(matrix: Matrix) -> Tensor:
-            return matrix.seen(self._model.weights.dense(matrix.key).float())
-
-        left = [m for m in part.matrices if m not in self._work.methods and m.key in self._model.weights.compressed]
-        return {matrix.key: Decoded(partial(read, matrix)) for matrix in left}
-
     def _forward(self, block: Block, decoded: dict[str, Decoded]) -> float:
         """Take all states through a compressed block; the largest magnitude that comes out."""
-        head = self._model.anatomy.head
-        if block is self._model.anatomy.blocks[-1] and (head is None or not self._work.reads_data(head)):
+        head, last = self._model.anatomy.head, block is self._model.anatomy.blocks[-1]
+        needed = self._work.tune is not None or (head is not None and self._work.reads_data(head))
+        if last and not needed:
             self._hidden.forget()  # nothing follows that calibration rows could calibrate
         self._model.load_block(block.index, decoded)
         largest = self._hidden.advance(block.index)

@@ -54,14 +54,14 @@ class Hidden:
         self.model = model
         self._known: dict[torch.Size, Record] = {}
         self._records: list[Record] = []
-        self.batches = list(batches)
+        self.batches, self._probe = list(batches), probe
         self.states: list[Tensor] = []
         for tokens in [*batches, *([] if probe is None else [probe])]:
             record = model.record(tokens)
             self._records.append(self._shared(tokens, record))
-            self.states.append(record.hidden if folder is None else _on_disk(folder, record.hidden))
+            self.states.append(record.hidden if folder is None else on_disk(folder, record.hidden))
         first = self.states[: len(batches)] if originals else []
-        self.originals = [state.clone() if folder is None else _on_disk(folder, state) for state in first]
+        self.originals = [state.clone() if folder is None else on_disk(folder, state) for state in first]
 
     def _shared(self, tokens: Tensor, record: Record) -> Record:
         """A record without its state; the same for batches of one shape.
@@ -172,6 +172,10 @@ class Hidden:
                 done(size)
         return largest
 
+    def anew(self) -> Hidden:
+        """The probe alone, as it enters the first block."""
+        return Hidden(self.model, [], self._probe)
+
     def forget(self) -> None:
         """Drop all but the probe."""
         count = len(self.batches)
@@ -187,7 +191,7 @@ class Hidden:
             state.copy_(checkpoint.get(name).view(state.shape))  # of the same batches, or it is an error
 
 
-def _on_disk(folder: Path, tensor: Tensor) -> Tensor:
+def on_disk(folder: Path, tensor: Tensor) -> Tensor:
     """A copy that lies in a file without a name: memory the system can take back at any time."""
     with naming(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".state-", suffix=".tmp") as file:
         os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here, and a signal later

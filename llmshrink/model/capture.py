@@ -107,9 +107,11 @@ class Recorder:
                 raise _Mismatch("a block is handed a cache")
         return Record(calls[0][0], tuple((a, k) for _, a, k in calls))
 
-    @torch.no_grad()
-    def finish(self, tokens: Tensor, hidden: Tensor) -> Any:
-        """What the model returns for the last block's output, through its own norm and head."""
+    def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
+        """What the model returns for the last block's output, through its own norm and head.
+
+        Gradients are kept where `parameters` are given, which stand in for its own.
+        """
 
         def pass_on(h: Tensor, *args: Any, **kwargs: Any) -> Any:
             return self._result(h)
@@ -119,7 +121,12 @@ class Recorder:
 
         self._patch([pass_on] * (len(self._blocks) - 1) + [last])
         try:
-            return self._model(input_ids=tokens, use_cache=False)
+            inputs = {"input_ids": tokens, "use_cache": False}
+            if parameters is not None:
+                with torch.enable_grad():
+                    return torch.func.functional_call(self._model, parameters, (), inputs)
+            with torch.no_grad():
+                return self._model(**inputs)
         finally:
             self._restore()
 

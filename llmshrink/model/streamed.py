@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +61,7 @@ class StreamedModel:
         }
         conv1d = [key for name, origin in self.map.origins.items() if self._is_conv1d(name) for key in origin.keys]
         self.weights.place(modules, conv1d)
+        self._names = {origin.keys[0]: name for name, origin in self.map.origins.items()}
         self.anatomy: Anatomy = dissect(self.model, meta, self.map, self.weights.infos)
         self._refuse_ignored()
         self._blocks = list(block_list(self.model)[1])
@@ -187,8 +189,7 @@ class StreamedModel:
     def _set(self, name: str, decoded: Mapping[str, Decoded]) -> None:
         def get(key: str) -> Tensor:
             if key in decoded:
-                weight = decoded[key].weight().to(self.device, self.dtype)
-                return weight.T if self._is_conv1d(name) else weight
+                return self._turned(name, {key: decoded[key].weight().to(self.device, self.dtype)}, key)
             tensor = self.weights.get(key)
             # A copy even where the dtype is right already: parameters must not lie in a file that is mapped.
             return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -208,27 +209,42 @@ class StreamedModel:
     def run(self, index: int, record: Record, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The output of the loaded block for a batch of the recorded shape.
 
-        `weights` stand in for matrices [out, in] by their keys on disk, and gradients reach them; the parameters that
-        they are part of must be theirs alone, and only one thread may run the block.
+        `weights` stand in for matrices [out, in] and vectors by their keys on disk, and gradients reach them; the
+        parameters that they are part of must be theirs alone, and only one thread may run the block.
         """
         return record.run(self._blocks[index], index, hidden, self._made_of(index, weights) if weights else None)
+
+    def vectors(self, keys: Iterable[str]) -> list[str]:
+        """Those of these keys on disk that are vectors of parameters: weights of norms, biases."""
+        flat = [k for k in keys if k in self._names and len(self.weights.infos[k].shape) == 1]
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        names = {key: self._names[key] for key in flat if self.weights.infos[key].dtype.is_floating_point}
+        return [key for key, name in names.items() if name in own and not self.map.joined(name)]
 
     def _made_of(self, index: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters of a block, by their names in it, that are made of these matrices."""
         block, made = self.anatomy.blocks[index], {}
         for name in block.parameters:
             if self.map.origins[name].keys[0] in weights:
-                seen = {key: weight.T for key, weight in weights.items()} if self._is_conv1d(name) else weights
-                part = self.map.build(name, seen.__getitem__)
+                part = self.map.build(name, partial(self._turned, name, weights))
                 made[name.removeprefix(f"{block.prefix}.")] = part.to(self.dtype)
         return made
 
-    def output(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows."""
+    def _turned(self, name: str, weights: Mapping[str, Tensor], key: str) -> Tensor:
+        """A matrix [out, in], or a vector, as the parameter `name` holds it."""
+        return weights[key].T if weights[key].ndim == 2 and self._is_conv1d(name) else weights[key]
+
+    def output(self, tokens: Tensor, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the model gives out [rows, length, width] for the last block's output; length 1 for classes of rows.
+
+        `weights` stand in for vectors outside the blocks by their keys on disk; where they are given, gradients reach
+        them and `hidden` (not for classes of rows).
+        """
         self._load_outside()
         tokens, hidden = tokens.to(self.device), hidden.to(self.device)
         if not self.task.by_row:
-            return self.task.output(self._recorder.finish(tokens, hidden))
+            own = None if weights is None else {self._names[key]: value for key, value in weights.items()}
+            return self.task.output(self._recorder.finish(tokens, hidden, own))
         # One by one: a decoder without a token for padding cannot tell where several rows end.
         rows = zip(torch.split(tokens, 1), torch.split(hidden, 1), strict=True)
         return torch.cat([self.task.output(self._recorder.finish(*row)) for row in rows])
@@ -306,9 +322,16 @@ def _lookup(rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _project(module: nn.Linear, rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
+    def part(x: Tensor, stretch: slice) -> Tensor:
+        return nn.functional.linear(x, rows(stretch).float())
+
     def forward(x: Tensor) -> Tensor:
         stretches = (slice(start, start + HEAD_ROWS) for start in range(0, module.out_features, HEAD_ROWS))
-        out = torch.cat([nn.functional.linear(x, rows(stretch).float()) for stretch in stretches], dim=-1)
+        if x.requires_grad:  # rows are read again on the way back: in float32 all of them may not fit
+            parts = [checkpoint(part, x, s, use_reentrant=False, preserve_rng_state=False) for s in stretches]
+        else:
+            parts = [part(x, s) for s in stretches]
+        out = torch.cat(parts, dim=-1)
         return out if module.bias is None else out + module.bias
 
     return forward

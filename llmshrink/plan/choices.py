@@ -96,7 +96,7 @@ class Choices:
         everywhere = [[_nearest(c, unit.options) for unit in self.units] for c in range(len(self.candidates))]
         self.works = [self.work(assignment) for assignment in everywhere]
         for work in self.works:
-            work.reconstruct = work.transforms = None  # candidates are measured as the method makes them
+            work.reconstruct = work.transforms = work.tune = None  # candidates are measured as the method makes them
         if any(work.inputs for work in self.works):
             raise PlanError("`allocate` chooses for weights alone: leave out `inputs`.")
         self.work([unit.options[i % len(unit.options)] for i, unit in enumerate(self.units)])  # all kinds together

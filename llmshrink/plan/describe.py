@@ -62,6 +62,7 @@ def describe(
         transforms=None if work.transforms is None else work.transforms.words,
         allocation=None if choices is None else _allocation(choices),
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
+        tuning_steps=0 if work.tune is None else work.tune.steps,
         blocks=blocks,
         outside=outside,
         others=others,

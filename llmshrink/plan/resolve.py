@@ -25,6 +25,7 @@ from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
@@ -101,7 +102,33 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
             "(--preset best).",
         )
     work.transforms, work.reconstruct = transforms, stage.reconstruct
+    work.tune = _tune(stage, work)
     return work
+
+
+def _tune(stage: QuantizeStage, work: Work) -> TuneSpec | None:
+    """How the model is tuned, or None.
+
+    Raises:
+        PlanError: it cannot be, and the recipe does not leave it open.
+    """
+    if stage.tune is None or (why := _cannot_tune(work)) is None:
+        return TuneSpec() if stage.tune == "auto" else stage.tune
+    if stage.tune != "auto":
+        hint = "Leave out `tune`, or choose a method and a format that keep integer codes, such as gptq."
+        raise PlanError(f"`tune` cannot be done here: {why}.", hint=hint)
+    work.events.append(Event("not_tuned", f"scales and norms stay as they are: {why}"))
+    return None
+
+
+def _cannot_tune(work: Work) -> str | None:
+    """Why scales and norms cannot be tuned, or None."""
+    model = work.model
+    if model.task.gives != "logits" or not model.distribution:
+        return f"it learns from the original's logits of tokens, and this model gives out {model.task.gives}"
+    if not work.scale_shapes:
+        return f"{work.format.name} stores no scales of {method_name(next(iter(work.methods.values())))} that it learns"
+    return None
 
 
 def _propagated(recipe: Recipe, methods: dict[Matrix, Method[Any]], events: list[Event]) -> None:

@@ -84,6 +84,7 @@ class Plan(_Part):
     transforms: str | None  # what is done to weights before they are compressed; None: nothing
     allocation: AllocationPlan | None  # None: every layer's settings are known
     learning_steps: int  # of gradient for each block after the method; 0: none
+    tuning_steps: int  # of gradient through the whole model after that; 0: none
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed
     others: list[TensorPlan]

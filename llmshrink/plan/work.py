@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event, Layer
+from llmshrink.forms import Dense, Event, Layer, Quantized
 from llmshrink.gguf.blueprint import Blueprint
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
@@ -22,6 +23,7 @@ from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.transform import Transforms
 from llmshrink.recipe.reconstruct import ReconstructSpec
+from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross, Hessian, NoStatistic, Range, Statistic
 
 
@@ -43,6 +45,7 @@ class Work:
     mix: str | None = None  # of the block types in a GGUF file
     transforms: Transforms | None = None  # what is done to weights before; None: nothing
     reconstruct: ReconstructSpec | None = None  # None: codes stay as the methods choose them
+    tune: TuneSpec | None = None  # None: scales and norms stay as they are after that
     blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
@@ -80,7 +83,40 @@ class Work:
         """Whether any method, any static scale, a transform or a reconstruction looks at calibration text."""
         gathered = any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
         scaled = self.transforms is not None and bool(self.transforms.scalings)
-        return gathered or scaled or self.reconstruct is not None
+        return gathered or scaled or self.reconstruct is not None or self.tune is not None
+
+    @cached_property
+    def vectors(self) -> list[str]:
+        """The keys of what is tuned of the tensors that are written dense: norms and biases."""
+        return self.model.vectors(key for part in self.parts for key in part.keys)
+
+    @cached_property
+    def scale_shapes(self) -> dict[Matrix, tuple[int, ...]]:
+        """The matrices in the blocks whose scales can be tuned, with the shape of these; a fused parameter as a whole.
+
+        What is stored must say them: integer codes on an even grid, under one table of scales.
+        """
+        if self.format.name in ("dense", "gguf"):
+            return {}
+        found: dict[Matrix, tuple[int, ...]] = {}
+        for matrix in (m for block in self.model.anatomy.blocks for m in block.matrices if m in self.methods):
+            form = self.form(matrix).weight
+            if (
+                isinstance(form, Quantized)
+                and form.learnable
+                and form.minimum is None
+                and isinstance(form.scale, Dense)
+            ):
+                found[matrix] = tuple(form.scale.weight.shape)
+        keys, origins = {m.key for m in found}, self.model.map.origins
+        return {m: shape for m, shape in found.items() if keys.issuperset(origins[m.parameter].keys)}
+
+    @property
+    def tuned_numbers(self) -> int:
+        """How many numbers a tuning learns."""
+        infos = self.model.weights.infos
+        scales = sum(math.prod(shape) for shape in self.scale_shapes.values())
+        return scales + sum(infos[key].numel for key in self.vectors)
 
     def reads_data(self, matrix: Matrix) -> bool:
         """Whether a matrix is compressed by what its inputs are on calibration text."""
@@ -90,7 +126,7 @@ class Work:
     def needs_originals(self) -> bool:
         """Whether the original's states are kept beside the compressed model's."""
         kinds = {kind for part in self.parts for group in part.groups for kind in self.needs(group)}
-        return self.reconstruct is not None or Cross in kinds
+        return self.reconstruct is not None or self.tune is not None or Cross in kinds
 
     def kind(self, group: Group, method: Method[Any]) -> type[Statistic]:
         """What a method is given of a group.

@@ -30,6 +30,7 @@ from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.recipe.transform import TransformSpec
+from llmshrink.recipe.tune import TuneSpec
 from llmshrink.recipe.units import Bytes
 from llmshrink.transforms import transform_names as transform_names
 
@@ -156,6 +157,11 @@ class QuantizeStage(Section):
         None,
         description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
         "null: they stay as the method chose them",
+    )
+    tune: TuneSpec | Literal["auto"] | None = Field(
+        None,
+        description="tune scales, norms and biases through the whole model after that, towards the original's logits, "
+        "or {} with its defaults; auto: where the model and the format allow it; null: they stay",
     )
     format: FormatSpec | None = Field(
         None, description="checkpoint format; null: what the method is usually written as"

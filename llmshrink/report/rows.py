@@ -22,6 +22,7 @@ from llmshrink.report.schema import (
     StageReport,
     TextScore,
     TransformReport,
+    TuneReport,
 )
 
 NOT_MEASURED = "not measured"
@@ -227,6 +228,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines += _allocated(stage.allocation)
     if stage.blocks:
         lines.append(_learned(stage.blocks))
+    if stage.tuned is not None:
+        lines.append(_tuned(stage.tuned))
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -279,6 +282,15 @@ def _learned(blocks: list[BlockReport]) -> str:
         f"{count(len(blocks), 'block')} learned: their error is {after / before if before else 1:.2f} of the method's"
     )
     return gained + (f"; {left} got no better and stayed as they were" if left else "")
+
+
+def _tuned(tuned: TuneReport) -> str:
+    """What tuning from end to end gained."""
+    what = "scales and norms"
+    if not tuned.steps:
+        return f"{what} stayed as they were: tuning made nothing better"
+    kl = f"{_divergence(tuned.kl_before)} -> {_divergence(tuned.kl_after)}"
+    return f"{what} tuned in {count(tuned.steps, 'step')}: KL {kl} on {tuned.tokens_held:,} tokens held back"
 
 
 def grouped_events(events: Iterable[EventRecord]) -> list[str]:

@@ -137,6 +137,16 @@ class SensitivityReport(Record):
     events: list[EventRecord] = Field(default_factory=list)
 
 
+class TuneReport(Record):
+    """What tuning scales, norms and biases through the whole model gained on calibration rows held back from it."""
+
+    kl_before: float = Field(description="KL(original || this model), nats per token")
+    kl_after: float = Field(description="the same of what was written; as before where that was no better")
+    steps: int = Field(description="of gradient; 0: nothing was taken over")
+    numbers: int = Field(description="how many were learned")
+    tokens_held: int = Field(description="on which both were measured")
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -212,6 +222,7 @@ class StageReport(Record):
     transforms: list[TransformReport] = Field(default_factory=list, description="by block, in their order")
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
     allocation: AllocationReport | None = Field(default=None, description="None: no size was asked for")
+    tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
     planned_bytes_after: int | None = None
@@ -294,5 +305,6 @@ __all__ = [
     "Support",
     "TextScore",
     "TransformReport",
+    "TuneReport",
     "UnitReport",
 ]

@@ -75,15 +75,14 @@ def render_plan(plan: Plan) -> Group:
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
+    if plan.tuning_steps:
+        lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
+    if plan.learning_steps:
+        lines.insert(1, f"then the codes of each block are learned: {plan.learning_steps} steps of gradient")
     if plan.transforms:
         lines.insert(1, f"before that their weights are rewritten: {plan.transforms}")
     if plan.allocation is not None:
         lines[:0] = _allocation(plan.allocation, plan.parameters)
-    if plan.learning_steps:
-        lines.insert(
-            1 + bool(plan.transforms),
-            f"then the codes of each block are learned: {plan.learning_steps} steps of gradient",
-        )
     if plan.max_bytes is not None:
         size = sum(plan.file_bytes.values())
         verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"

@@ -80,6 +80,11 @@ ALLOCATED = {
     },
 }
 SIZED = {**ALLOCATED, "stages.0.allocate.bpw": None, "stages.0.allocate.size": 60_000}
+TUNED = {
+    "stages": [{"task": "quantize", "method": {"name": "rtn", "bits": 2, "group_size": 32}}],
+    "stages.0.tune": {"steps": 8, "tokens": 32},
+    "calibration.samples": 12,
+}
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
 
 TRIALS = {
@@ -136,6 +141,10 @@ TRIALS = {
     "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
     "stages.quantize.reconstruct.rate": Trial(0.05, LEARNED),
     "stages.quantize.reconstruct.scale_rate": Trial(0.01, LEARNED),
+    "stages.quantize.tune.steps": Trial(4, TUNED),
+    "stages.quantize.tune.tokens": Trial(64, TUNED),
+    "stages.quantize.tune.rate": Trial(0.01, TUNED),
+    "stages.quantize.tune.norm_rate": Trial(0.01, TUNED),
     "stages.quantize.layers": Trial({".*down_proj": {"bits": 8}}),
     "stages.quantize.ignore": Trial([".*k_proj"]),
     "stages.quantize.format.name": Trial("dense"),

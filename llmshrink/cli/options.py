@@ -47,7 +47,7 @@ RECIPE_KEYS = {
 PRESETS: dict[str, dict[str, Any]] = {  # what each effort means
     "fast": {"method.name": "rtn", "reconstruct": None, "tune": None},
     "balanced": {"reconstruct": None, "tune": None},
-    "best": {"reconstruct": {}, "tune": "auto"},
+    "best": {"reconstruct": {}, "tune": {"optional": True}},
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page

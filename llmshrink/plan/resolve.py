@@ -110,11 +110,11 @@ def _tune(stage: QuantizeStage, work: Work) -> TuneSpec | None:
     """How the model is tuned, or None.
 
     Raises:
-        PlanError: it cannot be, and the recipe does not leave it open.
+        PlanError: it cannot be, and it is not optional.
     """
     if stage.tune is None or (why := _cannot_tune(work)) is None:
-        return TuneSpec() if stage.tune == "auto" else stage.tune
-    if stage.tune != "auto":
+        return stage.tune
+    if not stage.tune.optional:
         hint = "Leave out `tune`, or choose a method and a format that keep integer codes, such as gptq."
         raise PlanError(f"`tune` cannot be done here: {why}.", hint=hint)
     work.events.append(Event("not_tuned", f"scales and norms stay as they are: {why}"))

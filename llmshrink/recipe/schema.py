@@ -158,10 +158,10 @@ class QuantizeStage(Section):
         description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
         "null: they stay as the method chose them",
     )
-    tune: TuneSpec | Literal["auto"] | None = Field(
+    tune: TuneSpec | None = Field(
         None,
         description="tune scales, norms and biases through the whole model after that, towards the original's logits, "
-        "or {} with its defaults; auto: where the model and the format allow it; null: they stay",
+        "or {} with its defaults; null: they stay",
     )
     format: FormatSpec | None = Field(
         None, description="checkpoint format; null: what the method is usually written as"

@@ -12,6 +12,9 @@ from llmshrink.recipe.section import Section
 class TuneSpec(Section):
     """Tune scales, norms and biases through the whole model, towards what the original gives out."""
 
+    optional: bool = Field(
+        False, description="where model or format cannot be tuned, leave it out and tell so; false: refuse the recipe"
+    )
     steps: int = Field(100, ge=1, description="steps of gradient")
     tokens: int = Field(2048, ge=1, description="calibration tokens in a step, in whole batches")
     rate: float = Field(

@@ -180,6 +180,7 @@ ELSEWHERE = {
     "model.revision": "only on the Hub: tests/model/test_hub.py::test_a_branch_is_resolved_once_to_its_commit",
     "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
     "run.resume": "how, not what: tests/e2e/test_resume.py::test_no_resume_starts_anew",
+    "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }
 

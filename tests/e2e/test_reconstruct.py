@@ -133,7 +133,8 @@ def test_presets_are_names_for_keys(capsys: pytest.CaptureFixture[str]) -> None:
         return found
 
     assert stage(preset="best").reconstruct is not None and stage(preset="best").method is None
-    assert stage(preset="best").tune == "auto" and stage(preset="balanced") == stage()
+    tune = stage(preset="best").tune
+    assert tune is not None and tune.optional and stage(preset="balanced") == stage()
     fast = stage(preset="fast", bits=3).method
     assert fast is not None and fast.name == "rtn" and fast.settings == {"bits": 3}
     kept = stage(recipe="gptq-w2g64-best", preset="best", set=["reconstruct.steps=9"]).reconstruct

@@ -174,7 +174,9 @@ def test_a_format_without_scales_is_refused(smallest: Path, text_file: Path, tmp
     stage = {"format": {"name": stored_as, "type": "Q8_0" if stored_as == "gguf" else None}}
     with pytest.raises(PlanError, match=f"{stored_as} stores no scales"):
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, method, stage=stage))
-    plan = run.make_plan(wanted(smallest, tmp_path / "out", text_file, method, stage={**stage, "tune": "auto"}))
+    plan = run.make_plan(
+        wanted(smallest, tmp_path / "out", text_file, method, stage={**stage, "tune": {"optional": True}})
+    )
     assert not plan.tuning_steps and "not_tuned" in [event.kind for event in plan.events]
 
 

@@ -81,7 +81,7 @@ class Plan(_Part):
     method: str
     format: str
     type: str | None  # the mix of block types in a GGUF file
-    allocation: AllocationPlan | None  # None: every layer's settings are known
+    allocation: AllocationPlan | None = None  # None: every layer's settings are known
     learning_steps: int  # of gradient for each block after the method; 0: none
     blocks: list[BlockPlan]
     outside: list[LayerPlan]  # the embedding and the head, where they are compressed

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink import allocation, patterns
+from llmshrink import patterns
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.finished import verify_folder
@@ -63,6 +63,7 @@ from llmshrink.report.schema import (
     SensitivityReport,
     StageReport,
 )
+from llmshrink.sensitivity import costs
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
 __all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "measure", "smoke", "verify"]
@@ -131,7 +132,7 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
         truncate(model, small, treated[0] + 1)
         cut = _smoke_recipe(recipe, work, treated[0], small, Path(name) / "out")
-        cut = allocation.halfway(cut, StreamedModel(open_source(str(small)), model.device))
+        cut = costs.halfway(cut, StreamedModel(open_source(str(small)), model.device))
         return _stage_checks(execute(cut, progress=progress, resumable=False))
 
 
@@ -148,7 +149,7 @@ def measure(recipe: Recipe, *, progress: Progress, save: Path | None = None) -> 
         PlanError: a candidate cannot be carried out on this model, or there is nothing to choose.
     """
     fix_malloc()
-    recipe = allocation.open_recipe(recipe)
+    recipe = costs.open_recipe(recipe)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         base = anonymous_bytes()
@@ -159,10 +160,10 @@ def measure(recipe: Recipe, *, progress: Progress, save: Path | None = None) -> 
         source, embedded = _open(recipe)
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, None)
         if save is not None:
-            allocation.check_place(save)
+            costs.check_place(save)
         found = _Run(facts, stop.over(progress), cached=True).measure()
         if save is not None:
-            allocation.save(found, save)
+            costs.save(found, save)
         return found
 
 
@@ -227,7 +228,7 @@ class _Run:
         states = compress_scratch(work, self.recipe) if economy.on_disk else 0
         scratch = disk_faults(Path(tempfile.gettempdir()), states)
         with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
-            found, events = allocation.costs(
+            found, events = costs.costs(
                 choices,
                 rows,
                 self.facts,
@@ -238,7 +239,7 @@ class _Run:
             )
         events = [*self.loader.events, *economy.told("measure the candidates"), *events]
         self._tell(events)
-        return allocation.sensitivities(choices, found, events)
+        return costs.sensitivities(choices, found, events)
 
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -309,7 +310,7 @@ class _Run:
     ) -> tuple[Work, Plan, AllocationReport]:
         """Choose what every layer gets; from here on the recipe says it."""
         assert rows is not None
-        assignment, found, events = allocation.choose(
+        assignment, found, events = costs.choose(
             choices,
             rows,
             self.facts,
@@ -325,7 +326,7 @@ class _Run:
         plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
         kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
         work.events += [*kept, *events, *choices.events(work)]
-        return work, plan, allocation.told(choices, assignment, found, choices.size(work))
+        return work, plan, costs.told(choices, assignment, found, choices.size(work))
 
     def _measure(
         self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path

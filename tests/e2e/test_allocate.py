@@ -14,12 +14,12 @@ from helpers import SMALL, content, recipe
 from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.errors import GateError, InterruptedRun, ResourceError
-from llmshrink.evaluate.sensitivity import Sensitivity
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import load
 from llmshrink.recipe.schema import QuantizeStage, Recipe
 from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report, StageReport
+from llmshrink.sensitivity.measure import Sensitivity
 
 pytestmark = pytest.mark.usefixtures("without_reader")
 CANDIDATES = [{"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 32}, {"bits": 8, "group_size": 32}]

@@ -68,7 +68,7 @@ def test_the_recipe_that_is_saved_measures_nothing_and_gives_the_same(
 ) -> None:
     from llmshrink.recipe import load
 
-    monkeypatch.setattr("llmshrink.evaluate.sensitivity.Sensitivity.measure", None)
+    monkeypatch.setattr("llmshrink.sensitivity.measure.Sensitivity.measure", None)
     saved = load.override(load.read(str(whole / "recipe.yaml")), "output", str(tmp_path / "out"))
     run.execute(load.validate(saved), progress=Silent())
     weights = [

@@ -19,7 +19,6 @@ from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.evaluate.agreement import Agreement
-from llmshrink.evaluate.kept import Kept
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.evaluate.texts import compare_batch, score_batch
 from llmshrink.memory import trim
@@ -28,6 +27,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Choices, Unit
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.progress import Progress
+from llmshrink.sensitivity.kept import Kept
 from llmshrink.statistics import Gathered, Statistic
 
 Costs = dict[Unit, list[float]]  # of each option of a unit

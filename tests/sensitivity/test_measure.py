@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.evaluate import sensitivity
-from llmshrink.evaluate.kept import Kept
-from llmshrink.evaluate.sensitivity import Sensitivity
 from llmshrink.forms import decode
 from llmshrink.methods.gptq import Gptq
 from llmshrink.model.source import open_source
@@ -26,6 +24,8 @@ from llmshrink.plan.choices import Choices, Unit
 from llmshrink.plan.economy import Economy
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import QuantizeStage
+from llmshrink.sensitivity.kept import Kept
+from llmshrink.sensitivity.measure import Sensitivity
 from llmshrink.statistics import Hessian
 
 TWO = [{"bits": 2, "group_size": 32}, {"bits": 4, "group_size": 32}]

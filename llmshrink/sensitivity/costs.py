@@ -9,8 +9,6 @@ from typing import Any
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import OutputError
-from llmshrink.evaluate.kept import Kept
-from llmshrink.evaluate.sensitivity import Sensitivity
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults, write_bytes
 from llmshrink.model.streamed import StreamedModel
@@ -22,6 +20,8 @@ from llmshrink.recipe.load import decisive
 from llmshrink.recipe.schema import QuantizeStage, Recipe
 from llmshrink.report.schema import AllocationReport, EventRecord, SensitivityReport, UnitReport
 from llmshrink.report.sensitivity import plot
+from llmshrink.sensitivity.kept import Kept
+from llmshrink.sensitivity.measure import Sensitivity
 from llmshrink.summary import RunFacts
 
 Costs = list[list[float]]  # of each option of each unit

@@ -19,7 +19,6 @@ from huggingface_hub import close_session
 from tiny import TEXT, build_model, config
 from transformers.utils import logging
 
-from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.evaluate import reader
 from llmshrink.report.schema import Check
@@ -77,7 +76,7 @@ def model(smallest: Path, tmp_path: Path) -> Path:
 def without_reader() -> Iterator[None]:
     """Leave out the check that loads the output with plain transformers, whose imports take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        patch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
         yield
 
 

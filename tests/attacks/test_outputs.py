@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmshrink.engine.workspace import MANIFEST, WORK
+from llmshrink.job import Job
 
 Refused = Callable[..., tuple[int, str, set[str]]]
 RTN = ("--method", "rtn")
@@ -101,17 +102,16 @@ def test_a_link_planted_while_a_run_works_is_replaced(
     refused: Refused, without_reader: None, model: Path, tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files are made under names of their own and renamed: the rename takes the link's place."""
-    from llmshrink import run
 
-    compress = run._Run._compress
+    compress = Job._compress
 
-    def plant(self: run._Run, *arguments: object) -> object:
+    def plant(self: Job, *arguments: object) -> object:
         for name in ("report.json", "recipe.yaml", "README.md", MANIFEST, "model-00002-of-00003.safetensors"):
             (tmp_path / "out.partial" / name).unlink(missing_ok=True)
             (tmp_path / "out.partial" / name).symlink_to(canary)
         return compress(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run._Run, "_compress", plant)
+    monkeypatch.setattr(Job, "_compress", plant)
     assert refused(model, *RTN)[0] == 0
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
 

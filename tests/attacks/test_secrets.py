@@ -14,7 +14,9 @@ from hub import Hub
 
 from llmshrink import run
 from llmshrink.cli import main
+from llmshrink.job import Job
 from llmshrink.recipe import load
+from llmshrink.report.schema import Check
 
 TOKEN = "hf_" + "CANARY0123456789abcdefCANARY"
 PASSWORD = "pass word/with:CANARY\"quotes'"
@@ -61,7 +63,7 @@ def crash(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
         except ValueError as error:
             raise ZeroDivisionError(f"bad luck with {' '.join(words)}") from error
 
-    monkeypatch.setattr(run._Run, "_compress", fail)
+    monkeypatch.setattr(Job, "_compress", fail)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--quiet"]], ids=str)
@@ -78,14 +80,14 @@ def test_a_run_that_ends_well(
 ) -> None:
     """Its report quotes the command, its events whatever a library said."""
     hub.add("models/owner/name", smallest, token=TOKEN)
-    calibration = run._Run._calibration
+    calibration = Job._calibration
 
     def eventful(self: Any, *arguments: Any) -> Any:
         words = f"said {TOKEN} {PASSWORD} {ADDRESS} {SIGNED}"
         self.loader.events.append(run.Event("noise", words, words))
         return calibration(self, *arguments)
 
-    monkeypatch.setattr(run._Run, "_calibration", eventful)
+    monkeypatch.setattr(Job, "_calibration", eventful)
     base = [
         "quantize",
         "owner/name",
@@ -218,7 +220,7 @@ def test_a_check_that_fails_and_what_it_leaves(
 ) -> None:
     """The reader's own words are those of a library."""
     words = f"died of {TOKEN} {PASSWORD} {ADDRESS}"
-    monkeypatch.setattr(run, "check_reader", lambda *_: run.Check(name="reader", passed=False, detail=words))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=False, detail=words))
     said = call(9, "quantize", model, *SETTINGS, "--set", "evaluation.data=[]", "--output", tmp_path / "out")
     assert "died of ***" in said and (tmp_path / "out.partial").is_dir()
     shutil.rmtree(tmp_path / "out.partial")

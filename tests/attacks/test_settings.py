@@ -15,6 +15,7 @@ from helpers import recipe
 from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.progress import Silent
+from llmshrink.report.schema import Check
 
 Refused = Callable[..., tuple[int, str, set[str]]]
 CONTENTS: dict[str, str | bytes] = {
@@ -110,7 +111,7 @@ def compressed(
     rtn = {"name": "rtn", "bits": 4, "group_size": 32}
     methods = {"gptq": rtn, "awq": {**rtn, "symmetric": False}, "compressed-tensors": rtn, "bnb": {"name": "nf4"}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "check_reader", lambda *_: run.Check(name="reader", passed=True, detail="left out"))
+        patch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
         for name, method in methods.items():
             found[name] = root / name
             wanted = recipe(models_folder("llama"), found[name], text_file, method, stage={"format": {"name": name}})

@@ -12,7 +12,6 @@ import pytest
 from helpers import assert_complete
 from safetensors.torch import load_file, save_file
 
-from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.errors import InputError
 from llmshrink.evaluate import measure
@@ -91,7 +90,7 @@ def test_a_size_that_cannot_be_kept_costs_no_compute(
     assert code == 0
     size = files_size(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(run, "Compressor", None)
+    monkeypatch.setattr("llmshrink.job.Compressor", None)
     code, out, err = call("quantize", smallest, "--max-size", str(size - 1), *more)
     assert code == 9 and f"planned with {size:,} bytes, and {size - 1:,} are allowed" in err
     assert ("TOO LARGE" in out) == bool(more)

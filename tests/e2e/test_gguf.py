@@ -137,7 +137,7 @@ def test_a_stopped_run_gives_the_same_bytes(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """After the embedding, after each block, after the head."""
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     made(tiny("wide"), tmp_path / "whole", text_file, method="gptq")
     wanted = recipe(
         tiny("wide"),
@@ -164,7 +164,7 @@ def test_a_layer_may_have_a_type_of_its_own(tiny: Callable[..., Path], text_file
 def test_other_mixes_are_written_and_read(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str
 ) -> None:
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     report = made(tiny("wide"), tmp_path / "out", text_file, mix)
     assert all(check.passed for check in report.stages[0].checks)
     assert types(report)["model.layers.0.self_attn.q_proj"] == mix
@@ -226,7 +226,7 @@ def test_norms_that_are_stored_plus_one_come_back(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma's: what is read is the sum less one, which need not be the weight that was written."""
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     build_model(tmp_path / "source", config("gemma2", **CHANGES["gemma2"]), torch.float32)
     path = tmp_path / "source" / "model.safetensors"
     tensors = load_file(path)
@@ -240,7 +240,7 @@ def test_norms_that_are_stored_plus_one_come_back(
 def test_a_copy_of_the_tied_embedding_is_left_out(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     build_model(tmp_path / "source", config("llama-tied"), torch.bfloat16)
     path = tmp_path / "source" / "model.safetensors"
     tensors = load_file(path)

@@ -112,7 +112,7 @@ def test_what_was_tuned_is_not_tuned_again(
     """The run ends after it, and the file of what it found is there or not."""
     run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
     with monkeypatch.context() as patch, pytest.raises(InterruptedRun):
-        patch.setattr(run, "finish_files", _interrupted)
+        patch.setattr("llmshrink.job.finish_files", _interrupted)
         run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Silent())
     (found,) = (tmp_path / "out.partial").rglob("tuned.safetensors")
     if lost:

@@ -41,7 +41,7 @@ STRETCHES += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
 def without_reader() -> Iterator[None]:
     """These tests read the tensors themselves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        patch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
         yield
 
 

@@ -21,6 +21,7 @@ from llmshrink.engine.tune import HELD, Targets, Tuner
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.work import Work
+from llmshrink.planning import plan_of
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import Recipe
 
@@ -43,7 +44,7 @@ def finished(model: Path, out: Path, text: Path, stored_as: str = "compressed-te
     wish = wanted(model, out, text, stored_as)
     plain = wish.model_copy(update={"stages": [wish.stages[0].model_copy(update={"tune": None})]})
     run.execute(plain, progress=Silent())
-    work, _ = run._plan(wish, StreamedModel(open_source(str(model)), torch.device("cpu")))
+    work, *_ = plan_of(wish, StreamedModel(open_source(str(model)), torch.device("cpu")))
     return work, Shards(work, GroupCompressor(work), out)
 
 
@@ -133,7 +134,7 @@ def test_rows_are_held_back_and_the_others_take_turns(smallest: Path, text_file:
 
 def test_the_plan_counts_it(smallest: Path, text_file: Path, tmp_path: Path) -> None:
     wish = wanted(smallest, tmp_path / "out", text_file)
-    work, _ = run._plan(wish, StreamedModel(open_source(str(smallest)), torch.device("cpu")))
+    work, *_ = plan_of(wish, StreamedModel(open_source(str(smallest)), torch.device("cpu")))
     rows = wish.calibration.samples
     # Groups of 32 in q and o [32, 32], k and v [16, 32], gate and up [64, 32], down [32, 64]; five norms.
     assert work.tuned_numbers == 2 * (2 * 32 + 2 * 16 + 2 * 64 + 2 * 32) + 5 * 32

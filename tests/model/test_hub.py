@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.errors import InputError, LlmshrinkError, ModelNotFoundError, ResourceError, UnsafeError
+from llmshrink.job import Job
 from llmshrink.model.hub import WAITS
 from llmshrink.model.source import open_source
 from llmshrink.progress import Silent
@@ -130,7 +131,7 @@ def test_other_bytes_than_the_commit_lists_are_refused(
         run.execute(recipe(Path(ID), tmp_path / "out", text_file, SMALL_METHOD, **SMALL), progress=Silent())
     assert not (tmp_path / "out").exists()
     measured: list[object] = []
-    monkeypatch.setattr(run, "measure_models", lambda *arguments: measured.append(arguments))
+    monkeypatch.setattr("llmshrink.job.measure_models", lambda *arguments: measured.append(arguments))
     assert main(["eval", ID, "--evaluation", str(text_file), "--length", "16"]) == 8 and not measured
     repository.served.clear()
     for path in text.split("Delete ")[1].split(", and run")[0].split(" and "):
@@ -269,16 +270,16 @@ def test_a_run_opens_no_socket_once_it_compresses(
 ) -> None:
     commit = hub.add(NAME, model).commit
     hub.add("datasets/owner/texts", {"test.jsonl": json.dumps({"text": "The fox counted lamps. " * 200}).encode()})
-    compress = run._Run._compress
+    compress = Job._compress
     seen: list[int] = []
 
-    def compress_alone(self: run._Run, *arguments: object) -> object:
+    def compress_alone(self: Job, *arguments: object) -> object:
         seen.append(len(hub.requests))
         no_sockets(monkeypatch)
         return compress(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run._Run, "_compress", compress_alone)
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr(Job, "_compress", compress_alone)
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     small = {**SMALL, "evaluation": {"data": ["owner/texts"], "rows": 2, "length": 16}}
     report = run.execute(recipe(Path(ID), tmp_path / "out", text_file, SMALL_METHOD, **small), progress=Silent())
     assert seen == [len(hub.requests)] and report.model.commit == commit and report.model.source == "hub"
@@ -294,7 +295,7 @@ def test_the_token_is_sent_and_never_shown(
 ) -> None:
     hub.add(NAME, model, token=TOKEN)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+    monkeypatch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
     settings = ["--calibration", text_file, "--samples", "4", "--length", "16", "--set", "evaluation.data=[]"]
     base = ["quantize", ID, "--verbose", "--group-size", "32", "--set", "evaluation.speed=false", *settings]
     out = tmp_path / "out"

@@ -157,7 +157,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Found:
     build_model(root / "wide", config("llama", **WIDE), torch.bfloat16)
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        patch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
         for case in QUANTIZED:
             source = MODEL_DIR if case.name == "demo" else root / "wide"
             stage = {"format": {"name": "gguf", "type": case.type}}

@@ -1,0 +1,309 @@
+"""One run of one recipe: resolve, plan, compress, verify, evaluate, report."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmshrink.calibration.load import TextLoader
+from llmshrink.calibration.rows import Rows
+from llmshrink.checks.gates import Outcome, check_size, judge, refuse_unanswerable
+from llmshrink.checks.preflight import check_finite, check_memory, check_room
+from llmshrink.checks.written import (
+    check_blocks,
+    check_hashes,
+    check_layers,
+    check_reader,
+    probe_tokens,
+)
+from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
+from llmshrink.engine.compress import Compressor, Result
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.transform import Transformer
+from llmshrink.engine.workspace import Workspace
+from llmshrink.errors import GateError, InputError, PlanError
+from llmshrink.evaluate.measure import measure_models
+from llmshrink.forms import Event
+from llmshrink.io.files import disk_faults
+from llmshrink.memory import PeakMonitor
+from llmshrink.model.source import Source, open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.choices import Choices
+from llmshrink.plan.economy import Economy
+from llmshrink.plan.layout import row_length
+from llmshrink.plan.schema import Plan
+from llmshrink.plan.work import Work
+from llmshrink.planning import plan_of, writing_stage_of
+from llmshrink.progress import Progress
+from llmshrink.recipe.schema import EvalStage, QuantizeStage
+from llmshrink.report.schema import (
+    AllocationReport,
+    Check,
+    ModelMeasure,
+    Report,
+    SensitivityReport,
+    StageReport,
+)
+from llmshrink.sensitivity import costs
+from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+
+ROWS = "calibration.json"  # in the folder of work
+
+
+class Job:
+    """One run of one recipe."""
+
+    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool) -> None:
+        """`cached`: what is measured of candidates is kept for other runs."""
+        self.cached = cached
+        self.start = time.perf_counter()
+        self.facts, self.recipe, self.progress = facts, facts.recipe, progress
+        self.model = StreamedModel(facts.source, facts.device)
+        self.loader = TextLoader(self.model, embedded=facts.embedded, progress=progress)
+
+    def evaluate(self) -> Report:
+        """Measure the model as it is, beside another one where the recipe names it."""
+        refuse_unanswerable(self.recipe, self.model)
+        models = {"before": self.model}
+        if self.recipe.evaluation.baseline is not None:
+            models = {"before": self._baseline(self.recipe.evaluation.baseline), "after": self.model}
+        length = row_length(self.recipe.evaluation.length, self.model, self.loader.events)
+        texts = self.loader.evaluation(self.recipe.evaluation, length, None)
+        economy, needed = evaluation_economy(self.model, self.recipe, length)
+        if texts:
+            check_memory("score the texts", needed, self.recipe.run, "--rows, --length")
+            self.loader.events += economy.told("score the texts")
+        states = evaluation_states(self.model, self.recipe.evaluation.rows, length) if economy.on_disk else 0
+        scratch = disk_faults(Path(tempfile.gettempdir()), states)
+        with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+            measures, seconds = self._measure(models, texts, economy, Path(folder))
+        self._tell(self.loader.events)
+        stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
+        return self.facts.report(
+            stages=self._judged(stages, models, measures),
+            calibration=None,
+            measures=measures,
+            events=self.loader.events,
+            output=None,
+            seconds=time.perf_counter() - self.start,
+        )
+
+    def measure(self) -> SensitivityReport:
+        """What each candidate costs in each unit."""
+        stage = writing_stage_of(self.recipe)
+        assert isinstance(stage, QuantizeStage)
+        choices = Choices(self.recipe, stage, self.model)
+        work = choices.works[0]
+        economy, needed = compress_economy(work, self.recipe, choices)
+        check_memory("measure the candidates", needed, self.recipe.run, "--samples, --length")
+        check_finite(self.model, self.progress)
+        rows = self.loader.calibration(self.recipe.calibration, work.length)
+        states = compress_scratch(work, self.recipe) if economy.on_disk else 0
+        scratch = disk_faults(Path(tempfile.gettempdir()), states)
+        with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
+            found, events = costs.costs(
+                choices,
+                rows,
+                self.facts,
+                economy=economy,
+                folder=Path(folder),
+                cached=True,
+                progress=self.progress,
+            )
+        events = [*self.loader.events, *economy.told("measure the candidates"), *events]
+        self._tell(events)
+        return costs.sensitivities(choices, found, events)
+
+    def _tell(self, *events: list[Event]) -> int:
+        """Tell of events as they happen; returns the length of the last list."""
+        for event in itertools.chain(*events):
+            self.progress.event(event)
+        return len(events[-1])
+
+    def _baseline(self, name: str) -> StreamedModel:
+        """The model to compare with, which must read the same tokens."""
+        baseline = StreamedModel(open_source(name), self.facts.device)
+        if baseline.vocabulary != self.model.vocabulary:
+            sizes = f"{baseline.vocabulary} and {self.model.vocabulary}"
+            raise InputError(f"{name} and {self.model.source.id} have other vocabularies ({sizes} tokens).")
+        if (baseline.task, baseline.width) != (self.model.task, self.model.width):
+            kinds = " and ".join(f"{model.width} {model.task.gives}" for model in (baseline, self.model))
+            raise InputError(f"{name} and {self.model.source.id} do not give out the same ({kinds}).")
+        return baseline
+
+    def write(self, overwrite: bool) -> Report:
+        """Compress, verify, measure, commit."""
+        if self.recipe.evaluation.baseline is not None:
+            raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
+        work, plan, choices = plan_of(self.recipe, self.model)
+        check_size(plan)
+        check_room(plan, work.output, self.facts.source, self.recipe.run)
+        with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
+            check_finite(self.model, self.progress)
+            rows = self._calibration(work, workspace) if work.needs_data or choices else None
+            happened = list(self.loader.events)
+            length = row_length(self.recipe.evaluation.length, self.model, work.events)
+            texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
+            done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
+            if rows is not None:
+                rows.save(workspace.work / ROWS, self._text_key(work), happened)
+            with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
+                chosen = None
+                if choices is not None:
+                    work, plan, chosen = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
+                known = self._tell(workspace.events, work.events, self.loader.events)
+                clock, probe = time.perf_counter(), probe_tokens(self.model)
+                companions = save_companions(work, workspace.folder)
+                result, ends = self._compress(work, workspace, rows, probe, done)
+                result.events += rounding(work, result)
+                files = {**companions, **finish_files(work, workspace, result)}
+                seconds = time.perf_counter() - clock
+            written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
+            checks = self._verify(work, written, result, files, probe, ends)
+            done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
+            stages = [done_so.model_copy(update={"allocation": chosen})]
+            models = {"before": self.model, "after": written}
+            measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
+            stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
+            report = self.facts.report(
+                stages=self._judged(stages, models, measures),
+                calibration=rows,
+                measures=measures,
+                events=[*workspace.events, *work.events, *self.loader.events, *result.events],
+                output=str(work.output),
+                seconds=time.perf_counter() - self.start,
+            )
+            self._tell(self.loader.events[known:])
+            write_report(workspace.folder, report, self.recipe)
+            workspace.commit()
+        return report
+
+    def _allocate(
+        self, choices: Choices, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
+    ) -> tuple[Work, Plan, AllocationReport]:
+        """Choose what every layer gets; from here on the recipe says it."""
+        assert rows is not None
+        assignment, found, events = costs.choose(
+            choices,
+            rows,
+            self.facts,
+            economy=guessed.economy,
+            folder=workspace.work,
+            cached=self.cached,
+            progress=self.progress,
+        )
+        self.recipe = choices.recipe(assignment)
+        self.facts = replace(self.facts, recipe=self.recipe)
+        work, plan, _ = plan_of(self.recipe, self.model)
+        check_size(plan)
+        plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
+        kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
+        work.events += [*kept, *events, *choices.events(work)]
+        return work, plan, costs.told(choices, assignment, found, choices.size(work))
+
+    def _measure(
+        self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path
+    ) -> tuple[dict[str, ModelMeasure], float]:
+        """The measures of each model, and the seconds they took together."""
+        clock, events = time.perf_counter(), self.loader.events
+        measures = measure_models(self.recipe, models, texts, events, self.progress, economy=economy, folder=folder)
+        return measures, time.perf_counter() - clock
+
+    def _judged(
+        self, stages: list[StageReport], models: dict[str, StreamedModel], measures: dict[str, ModelMeasure]
+    ) -> list[StageReport]:
+        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first."""
+        missing = [event.message for event in self.loader.events if event.kind == "not_measured"]
+        sizes = [model.source.checkpoint.file_bytes for model in models.values()]
+        outcome = Outcome(measures, sizes[0], sizes[-1], "; ".join(m for m in missing if m.startswith("quality")))
+        wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
+        gates = [judge(stage.gate, outcome) for stage in wanted]
+        return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
+
+    def _calibration(self, work: Work, workspace: Workspace) -> Rows:
+        """The rows that an unfinished run of this output began with, else new ones.
+
+        What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
+        """
+        kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
+        if kept is None:
+            return self.loader.calibration(self.recipe.calibration, work.length)
+        self.loader.events += kept[1]
+        return kept[0]
+
+    def _text_key(self, work: Work) -> dict[str, Any]:
+        """What calibration rows depend on, but for what `auto` means today."""
+        calibration = self.facts.resolved["calibration"]
+        return {"model": self.facts.source.hashes, "calibration": calibration, "length": work.length}
+
+    def _compress(
+        self, work: Work, workspace: Workspace, rows: Rows | None, probe: Tensor, done: list[dict[str, Any]]
+    ) -> tuple[Result, Tensor]:
+        """All parts; also the states in which the probe rows leave the last block."""
+        economy = work.economy
+        batches = rows.batches(economy.batch_tokens) if rows is not None else []
+        begun = next((entry["batches"] for entry in done if "batches" in entry), None)
+        if rows is not None and begun is not None:
+            batches = rows.grouped(begun)  # a run goes on as it began
+        folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
+        embed = partial(Hidden, work.model, batches, probe, folder, originals=originals)
+        subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
+        transforms, transformer = work.transforms, None
+        if transforms is not None:
+            transformer = Transformer(work, transforms, self.model, probe, workspace.work)
+        compressor = Compressor(
+            work,
+            workspace,
+            embed,
+            transformer=transformer,
+            economy=economy,
+            subset=subset,
+            seed=seed,
+            progress=self.progress,
+        )
+        return compressor.run(done)
+
+    def _verify(
+        self,
+        work: Work,
+        written: StreamedModel,
+        result: Result,
+        files: dict[str, str],
+        probe: Tensor,
+        ends: Tensor,
+    ) -> list[Check]:
+        """Read back everything that was written.
+
+        Raises:
+            GateError: a file is not what was meant; the unfinished folder is kept for a look.
+        """
+        self.progress.start("verify", 0)
+        folder = written.source.folder
+        sizes = {name: (folder / name).stat().st_size for name in work.file_bytes}
+        off = [name for name, size in sizes.items() if size != work.file_bytes[name]]
+        checks = [
+            Check(
+                name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
+            ),
+            check_hashes(folder, files),
+            *check_layers(work.model, written, result.layers, result.replaced),
+            check_blocks(written, probe, ends),
+            check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
+        ]
+        if checks[-1].passed is None:
+            why = f"no foreign reader: {checks[-1].detail}"
+            self.loader.events.append(Event("not_verified", why))
+        self.progress.finish()
+        if failed := [check for check in checks if check.passed is False]:
+            shown = "\n".join(f"  - {check.name}: {check.detail}" for check in failed)
+            raise GateError(f"What was written does not verify; it stays in {folder}:\n{shown}")
+        return checks

@@ -1,0 +1,79 @@
+"""From a recipe to its plan: which model, what is done to it, in how much memory and on how much disk."""
+
+from __future__ import annotations
+
+from llmshrink.checks.gates import refuse_unanswerable, size_limit
+from llmshrink.demo import MODEL_DIR, NAME
+from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
+from llmshrink.errors import PlanError
+from llmshrink.model.source import Source, open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.choices import Choices
+from llmshrink.plan.describe import describe
+from llmshrink.plan.export import resolve_export
+from llmshrink.plan.layout import row_length
+from llmshrink.plan.resolve import resolve
+from llmshrink.plan.schema import Plan
+from llmshrink.plan.transform import changeable
+from llmshrink.plan.work import Work
+from llmshrink.recipe.schema import ExportStage, QuantizeStage, Recipe
+
+
+def open_model(recipe: Recipe) -> tuple[Source, bool]:
+    """The model of a recipe, and whether it is the embedded one."""
+    if recipe.model.id is None or recipe.model.id == NAME:
+        embedded = open_source(str(MODEL_DIR))
+        return Source(NAME, embedded.folder, None), True
+    return open_source(recipe.model.id, recipe.model.revision), False
+
+
+def writing_stage_of(recipe: Recipe) -> QuantizeStage | ExportStage | None:
+    """The stage of a recipe that writes a model; None: it only evaluates.
+
+    Raises:
+        PlanError: there are several.
+    """
+    stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage | ExportStage)]
+    if len(stages) > 1:
+        raise PlanError(
+            "A recipe can hold one stage that writes a model.",
+            hint="Make two recipes, the second with the first one's output as its model.",
+        )
+    return stages[0] if stages else None
+
+
+def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | None]:
+    """What is done; where a size is asked for, one way to meet it, and all that could be chosen.
+
+    Raises:
+        PlanError: the recipe cannot be carried out on this model.
+    """
+    stage = writing_stage_of(recipe)
+    if stage is None:
+        raise PlanError("The recipe only evaluates: there is nothing to plan.")
+    refuse_unanswerable(recipe, model)
+    if isinstance(stage, QuantizeStage) and stage.transform:
+        model = changeable(stage.transform, model)
+    choices = None
+    if isinstance(stage, QuantizeStage) and stage.allocate is not None:
+        choices = Choices(recipe, stage, model)
+        choices.check()
+        work = choices.guessed()
+    elif isinstance(stage, QuantizeStage):
+        work = resolve(recipe, stage, model)
+    else:
+        work = resolve_export(recipe, stage, model)
+    work.economy, memory = compress_economy(work, recipe, choices)
+    work.events += work.economy.told("compress")
+    scratch, evaluation = compress_scratch(work, recipe), 0
+    if recipe.evaluation.data:
+        length = row_length(recipe.evaluation.length, model, [])
+        work.scoring, evaluation = evaluation_economy(model, recipe, length)
+        work.events += work.scoring.told("compare both models")
+        states = evaluation_states(model, recipe.evaluation.rows, length)
+        scratch = max(scratch, states if work.scoring.on_disk else 0)
+    limit = size_limit(recipe, model.source.checkpoint.file_bytes)
+    plan = describe(
+        work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
+    )
+    return work, plan, choices

@@ -52,15 +52,13 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    if isinstance(stage, QuantizeStage) and stage.transform:
-        model = changeable(stage.transform, model)
     choices = None
     if isinstance(stage, QuantizeStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()
         work = choices.guessed()
     elif isinstance(stage, QuantizeStage):
-        work = resolve(recipe, stage, model)
+        work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:
         work = resolve_export(recipe, stage, model)
     work.economy, memory = compress_economy(work, recipe, choices)

@@ -36,6 +36,7 @@ NOTICES = {
     "work_lost",
     "cached",
     "not_cached",
+    "measured_before",
     "target_above",
     "target_below",
     "not_tuned",

@@ -32,6 +32,7 @@ TUNED = 5  # copies of what is tuned: moves, their gradients and averages of the
 SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 PACKING = 3  # bytes per weight while codes become bytes of a file
+SOLVING = 3 * 2 + 1  # float32 matrices while targets are solved for: three in float64, and one
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
@@ -262,9 +263,11 @@ def _outside(work: Work, part: Part) -> int:
 
 
 def _factors(work: Work, group: Group) -> int:
-    """What factorising a group's Hessian takes at its peak; with the original's inputs, three more matrices."""
+    """What factorising a group's Hessian takes at its peak; with the original's inputs, what solving with it takes."""
     size, kinds = Hessian.bytes(group.width), work.needs(group)
-    return int(PANELS * size / FLOAT) + 3 * size * (Cross in kinds) if {Hessian, Cross} & set(kinds) else 0
+    if Cross in kinds:
+        return int(max(PANELS / FLOAT, SOLVING) * size) + size  # the factors are kept
+    return int(PANELS * size / FLOAT) if Hessian in kinds else 0
 
 
 def _weights(model: StreamedModel, block: Block) -> int:

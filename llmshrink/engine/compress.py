@@ -133,6 +133,7 @@ class Compressor:
             for part in (part for part in todo if part.index >= 0):
                 self._do(part, result, disk)
             self._written_out(result)
+        self._tell(self._unwritten, result)  # where no block was left to do
         self._progress.finish()
         if self._work.tune is not None:
             self._tune(tuning, result)
@@ -166,7 +167,9 @@ class Compressor:
                     error = relative_error(self._model.read(matrix), decoded[matrix.key].weight())
                     changes = {"relative_error": error, "objective": None}
                     layers[matrix.name] = layers[matrix.name].model_copy(update=changes)
-            self._forward(block, decoded)
+            largest = self._forward(block, decoded)
+            if result.replaced:
+                self._tell(self._range(block, largest), result)
         result.layers = list(layers.values())
 
     def _do(self, part: Part, result: Result, disk: ThreadPoolExecutor) -> None:
@@ -187,6 +190,12 @@ class Compressor:
         if self._pending is not None:
             self._add(result, self._pending.result())
         self._pending = None
+
+    def _tell(self, events: list[Event], result: Result) -> None:
+        """Tell of events that no entry of the journal has."""
+        for event in events:
+            result.events.append(event)
+            self._progress.event(event)
 
     def _add(self, result: Result, entry: dict[str, Any]) -> None:
         """Take over an entry, and tell what happened in it."""
@@ -304,7 +313,7 @@ class Compressor:
         def find(groups: list[Group], kinds: tuple[type[Statistic], ...]) -> dict[Group, Gathered]:
             return self._gather(block, groups, dict.fromkeys(groups, kinds), self._shards.opened(block), events)
 
-        reports, files = self._transformer.block(block, self._hidden, find)
+        reports, files = self._transformer.block(block, self._hidden, find, events)
         written = {self._below(path): digest for path, digest in files.items()}
         return {"transformed": [report.model_dump(mode="json") for report in reports], "files": written}
 

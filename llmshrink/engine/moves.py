@@ -84,7 +84,7 @@ class Moved:
         """A vector as it is written, float32; gradients reach its move."""
         stored = self._model.weights.dense(key).to(self._model.device)
         exact = stored.float()
-        unit = float(exact.square().mean().sqrt()) or 1.0
+        unit = float(exact.square().mean().sqrt())  # zero of a bias that says nothing: it stays so
         return _rounded(exact + unit * self.moves.vectors[key], stored.dtype)
 
     def changed(self, part: Part) -> dict[str, Tensor]:

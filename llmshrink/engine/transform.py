@@ -19,7 +19,7 @@ from torch import Tensor
 from llmshrink.engine.groups import by_weights, compressed
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import LlmshrinkError
-from llmshrink.forms import decode
+from llmshrink.forms import Event, decode
 from llmshrink.io import safetensors
 from llmshrink.memory import trim
 from llmshrink.methods.base import Method
@@ -77,13 +77,16 @@ class Transformer:
 
     # --- one block
 
-    def block(self, block: Block, hidden: Hidden, gather: Gather) -> tuple[list[TransformReport], dict[Path, str]]:
+    def block(
+        self, block: Block, hidden: Hidden, gather: Gather, events: list[Event]
+    ) -> tuple[list[TransformReport], dict[Path, str]]:
         """Choose the scales of a block, make its changes, and prove that it does what it did.
 
         Args:
             block: which one; it is not loaded.
             hidden: the states that enter it.
             gather: loads it as it is by now, and gives what is asked for of groups.
+            events: what happens is told there.
 
         Returns:
             What each transform did, and the files that say so, with their SHA-256.
@@ -103,7 +106,7 @@ class Transformer:
             files[path] = safetensors.write(path, chosen)
             self._scale(block.index, number)
             errors.append(sum(shares) / len(shares) if shares else None)
-        difference = self._prove(block, hidden)
+        difference = self._prove(block, hidden, events)
         rotated = [None] * (len(self._transforms.names) - len(errors))
         return [
             TransformReport(block=block.index, name=name, error_left=error, difference=difference)
@@ -158,7 +161,7 @@ class Transformer:
     # --- the proof
 
     @torch.no_grad()
-    def _prove(self, block: Block, hidden: Hidden) -> float:
+    def _prove(self, block: Block, hidden: Hidden, events: list[Event]) -> float:
         """By how much the output of a block changed on the probe rows, as a share of what it adds to its input.
 
         Raises:
@@ -171,7 +174,10 @@ class Transformer:
             outputs.append(hidden.probe(model, block.index, entering))
             model.drop_block(block.index)
             trim()
-        return self._alike(f"block {block.index}", self._turned(outputs[0]), outputs[1], state)
+        before, what = self._turned(outputs[0]), f"block {block.index}"
+        if all(matrix.site.expert is None for matrix in block.matrices):
+            return self._alike(what, before, outputs[1], state)
+        return self._mostly_alike(what, before, outputs[1], state, events)
 
     @torch.no_grad()
     def prove_ends(self, hidden: Hidden) -> None:
@@ -200,9 +206,28 @@ class Transformer:
 
     def _alike(self, what: str, before: Tensor, after: Tensor, entering: Tensor | float = 0.0) -> float:
         before, after = before.double(), after.to(before.device).double()
-        difference = float((after - before).norm() / (before - entering).norm())
+        return self._small(what, float((after - before).norm() / (before - entering).norm()))
+
+    def _mostly_alike(self, what: str, before: Tensor, after: Tensor, entering: Tensor, events: list[Event]) -> float:
+        """The same for a block with experts: a router is rounded anew, and a token goes where it nearly went.
+
+        What does not hold for a family shows in every token, so the median decides; tokens that differ are told.
+        """
+        before, after = before.double(), after.to(before.device).double()
+        each = (after - before).norm(dim=-1) / (before - entering).norm(dim=-1)
+        others = int((~(each <= self._limit)).sum())
+        if others:
+            message = f"{others} of {each.numel()} random tokens go to other experts in {what} once it is rewritten"
+            events.append(Event("rerouted", message, data={"tokens": float(others)}))
+        return self._small(what, float(each.median()))
+
+    @property
+    def _limit(self) -> float:
         dtype = self._model.source.config.dtype or torch.float32
-        limit = max(NOISE, ROUNDINGS * torch.finfo(dtype).eps)
+        return max(NOISE, ROUNDINGS * torch.finfo(dtype).eps)
+
+    def _small(self, what: str, difference: float) -> float:
+        limit = self._limit
         if not difference <= limit:
             names = ", ".join(self._transforms.names)
             raise LlmshrinkError(

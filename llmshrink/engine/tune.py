@@ -196,4 +196,7 @@ class Tuner:
                 move.copy_(saved.get(f"{key}:move"))
             names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{key}:{name}" in saved.infos]
             if names:
-                self._optimizer.state[move] = {name: saved.get(f"{key}:{name}").clone() for name in names}
+                found = {name: saved.get(f"{key}:{name}").clone() for name in names}
+                # Adam counts its steps on the CPU, wherever the rest is.
+                averages = {name: t if name == "step" else t.to(move.device) for name, t in found.items()}
+                self._optimizer.state[move] = averages

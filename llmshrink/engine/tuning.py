@@ -41,13 +41,18 @@ class Tuning:
         """`hidden` holds the original's last states."""
         self._work, self._workspace, self._progress = work, workspace, progress
         folder = workspace.work if economy.on_disk else None
+        self._events: list[Event] = []
+        if len(hidden.batches) == 1:
+            hidden.split([1] * len(hidden.batches[0]))  # or there is none to hold back
+        if len(hidden.batches) == 1:
+            message = "there is one calibration row: what was learned from it is judged by itself"
+            self._events.append(Event("not_held", message))
         targets = Targets(work.model, list(hidden.batches), list(hidden.originals), economy.logits)
         self._rows = hidden.rows
         hidden.forget()
         trim()
         self._tuner = Tuner(work, shards, targets, folder, seed)
         self._seconds, self._saved = 0.0, time.perf_counter()
-        self._events: list[Event] = []
 
     def run(self, done: list[dict[str, Any]]) -> dict[str, Any]:
         """Tune; `done` are the journal's entries of it.
@@ -123,12 +128,14 @@ class Tuning:
 
     def _resume(self, done: list[dict[str, Any]]) -> None:
         """Go on from the newest point whose file is whole; without one, from the beginning."""
-        whole = (e for e in reversed(done) if self._workspace.holds(e["saved"]) and e["rows"] == self._rows)
-        if (entry := next(whole, None)) is not None:
+        whole = [e for e in done if self._workspace.holds(e["saved"])]
+        fitting = (e for e in reversed(whole) if e["rows"] == self._rows)
+        if (entry := next(fitting, None)) is not None:
             self._tuner.load(self._workspace.folder / next(iter(entry["saved"])), Point(**entry["tuning"]))
             self._seconds = entry["seconds"]
         elif done:
-            message = f"no file of a tuning in {self._workspace.work} is whole: it begins anew"
+            why = "other rows would be held back" if whole else f"no file of it in {self._workspace.work} is whole"
+            message = f"tuning begins anew: {why}"
             self._events.append(Event("work_lost", message))
 
     def _remove_older(self, kept: Path | None) -> None:

@@ -111,17 +111,25 @@ class Gptq(Method[GptqConfig]):
                 continue
             if share > self.config.damp:
                 events.append(Event("damping", f"raised to {share:g} of the mean diagonal", data={"damp": share}))
-            shift = self._shift(statistic, factors) if isinstance(statistic, Cross) else None
+            shift = self._shift(statistic, factors.damp) if isinstance(statistic, Cross) else None
+            if isinstance(statistic, Cross) and shift is None:
+                message = "it does not make up for the blocks before: its Hessian is too singular to solve with"
+                events.append(Event("not_propagated", message))
             return replace(factors, shift=shift, events=tuple(events))
         failed = Event("rtn_fallback", "rounded to nearest: the Hessian could not be factorised at any damping")
         return Prepared((*events, failed))
 
-    def _shift(self, statistic: Cross, factors: Factors) -> Tensor:
-        damped = statistic.matrix + factors.damp * torch.eye(len(factors.H), device=factors.H.device)
-        solved = torch.cholesky_solve(
-            statistic.shift.T, torch.linalg.cholesky(damped)
-        )  # H and its inverse are symmetric
-        return solved.T.mul(self.config.propagate)
+    def _shift(self, statistic: Cross, damp: float) -> Tensor | None:
+        """What the original's inputs move weights by; None where rounding makes the Hessian singular."""
+        kind = torch.float64 if len(statistic.matrix) <= DOUBLE_WIDTH else torch.float32
+        damped = statistic.matrix.to(kind, copy=True)
+        damped.diagonal().add_(damp)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        del damped
+        if info.item():
+            return None
+        solved = torch.cholesky_solve(statistic.shift.T.to(kind), factor)  # (H^-1 S^T)^T = S H^-1
+        return solved.T.float().mul_(self.config.propagate)
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Quantize one matrix [out, in].

@@ -299,8 +299,12 @@ class StreamedModel:
         for name in self.map.absent:
             set_parameter(self.model, name, torch.zeros_like(self.model.get_parameter(name), device=self.device))
         self.model.tie_weights()
+        rows: Callable[[Rows], Tensor]
         for key, modules in by_row.items():
-            rows = self._replaced.get(key) or self.weights.rows(key)
+            if key in self.weights.edits and key not in self.weights.compressed and key not in self._replaced:
+                rows = modules[0].weight.detach().__getitem__  # changed once, not whenever rows are read
+            else:
+                rows = self._replaced.get(key) or self.weights.rows(key)
             for module in modules:
                 forward = _lookup(rows) if isinstance(module, nn.Embedding) else _project(module, rows)
                 setattr(module, "forward", forward)  # noqa: B010 - of this module alone

@@ -17,6 +17,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.loading import fused
 from llmshrink.plan.resolve import resolve
+from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage, Recipe
@@ -74,7 +75,8 @@ class Choices:
         """
         assert stage.allocate is not None
         self.spec: AllocateSpec = stage.allocate
-        self.model = model
+        # A head that gets a tensor of its own weighs; but for that, candidates are measured on the weights as they are.
+        self.model = changeable(stage.transform, model) if stage.transform else model
         self._gguf = stage.format is not None and stage.format.name == "gguf"
         method = stage.method or MethodSpec.model_validate({})
         named = MethodSpec.model_validate({**method.settings, "name": method.name or DEFAULT_METHOD})
@@ -138,12 +140,16 @@ class Choices:
     @cached_property
     def smallest(self) -> int:
         """The least size that there is with these candidates."""
-        return self.size(self.work([u.options[s.index(min(s))] for u, s in zip(self.units, self.sizes, strict=True)]))
+        return self.size(self.work(self._least))
 
     @cached_property
     def largest(self) -> int:
         """The size of the largest candidate everywhere."""
         return self.size(self.work(self._most))
+
+    @property
+    def _least(self) -> Assignment:
+        return [unit.options[sizes.index(min(sizes))] for unit, sizes in zip(self.units, self.sizes, strict=True)]
 
     @property
     def _most(self) -> Assignment:
@@ -203,7 +209,7 @@ class Choices:
             if over <= 0:
                 return assignment
             budget -= over
-        raise AssertionError("a size that cannot be met is refused first")
+        return self._least  # which fits, or the size would have been refused
 
     def work(self, assignment: Assignment) -> Work:
         """The work in which each unit gets its candidate."""
@@ -225,6 +231,8 @@ class Choices:
     def events(self, work: Work) -> list[Event]:
         """What to tell of the size that was reached."""
         size, asked = self.size(work), self.limit
+        before = f"costs were measured before {work.transforms.words}" if work.transforms is not None else None
+        told = [] if before is None or self.decided is not None else [Event("measured_before", before)]
         if self.decided is not None:
             message = f"the largest candidates fit into {asked:,} bytes with {size:,}: nothing was measured"
             return [Event("target_above", message)]
@@ -232,8 +240,8 @@ class Choices:
             message = (
                 f"{size:,} bytes are {1 - size / asked:.1%} less than the {asked:,} asked for: the next step is larger"
             )
-            return [Event("target_below", message)]
-        return []
+            told.append(Event("target_below", message))
+        return told
 
 
 def _options(candidates: list[Candidate], matrices: tuple[Matrix, ...], usual: bool) -> Iterator[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from llmshrink.calibration.rows import Rows
 from llmshrink.errors import OutputError
 from llmshrink.forms import Event
-from llmshrink.io.files import disk_faults, write_bytes
+from llmshrink.io.files import disk_faults, sealed, unsealed, write_bytes
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Assignment, Choices
 from llmshrink.plan.economy import Economy
@@ -24,6 +24,8 @@ from llmshrink.sensitivity.kept import Kept
 from llmshrink.sensitivity.measure import Sensitivity
 from llmshrink.summary import RunFacts
 
+NOT_MEASURED = ("allocate", "transform", "reconstruct", "tune")  # of a stage: candidates are what the method makes
+CHOSEN = "allocation.json"  # in the folder of work
 Costs = list[list[float]]  # of each option of each unit
 
 
@@ -42,27 +44,33 @@ def costs(
         progress: told of the steps.
     """
     events = []
-    place = _cache() if cached else folder
-    if place is None:
-        place = folder
-        events.append(
-            Event("not_cached", "the costs of the candidates cannot be kept: another size measures them again")
-        )
-    kept = Kept(place, _identity(facts, rows, choices))
+    place = (_cache() if cached else folder) or folder
+    kept = Kept(place, _identity(facts, rows, choices), spare=folder)
     found = Sensitivity(choices, rows, economy=economy, folder=folder, kept=kept, progress=progress).measure()
     if kept.found:
         events.append(Event("cached", f"the costs of {kept.found} parts were measured before: taken from {place}"))
+    if cached and kept.folder == folder:
+        message = "the costs of the candidates cannot be kept: another size measures them again"
+        events.append(Event("not_cached", message))
     return found, events
 
 
 def choose(
     choices: Choices, rows: Rows, facts: RunFacts, *, economy: Economy, folder: Path, cached: bool, progress: Progress
 ) -> tuple[Assignment, Costs, list[Event]]:
-    """What every unit gets, what each option costs, and what to tell; nothing is measured where all is decided."""
+    """What every unit gets, what each option costs, and what to tell; nothing is measured where all is decided.
+
+    A run that goes on keeps to what it chose: parts that are done were made so.
+    """
     if choices.decided is not None:
         return choices.decided, [], []
+    path = folder / CHOSEN
+    if path.is_file() and (kept := unsealed(path.read_bytes())) is not None:
+        return kept["chosen"], kept["costs"], [Event(**event) for event in kept["events"]]
     found, events = costs(choices, rows, facts, economy=economy, folder=folder, cached=cached, progress=progress)
-    return choices.assign(found), found, events
+    chosen = list(choices.assign(found))
+    write_bytes(path, sealed({"chosen": chosen, "costs": found, "events": [vars(event) for event in events]}))
+    return chosen, found, events
 
 
 def halfway(recipe: Recipe, model: StreamedModel) -> Recipe:
@@ -150,7 +158,7 @@ def _identity(facts: RunFacts, rows: Rows, choices: Choices) -> dict[str, Any]:
     """All that decides the costs: not the size, nor what follows the method."""
     (stage,) = [stage for stage in decisive(facts.recipe)["stages"] if stage["task"] == "quantize"]
     spec = {key: value for key, value in stage["allocate"].items() if key not in ("size", "bpw", "candidates")}
-    kept = {key: value for key, value in stage.items() if key not in ("allocate", "reconstruct")}
+    kept = {key: value for key, value in stage.items() if key not in NOT_MEASURED}
     run = {key: value for key, value in facts.identity(rows).items() if key not in ("recipe", "run")}
     return {**run, "stage": kept, "measure": spec, "candidates": choices.candidates}
 

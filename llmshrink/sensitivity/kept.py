@@ -19,26 +19,39 @@ class Kept:
 
     Attributes:
         found: How many parts were there already.
+        folder: Where new ones go.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """`folder` holds those of all models; `identity` is what decides the costs."""
+    def __init__(self, folder: Path, identity: dict[str, Any], *, spare: Path) -> None:
+        """Begin with nothing found.
+
+        Args:
+            folder: holds those of all models.
+            identity: what decides the costs.
+            spare: in its place, once nothing more can be written there.
+        """
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._folder, self._name = folder, f"sensitivity-{digest[:32]}"
+        self.folder, self._spare, self._name = folder, spare, f"sensitivity-{digest[:32]}"
         self.found = 0
 
     def get(self, part: int) -> dict[str, list[float]] | None:
         """The costs of a part's units by their names; None where they were not measured, or the file is damaged."""
-        path = self._path(part)
-        kept = unsealed(path.read_bytes()) if path.is_file() else None
-        if not isinstance(kept, dict):
-            return None
-        self.found += 1
-        return kept
+        for path in dict.fromkeys((self._path(part), self._spare / self._path(part).name)):
+            kept = unsealed(path.read_bytes()) if path.is_file() else None
+            if isinstance(kept, dict):
+                self.found += 1
+                return kept
+        return None
 
     def put(self, part: int, costs: dict[str, list[float]]) -> None:
         """Keep the costs of a part."""
-        write_bytes(self._path(part), sealed(costs))
+        try:
+            write_bytes(self._path(part), sealed(costs))
+        except OSError:
+            if self.folder == self._spare:
+                raise
+            self.folder = self._spare
+            self.put(part, costs)
 
     def _path(self, part: int) -> Path:
-        return self._folder / f"{self._name}-{part}"
+        return self.folder / f"{self._name}-{part}"

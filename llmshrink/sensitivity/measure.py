@@ -9,6 +9,7 @@ however deep the model is, and the costs of all units together stand for those o
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from llmshrink.calibration.rows import Rows
 from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
+from llmshrink.errors import InputError
 from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.evaluate.texts import compare_batch, score_batch
@@ -39,7 +41,7 @@ class Sensitivity:
     def __init__(
         self, choices: Choices, rows: Rows, *, economy: Economy, folder: Path, kept: Kept, progress: Progress
     ) -> None:
-        """Embed the rows.
+        """Begin; nothing is computed yet.
 
         Args:
             choices: what is measured.
@@ -53,10 +55,9 @@ class Sensitivity:
         # Of its own, because whoever compresses may replace the embedding before any row is embedded.
         self._model = StreamedModel(choices.model.source, choices.model.device)
         self._economy, self._kept, self._progress = economy, kept, progress
-        batches = rows.batches(economy.batch_tokens)
-        self._hidden = Hidden(self._model, batches, folder=folder if economy.on_disk else None)
-        few = rows.first(self._spec.rows, self._spec.length).batches(economy.batch_tokens)
-        self._few = Hidden(self._model, few)
+        self._rows, self._folder = rows, folder if economy.on_disk else None
+        self._hidden: Hidden  # all rows, and ...
+        self._few: Hidden  # ... those that are measured on
         self._ends: list[Tensor] = []
 
     def measure(self) -> list[list[float]]:
@@ -66,27 +67,46 @@ class Sensitivity:
         blocks is asked for, it is a squared error relative to what it should be.
         """
         parts = self._choices.works[0].parts
-        done = {part.index: self._kept.get(part.index) for part in parts}
+        done = {part.index: self._found(part) for part in parts}
+        left = [part.index for part in parts if done[part.index] is None]
         costs: dict[Unit, list[float]] = {}
+        if left:
+            self._begin()
         self._progress.start("measure the candidates", sum(m.numel for part in parts for m in part.matrices))
-        if self._spec.score == "kl" and any(self._of(part) and done[part.index] is None for part in parts):
-            self._ends = self._through([[state.clone() for state in self._few.states]], 0)[0]
         for part in parts:
-            units = self._of(part)
-            found = done[part.index] or {}
-            if units and found.keys() != {unit.name for unit in units}:
+            found, units = done[part.index], self._of(part)
+            if found is None:
                 found = {unit.name: values for unit, values in self._part(part, units).items()}
                 self._kept.put(part.index, found)
             costs |= {unit: found[unit.name] for unit in units}
-            if isinstance(part, Block):
-                self._model.load_block(part.index)
-                self._hidden.advance(part.index)
-                self._few.advance(part.index)
-                self._model.drop_block(part.index)
-                trim()
+            if isinstance(part, Block) and left and part.index < left[-1]:
+                self._advance(part)
             self._progress.advance(sum(m.numel for m in part.matrices), f"block {part.index}" if units else "")
         self._progress.finish()
         return [costs[unit] for unit in self._choices.units]
+
+    def _found(self, part: Part) -> dict[str, list[float]] | None:
+        """What was measured of a part before; None: not all of it."""
+        names = {unit.name for unit in self._of(part)}
+        found = self._kept.get(part.index) if names else {}
+        return found if found is not None and found.keys() == names else None
+
+    def _begin(self) -> None:
+        """Embed the rows; for the divergence, see where those that are measured on end."""
+        batches = self._rows.batches(self._economy.batch_tokens)
+        self._hidden = Hidden(self._model, batches, folder=self._folder)
+        few = self._rows.first(self._spec.rows, self._spec.length).batches(self._economy.batch_tokens)
+        self._few = Hidden(self._model, few)
+        if self._spec.score == "kl":
+            self._ends = self._through([[state.clone() for state in self._few.states]], 0)[0]
+
+    def _advance(self, block: Block) -> None:
+        """Take all states through the original's block."""
+        self._model.load_block(block.index)
+        self._hidden.advance(block.index)
+        self._few.advance(block.index)
+        self._model.drop_block(block.index)
+        trim()
 
     def _of(self, part: Part) -> list[Unit]:
         """The units that lie in a part."""
@@ -206,8 +226,18 @@ class Sensitivity:
 
 
 def _by_unit(pairs: list[tuple[Unit, int]], values: list[float]) -> Costs:
+    """The values of each unit.
+
+    Raises:
+        InputError: one is no number.
+    """
     costs: Costs = {}
-    for (unit, _), value in zip(pairs, values, strict=True):
+    for (unit, option), value in zip(pairs, values, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{unit.name}: with candidate {option + 1} what the model gives out is infinite or undefined.",
+                hint="Leave that candidate out of allocate.candidates, or name these layers in `layers`.",
+            )
         costs.setdefault(unit, []).append(value)
     return costs
 

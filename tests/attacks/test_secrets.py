@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hub import Hub
 
-from llmshrink import run
 from llmshrink.cli import main
+from llmshrink.forms import Event
 from llmshrink.job import Job
 from llmshrink.recipe import load
 from llmshrink.report.schema import Check
@@ -84,7 +84,7 @@ def test_a_run_that_ends_well(
 
     def eventful(self: Any, *arguments: Any) -> Any:
         words = f"said {TOKEN} {PASSWORD} {ADDRESS} {SIGNED}"
-        self.loader.events.append(run.Event("noise", words, words))
+        self.loader.events.append(Event("noise", words, words))
         return calibration(self, *arguments)
 
     monkeypatch.setattr(Job, "_calibration", eventful)

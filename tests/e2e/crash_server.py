@@ -78,14 +78,14 @@ def _serve() -> None:
     import injected  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from llmshrink import run
+    from llmshrink import job
     from llmshrink.engine import compress
     from llmshrink.formats import awq, bnb, compressed_tensors, dense, gptq  # noqa: F401, F811
     from llmshrink.methods import fp4, nf4, rtn  # noqa: F401
     from llmshrink.report.schema import Check
 
     # The foreign reader imports for seconds, and has nothing to do with files that are written half.
-    run.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")
+    job.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")
     compress.SAVE_EVERY = 0  # more durable steps, and states that are whole, torn or missing
     warm = False
     for line in sys.stdin:

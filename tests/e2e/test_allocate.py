@@ -250,3 +250,47 @@ def test_measure(
     assert main(["measure", str(smallest), *arguments, "--save", str(tmp_path / "nowhere" / "found.json")]) == 7
     assert main(["quantize", str(smallest), *arguments, "--target-bpw", "3", "--plan"]) == 3
     assert "No choice of candidates has" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_to_what_it_chose(
+    smallest: Path, text_file: Path, tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache may be gone, and what would be measured now may be something else."""
+    execute(wanted(smallest, tmp_path / "whole", text_file))
+    with pytest.raises(InterruptedRun):
+        execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop("compress", 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+    measured.clear()
+    execute(wanted(smallest, tmp_path / "out", text_file))
+    assert not measured and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_costs_that_are_known_load_no_block(smallest: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    execute(wanted(smallest, tmp_path / "out", text_file))
+    monkeypatch.setattr(Sensitivity, "_begin", None)
+    execute(wanted(smallest, tmp_path / "other", text_file, allocate={"bpw": 16.5}))
+
+
+def test_what_follows_the_method_changes_no_cost(
+    smallest: Path, text_file: Path, tmp_path: Path, measured: list[int]
+) -> None:
+    execute(wanted(smallest, tmp_path / "out", text_file))
+    stage = {"transform": ["hadamard"], "reconstruct": {"steps": 2}, "tune": {"steps": 2}}
+    report = execute(wanted(smallest, tmp_path / "other", text_file, stage=stage))
+    assert measured == [0, 1]
+    (event,) = [event for event in report.events if event.kind == "measured_before"]
+    assert event.message == "costs were measured before hadamard (states and values)"
+
+
+def test_a_cache_that_fills_up_is_left(smallest: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from llmshrink.sensitivity import kept
+
+    def full(path: Path, data: bytes) -> None:
+        if path.parent.name == "llmshrink":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, data)
+
+    write = kept.write_bytes
+    monkeypatch.setattr(kept, "write_bytes", full)
+    report = execute(wanted(smallest, tmp_path / "out", text_file))
+    assert "not_cached" in {event.kind for event in report.events}

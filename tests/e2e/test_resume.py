@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, SMALL_METHOD, assert_complete, content, recipe
 
-from llmshrink import run
+from llmshrink import job, run
 from llmshrink.calibration.load import TextLoader
 from llmshrink.engine import compress, workspace
 from llmshrink.engine.workspace import WORK
@@ -157,7 +157,7 @@ def test_a_run_goes_on_with_the_text_it_began_with(
 def test_rows_that_were_damaged_are_made_again(
     small: Callable[..., Recipe], expected: dict[str, str], harm: Callable[[Path], None]
 ) -> None:
-    harm(interrupted(small()) / WORK / run.ROWS)
+    harm(interrupted(small()) / WORK / job.ROWS)
     assert finished(small()) == (expected, ["block 1"])
 
 

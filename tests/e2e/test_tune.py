@@ -199,3 +199,11 @@ def test_a_tuned_vector_that_was_written_otherwise_is_found(
     monkeypatch.setattr(output, "write", spoiled)
     with pytest.raises(GateError, match="copied: differ"):
         run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Silent())
+
+
+def test_rows_are_held_back_from_a_single_batch_too(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    few = {"calibration": {"samples": 4, "length": 16}, "run": {"threads": 1, "batch_tokens": 64}}
+    assert tuned(run.execute(wanted(smallest, tmp_path / "out", text_file, **few), progress=Silent())).tokens_held == 16
+    one = {**few, "calibration": {"samples": 1, "length": 16}}
+    report = run.execute(wanted(smallest, tmp_path / "one", text_file, **one), progress=Silent())
+    assert tuned(report).tokens_held == 16 and "not_held" in {event.kind for event in report.events}

@@ -364,3 +364,18 @@ def test_equal_inputs_shift_nothing() -> None:
     )
     assert isinstance(plain, Quantized) and isinstance(shifted, Quantized)
     assert torch.equal(plain.codes, shifted.codes)
+
+
+def test_a_hessian_that_cannot_be_solved_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistic = pairs()[2]
+    exact = torch.linalg.cholesky_ex
+    asked: list[int] = []
+
+    def failing(A: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(A))
+        factor, info = exact(A)
+        return factor, torch.ones_like(info) if len(asked) == 2 else info  # the first is the sweep's own
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    found = prepared(Gptq(GptqConfig(group_size=16, propagate=1.0)), statistic)
+    assert found.shift is None and [event.kind for event in found.events] == ["not_propagated"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import recipe
+from tiny import build_model, config
 
 from llmshrink import run
 from llmshrink.cli.options import build_recipe
@@ -181,3 +182,25 @@ def test_a_flag_replaces_the_target_of_a_recipe() -> None:
     assert stage.allocate.bpw is None and stage.allocate.size is not None
     with pytest.raises(RecipeError, match="the size says it already"):
         build_recipe("quantize", {"target_bpw": 3.0, "target_size": "3GiB"})
+
+
+def test_the_smallest_size_that_is_named_can_be_had(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    """Headers differ by what the candidates are called, and these are named from the largest."""
+    with pytest.raises(PlanError, match="No choice of candidates") as caught:
+        run.make_plan(wanted(smallest, tmp_path / "out", text_file, size=1000, candidates=TYPED[::-1]))
+    least = int(str(caught.value).partition("the smallest has ")[2].split()[0].replace(",", ""))
+    plan = run.make_plan(wanted(smallest, tmp_path / "out", text_file, size=least, candidates=TYPED[::-1]))
+    assert sum(plan.file_bytes.values()) == least
+
+
+def test_a_head_that_gets_a_tensor_of_its_own_is_counted(text_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "tied"
+    build_model(model, config("llama", tie_word_embeddings=True))
+    turn = {"name": "hadamard", "allow_untie": True}
+    asked = {"allocate": {"bpw": 30, "candidates": TYPED}}
+    tied, untied = (
+        choices_of(recipe(model, tmp_path / "out", text_file, RTN, stage={**asked, **more}))
+        for more in ({}, {"transform": [turn]})
+    )
+    head = untied.model.weights.infos["lm_head.weight"]
+    assert tied.model.source.config.tie_word_embeddings and untied.smallest - tied.smallest == head.bytes

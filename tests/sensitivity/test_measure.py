@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.evaluate import sensitivity
 from llmshrink.forms import decode
 from llmshrink.methods.gptq import Gptq
 from llmshrink.model.source import open_source
@@ -45,7 +44,7 @@ def prepared(folder: Path, text: Path, **stage: Any) -> tuple[Choices, Rows]:
 
 
 def measured(choices: Choices, rows: Rows, folder: Path, economy: Economy | None = None) -> list[list[float]]:
-    economy, kept = economy or Economy(64), Kept(folder, {})
+    economy, kept = economy or Economy(64), Kept(folder, {}, spare=folder)
     return Sensitivity(choices, rows, economy=economy, folder=folder, kept=kept, progress=Silent()).measure()
 
 
@@ -187,7 +186,7 @@ def test_what_was_measured_is_not_measured_again(
         done.append(block.index)
         return whole(self, block, units)
 
-    monkeypatch.setattr(sensitivity.Sensitivity, "_made", made)
+    monkeypatch.setattr(Sensitivity, "_made", made)
     assert measured(choices, rows, tmp_path) == costs and not done
     first, second = sorted(tmp_path.iterdir())
     first.write_bytes(first.read_bytes()[:-9])  # torn

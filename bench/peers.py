@@ -121,7 +121,9 @@ def gptq_matrix(tensors: dict[str, Tensor], name: str, bits: int, minus_one: boo
     """A GPTQ layer's weight [out, in]: codes packed along the inputs, zeros along the outputs (v1 stores zero - 1)."""
     codes = unpacked(tensors[f"{name}.qweight"].T, bits).T
     zeros = unpacked(tensors[f"{name}.qzeros"], bits) + (1 if minus_one else 0)
-    groups, scales = tensors[f"{name}.g_idx"].long(), tensors[f"{name}.scales"].float()
+    scales = tensors[f"{name}.scales"].float()
+    adjacent = torch.arange(len(codes)) * len(scales) // len(codes)  # where nothing says otherwise
+    groups = tensors.get(f"{name}.g_idx", adjacent).long()
     return ((codes[: len(groups)] - zeros[groups][:, : codes.shape[1]]) * scales[groups]).T.contiguous()
 
 

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path.cwd()))  # the shared scripts
+sys.path.insert(0, str(Path.cwd()))  # the shared scripts: `common` below is one, hence imports after code
 
 import torch  # noqa: E402
 from auto_round import AutoRound, AutoScheme  # noqa: E402

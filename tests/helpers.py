@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
+from llmshrink.errors import InterruptedRun
 from llmshrink.io.files import sha256
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
+from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
@@ -99,3 +101,18 @@ def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value):
         for field in fields(value):
             yield from tensors(getattr(value, field.name), f"{name}.{field.name}")
+
+
+class Stopping(Silent):
+    """Ends a run as a signal does, where it tells for the nth time of a step, or of what a note begins with."""
+
+    def __init__(self, times: int = 1, *, step: str = "", note: str = "") -> None:
+        self._left, self._wanted, self._note, self._step = times, step, note, ""
+
+    def start(self, step: str, total: int, done: int = 0) -> None:
+        self._step = step
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._left -= self._step.startswith(self._wanted) and note.startswith(self._note)
+        if not self._left:
+            raise InterruptedRun("stopped")

@@ -128,8 +128,7 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     Of the states an older and a newer file for a resume, and those in use where they lie there.
     """
     rows = recipe.calibration.samples if work.needs_data else 0
-    apart = work.blueprint is not None or work.tune is not None
-    shards = sum(work.shard_bytes.values()) if apart else 0
+    shards = sum(work.shard_bytes.values()) if work.apart else 0
     states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
     if work.tune is None:
         return shards + states

@@ -98,9 +98,7 @@ class Compressor:
         self._work, self._model, self._workspace, self._embed = work, work.model, workspace, embed
         self._hidden: Hidden
         self._groups, self._transformer = GroupCompressor(work), transformer
-        # Shards that become one file, or are written again, are no part of the output.
-        apart = work.blueprint is not None or work.tune is not None
-        self._folder = workspace.work if apart else workspace.folder
+        self._folder = workspace.work if work.apart else workspace.folder
         self._shards = Shards(work, self._groups, self._folder)
         self._saved = time.perf_counter()  # when states last were
         self._economy, self._batch_tokens, self._statistics = economy, economy.batch_tokens, economy.statistics
@@ -153,10 +151,9 @@ class Compressor:
         entry = tuning.run(done)
         result.tuned = TuneReport.model_validate(entry["report"])
         self._add(result, {**entry, "layers": [], "files": {}})
-        for name in entry["files"]:
-            changed = safetensors.read_header(self._workspace.folder / name)
-            path = (self._workspace.folder / name).parent
-            result.replaced = {n: safetensors.Checkpoint(path, changed).get(n) for n in changed}
+        for path in (self._workspace.folder / name for name in entry["files"]):
+            changed = safetensors.Checkpoint(path.parent, safetensors.read_header(path))
+            result.replaced = {name: changed.get(name) for name in changed.infos}
         self._shards.replaced = result.replaced
         self._hidden = self._hidden.anew()
         layers = {layer.name: layer for layer in result.layers}
@@ -249,8 +246,7 @@ class Compressor:
         if saved and whole is not saved[-1] and not told:
             path = self._workspace.folder / next(iter(saved[-1]["states"]))
             message = f"{path} is damaged or gone: the forward passes since the last whole one are run again"
-            result.events.append(Event("work_lost", message))
-            self._progress.event(result.events[-1])
+            self._tell([Event("work_lost", message)], result)
         return whole
 
     # --- one part
@@ -314,7 +310,7 @@ class Compressor:
             return self._gather(block, groups, dict.fromkeys(groups, kinds), self._shards.opened(block), events)
 
         reports, files = self._transformer.block(block, self._hidden, find, events)
-        written = {self._below(path): digest for path, digest in files.items()}
+        written = {self._workspace.below(path): digest for path, digest in files.items()}
         return {"transformed": [report.model_dump(mode="json") for report in reports], "files": written}
 
     def _advance_originals(self, block: Block) -> None:
@@ -405,20 +401,20 @@ class Compressor:
 
     # --- files
 
-    def _below(self, path: Path) -> str:
-        return path.relative_to(self._workspace.folder).as_posix()
-
     def _write(
         self, part: Part, tensors: dict[str, Tensor], states: list[Tensor] | None, entry: dict[str, Any]
     ) -> dict[str, Any]:
         start = time.perf_counter()
         path = self._folder / self._work.shards[part.index]
-        entry = {**entry, "files": {**entry.get("files", {}), self._below(path): safetensors.write(path, tensors)}}
+        entry = {
+            **entry,
+            "files": {**entry.get("files", {}), self._workspace.below(path): safetensors.write(path, tensors)},
+        }
         older: list[Path] = []
         if states:
             path = self._workspace.work / _hidden_name(f"{part.index:05d}")
             older = [found for found in self._workspace.work.glob(_hidden_name("*")) if found != path]
-            entry["states"] = {self._below(path): save_states(path, states)}
+            entry["states"] = {self._workspace.below(path): save_states(path, states)}
         entry["seconds"]["write"] = time.perf_counter() - start
         self._workspace.append(entry)
         for path in older:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmshrink.engine.shards import Shards
 from llmshrink.forms import Dense, Layer, Quantized
 from llmshrink.model.anatomy import Block, Matrix, Part
-from llmshrink.model.rounding import straight_through
+from llmshrink.model.rounding import as_stored
 from llmshrink.model.streamed import Decoded
 from llmshrink.plan.work import Work
 
@@ -85,7 +85,7 @@ class Moved:
         stored = self._model.weights.dense(key).to(self._model.device)
         exact = stored.float()
         unit = float(exact.square().mean().sqrt())  # zero of a bias that says nothing: it stays so
-        return _rounded(exact + unit * self.moves.vectors[key], stored.dtype)
+        return as_stored(exact + unit * self.moves.vectors[key], stored.dtype)
 
     def changed(self, part: Part) -> dict[str, Tensor]:
         """The tensors of a part, by their names on disk, that are others than in its shard."""
@@ -121,13 +121,9 @@ class Moved:
 
     def _scale(self, matrix: Matrix, form: Quantized) -> Tensor:
         stored = _stored(form)
-        return _rounded(stored.float() * (1 + self.moves.scales[matrix.key]), stored.dtype)
+        return as_stored(stored.float() * (1 + self.moves.scales[matrix.key]), stored.dtype)
 
 
 def _stored(form: Quantized) -> Tensor:
     assert isinstance(form.scale, Dense)
     return form.scale.weight
-
-
-def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    return straight_through(exact, lambda values: values.to(dtype).float())

@@ -28,7 +28,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.forms import Dense, Quantized, decode
 from llmshrink.model.anatomy import Block, Matrix
-from llmshrink.model.rounding import straight_through
+from llmshrink.model.rounding import as_stored, straight_through
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.report.schema import BlockReport
 
@@ -71,7 +71,7 @@ class _Learned:
         if not isinstance(self.form.scale, Dense):
             return self._scale
         dtype = self.form.scale.weight.dtype
-        return straight_through(self._scale * (1 + self.factor), lambda exact: exact.to(dtype).float())
+        return as_stored(self._scale * (1 + self.factor), dtype)
 
     @torch.no_grad()
     def result(self) -> Quantized:
@@ -92,10 +92,8 @@ def reconstruct(
     """
     model = hidden.model
     forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
-    keys, origins = {m.key for m in forms}, model.map.origins
-    # Experts that are one parameter are learned together, or not at all.
-    whole = {m: form for m, form in forms.items() if keys.issuperset(origins[m.parameter].keys)}
-    forms = {m: form.to(model.device) for m, form in whole.items()}  # one was perhaps made on the CPU
+    # Experts that are one parameter are learned together, or not at all. One form was perhaps made on the CPU.
+    forms = {matrix: forms[matrix].to(model.device) for matrix in model.complete(forms)}
     if not forms:
         return []
     model.load_block(block.index, made.decoded)

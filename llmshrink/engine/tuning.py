@@ -95,7 +95,7 @@ class Tuning:
             events.append(Event("not_tuned", message))
         else:
             path = self._workspace.work / FILE
-            files = {self._below(path): safetensors.write(path, tuner.changed())}
+            files = {self._workspace.below(path): safetensors.write(path, tuner.changed())}
         steps = tuner.point.step if after is not None else 0
         report = TuneReport(
             kl_before=tuner.point.before,
@@ -120,7 +120,7 @@ class Tuning:
     def _save(self) -> None:
         point = self._tuner.point
         path = self._workspace.work / f"tuning-{point.attempt}-{point.step:06d}.safetensors"
-        saved = {self._below(path): self._tuner.save(path)}
+        saved = {self._workspace.below(path): self._tuner.save(path)}
         entry = {"tuning": asdict(point), "files": {}, "saved": saved, "rows": self._rows, "seconds": self._taken()}
         self._workspace.append(entry)
         self._remove_older(path)
@@ -145,6 +145,3 @@ class Tuning:
 
     def _taken(self) -> float:
         return self._seconds + time.perf_counter() - self._begun
-
-    def _below(self, path: Path) -> str:
-        return path.relative_to(self._workspace.folder).as_posix()

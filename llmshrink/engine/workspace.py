@@ -201,6 +201,10 @@ class Workspace:
         """The lines of the journal, whole or not; the last may be cut short."""
         return self._journal.read_bytes().removesuffix(b"\n").split(b"\n") if self._journal.is_file() else []
 
+    def below(self, path: Path) -> str:
+        """The name of a file in the journal: its path below the folder."""
+        return path.relative_to(self.folder).as_posix()
+
     def holds(self, files: dict[str, str]) -> bool:
         """Whether files {path below the folder: SHA-256} are there and whole."""
         return self._spoiled(files) is None

@@ -56,6 +56,11 @@ class _ByExpert:
         return x if scheme is None else straight_through(x, scheme.round)
 
 
+def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What float32 numbers are once they were stored in a dtype, float32; gradients pass."""
+    return straight_through(x, lambda exact: exact.to(dtype).float())
+
+
 def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """`rounding(x)`, whose gradient is handed on to `x` as it is (Bengio et al. 2013, arXiv 1308.3432)."""
     rounded = rounding(x.detach())

@@ -214,6 +214,12 @@ class StreamedModel:
         """
         return record.run(self._blocks[index], index, hidden, self._made_of(index, weights) if weights else None)
 
+    def complete(self, matrices: Iterable[Matrix]) -> list[Matrix]:
+        """Those whose parameter is made of none but these: of fused experts all, or none."""
+        found = list(matrices)
+        keys = {matrix.key for matrix in found}
+        return [matrix for matrix in found if keys.issuperset(self.map.origins[matrix.parameter].keys)]
+
     def vectors(self, keys: Iterable[str]) -> list[str]:
         """Those of these keys on disk that are vectors of parameters: weights of norms, biases."""
         flat = [k for k in keys if k in self._names and len(self.weights.infos[k].shape) == 1]

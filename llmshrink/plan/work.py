@@ -52,6 +52,11 @@ class Work:
     scoring: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the comparison of both models
 
     @property
+    def apart(self) -> bool:
+        """Whether the shards are no part of the output: they become one file, or are written again."""
+        return self.blueprint is not None or self.tune is not None
+
+    @property
     def file_bytes(self) -> dict[str, int]:
         """Every file of the output that holds tensors, with its size."""
         return self.shard_bytes if self.blueprint is None else {SINGLE: self.blueprint.size}
@@ -108,8 +113,7 @@ class Work:
                 and isinstance(form.scale, Dense)
             ):
                 found[matrix] = tuple(form.scale.weight.shape)
-        keys, origins = {m.key for m in found}, self.model.map.origins
-        return {m: shape for m, shape in found.items() if keys.issuperset(origins[m.parameter].keys)}
+        return {matrix: found[matrix] for matrix in self.model.complete(found)}
 
     @property
     def tuned_numbers(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SMALL, content, recipe
+from helpers import SMALL, Stopping, content, recipe
 
 from llmshrink import run
 from llmshrink.cli import main
@@ -69,20 +69,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return blocks
 
 
-class _Stop(Silent):
-    """Stops a run at the end of a block, while it measures or while it compresses."""
-
-    def __init__(self, step: str, block: int) -> None:
-        self._step, self._block, self._now = step, f"block {block}", ""
-
-    def start(self, name: str, total: int, done: int = 0) -> None:
-        self._now = name
-
-    def advance(self, amount: int, note: str = "") -> None:
-        if self._now.startswith(self._step) and note.startswith(self._block):
-            raise InterruptedRun("stopped")
-
-
 @pytest.mark.parametrize("asked", [{"bpw": 15.5}, {"bpw": 16.25}, {"bpw": None, "size": 60_000}])
 def test_a_size_is_met(smallest: Path, text_file: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
     stage = done(execute(wanted(smallest, tmp_path / "out", text_file, allocate=asked)))
@@ -139,7 +125,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
     measured.clear()
     with pytest.raises(InterruptedRun):
-        execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop(step, block))
+        execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(step=step, note=f"block {block}"))
     report = execute(wanted(smallest, tmp_path / "out", text_file))
     assert measured == [0, 1]
     assert report.stages[0].resumed_blocks == (block + 1 if step == "compress" else 0)
@@ -158,7 +144,7 @@ def test_without_a_cache_a_stopped_run_goes_on_too(
 ) -> None:
     (tmp_path / "cache").write_text("not a folder")
     with pytest.raises(InterruptedRun):
-        execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop("compress", 0))
+        execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(step="compress", note="block 0"))
     report = execute(wanted(smallest, tmp_path / "out", text_file))
     assert measured == [0, 1] and "not_cached" in {event.kind for event in report.events}
     assert not [path for path in (tmp_path / "out").iterdir() if "sensitivity" in path.name]
@@ -258,7 +244,7 @@ def test_a_run_that_goes_on_keeps_to_what_it_chose(
     """The cache may be gone, and what would be measured now may be something else."""
     execute(wanted(smallest, tmp_path / "whole", text_file))
     with pytest.raises(InterruptedRun):
-        execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop("compress", 0))
+        execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(step="compress", note="block 0"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
     measured.clear()
     execute(wanted(smallest, tmp_path / "out", text_file))

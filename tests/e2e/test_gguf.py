@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from gguf_files import CHANGES, FAMILIES
-from helpers import content, recipe
+from helpers import Stopping, content, recipe
 from safetensors.torch import load_file, save_file
 from tiny import build_model, config
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,21 +117,6 @@ def test_the_head_is_compressed_for_its_own_inputs(tiny: Callable[..., Path], te
     assert [table.method for table in tables] == ["rtn", "rtn"], "rows that are looked up have no inputs"
 
 
-class _Stop(Silent):
-    """Stops the run as a signal does, once a number of parts is compressed."""
-
-    def __init__(self, after: int) -> None:
-        self._left, self._step = after, ""
-
-    def start(self, step: str, total: int, done: int = 0) -> None:
-        self._step = step
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self._left -= self._step == "compress"
-        if self._left == 0:
-            raise InterruptedRun("stopped by the test")
-
-
 @pytest.mark.parametrize("after", range(1, 5))
 def test_a_stopped_run_gives_the_same_bytes(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
@@ -147,7 +132,7 @@ def test_a_stopped_run_gives_the_same_bytes(
         stage={"format": {"name": "gguf", "type": "Q4_K_M"}},
     )
     with pytest.raises(InterruptedRun):
-        run.execute(wanted, progress=_Stop(after))
+        run.execute(wanted, progress=Stopping(after, step="compress"))
     report = run.execute(wanted, progress=Silent())
     assert report.stages[0].resumed_blocks == min(max(after - 1, 0), 2)
     assert content(tmp_path / "out") == content(tmp_path / "whole")

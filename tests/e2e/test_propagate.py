@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import content, recipe
-from test_reconstruct import _Stop
+from helpers import Stopping, content, recipe
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun, PlanError
@@ -40,7 +39,7 @@ def test_a_stopped_run_gives_the_same_bytes(
     run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
     monkeypatch.setattr("llmshrink.engine.compress.SAVE_EVERY", 0.0 if save else 60.0)
     with pytest.raises(InterruptedRun):
-        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop(1))
+        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(note="block"))
     report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Silent())
     assert report.stages[0].resumed_blocks == 1
     assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import content, recipe
+from helpers import Stopping, content, recipe
 
 from llmshrink import run
 from llmshrink.cli import main
@@ -37,18 +37,6 @@ def learned(report: Report) -> StageReport:
 
 def weights(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in content(folder).items() if name.endswith(".safetensors")}
-
-
-class _Stop(Silent):
-    """Stops a run after some blocks."""
-
-    def __init__(self, blocks: int) -> None:
-        self._left = blocks
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self._left -= note.startswith("block")
-        if not self._left:
-            raise InterruptedRun("stopped")
 
 
 @pytest.mark.parametrize("method", [{"name": "rtn", "bits": 2, "group_size": 32}, {"name": "gptq", "type": "Q4_0"}])
@@ -95,7 +83,7 @@ def test_a_stopped_run_gives_the_same_bytes(
     run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
     monkeypatch.setattr("llmshrink.engine.compress.SAVE_EVERY", 0.0 if save else 60.0)
     with pytest.raises(InterruptedRun):
-        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop(1))
+        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(note="block"))
     report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Silent())
     assert report.stages[0].resumed_blocks == 1 and [b.block for b in report.stages[0].blocks] == [0, 1]
     assert content(tmp_path / "out") == content(tmp_path / "whole")

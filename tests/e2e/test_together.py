@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import content, recipe
+from helpers import Stopping, content, recipe
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun
@@ -26,21 +26,6 @@ def wanted(model: Path, out: Path, text: Path) -> Recipe:
     return recipe(model, out, text, {"name": "gptq", "propagate": 0.5}, stage=STAGE, **small)
 
 
-class _Stop(Silent):
-    """Stops a run where a step is told for the nth time."""
-
-    def __init__(self, what: str, times: int) -> None:
-        self._what, self._left, self._step = what, times, ""
-
-    def start(self, step: str, total: int, done: int = 0) -> None:
-        self._step = step
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self._left -= self._step.startswith(self._what)
-        if not self._left:
-            raise InterruptedRun("stopped")
-
-
 @pytest.fixture(scope="module")
 def whole(smallest: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("together") / "whole"
@@ -58,7 +43,7 @@ def test_it_goes_on_wherever_it_was_stopped(
 ) -> None:
     wish = wanted(smallest, tmp_path / "out", text_file)
     with pytest.raises(InterruptedRun):
-        run.execute(wish, progress=_Stop(what, times))
+        run.execute(wish, progress=Stopping(times, step=what))
     run.execute(wish, progress=Silent())
     assert content(tmp_path / "out") == content(whole)
 

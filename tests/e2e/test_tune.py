@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import content, recipe
+from helpers import Stopping, content, recipe
 
 from llmshrink import run
 from llmshrink.engine.tune import Tuner
@@ -39,18 +39,6 @@ def tuned(report: Report) -> TuneReport:
 
 def weights(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in content(folder).items() if name.endswith(".safetensors")}
-
-
-class _Stop(Silent):
-    """Stops a run after some steps of tuning."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def advance(self, amount: int, note: str = "") -> None:
-        self._left -= note.startswith("KL")
-        if not self._left:
-            raise InterruptedRun("stopped")
 
 
 def test_the_report_says_what_it_gained(smallest: Path, text_file: Path, tmp_path: Path) -> None:
@@ -88,7 +76,7 @@ def test_nothing_worse_is_taken_over(
 def test_a_stopped_run_gives_the_same_bytes(smallest: Path, text_file: Path, tmp_path: Path, steps: int) -> None:
     whole = run.execute(wanted(smallest, tmp_path / "whole", text_file), progress=Silent())
     with pytest.raises(InterruptedRun):
-        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=_Stop(steps))
+        run.execute(wanted(smallest, tmp_path / "out", text_file), progress=Stopping(steps, note="KL"))
     progress = _Counting()
     report = run.execute(wanted(smallest, tmp_path / "out", text_file), progress=progress)
     assert progress.steps == 12 - steps and tuned(report) == tuned(whole)

@@ -1,6 +1,6 @@
-"""Quality and time beside llm-compressor's and GPTQModel's GPTQ, and AutoRound: same model, same rows, one run.
+"""Quality and time beside llm-compressor's and GPTQModel's GPTQ, HQQ and AutoRound: same model, same rows, one run.
 
-    python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON --autoround PYTHON
+    python -m bench.peers --shared ../shared --llmcompressor PYTHON --gptqmodel PYTHON --hqq PYTHON --autoround PYTHON
         [--model lab8m] [--settings 4:128 3:128 2:64 w8a8 fp8] [--presets balanced best] [--repeat 3] [--json FILE]
 
 Each PYTHON is the interpreter of an environment with that tool (they exclude each other, and ours). Every tool runs in
@@ -34,10 +34,12 @@ from llmshrink.calibration.rows import Rows, tokenize
 from llmshrink.calibration.text import documents
 from llmshrink.evaluate.metrics import Scores, bootstrap_ratio
 
-PEERS = {
-    "llm-compressor": "peer_llmcompressor.py",
-    "gptqmodel": "peer_gptqmodel.py",
-    "auto-round": "peer_autoround.py",
+OWN = Path(__file__).parent
+PEERS = {  # a script of `--shared`'s, or one beside this file that works like those
+    "llm-compressor": Path("peer_llmcompressor.py"),
+    "gptqmodel": Path("peer_gptqmodel.py"),
+    "hqq": OWN / "peer_hqq.py",
+    "auto-round": Path("peer_autoround.py"),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "lab8m": {"length": 256, "rows": 128, "calibration": "calibration", "texts": ["tinystories", "gsm8k", "wikitext2"]},
@@ -63,15 +65,15 @@ def arguments(setting: str) -> tuple[list[str], list[str]]:
 
 
 def run_peer(
-    python: str, script: Path, model: Path, out: Path, setting: str, facts: dict[str, Any]
+    python: str, folder: Path, script: Path, model: Path, out: Path, setting: str, facts: dict[str, Any]
 ) -> dict[str, float]:
-    """Run one of the shared scripts; its own seconds and those of the whole process."""
-    command = [python, script.name, str(model), str(out), *arguments(setting)[0]]
+    """Run a script in the folder of the shared ones; its own seconds and those of the whole process."""
+    command = [python, str(folder / script), str(model), str(out), *arguments(setting)[0]]
     command += ["--rows", str(facts["rows"]), "--length", str(facts["length"]), "--calibration", facts["calibration"]]
     command += ["--evaluation", facts["texts"][0], "--eval-rows", "1"]  # scored below, by one function for all
     start = time.perf_counter()
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
-    done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script.name} failed:\n{done.stderr[-2000:]}")
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
@@ -180,8 +182,7 @@ def measure(
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / tool
                 if tool in PEERS:
-                    script = shared / "bench" / PEERS[tool]
-                    times = run_peer(getattr(args, tool), script, source, out, setting, facts)
+                    times = run_peer(getattr(args, tool), shared / "bench", PEERS[tool], source, out, setting, facts)
                 else:
                     times = run_ours(source, out, setting, tool, facts, shared)
                 one = found.setdefault(tool, Measured())

@@ -13,7 +13,7 @@ class ReconstructSpec(Section):
     """Learn the codes and scales of each block by gradient, against the original's output."""
 
     steps: int = Field(200, ge=1, description="steps of gradient for each block")
-    tokens: int = Field(2048, ge=1, description="calibration tokens in a step, in whole batches")
+    tokens: int = Field(1024, ge=1, description="calibration tokens in a step, in whole batches")
     rate: float = Field(
         0.01,
         gt=0,

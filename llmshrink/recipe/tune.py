@@ -15,16 +15,16 @@ class TuneSpec(Section):
     optional: bool = Field(
         False, description="where model or format cannot be tuned, leave it out and tell so; false: refuse the recipe"
     )
-    steps: int = Field(50, ge=1, description="steps of gradient")
-    tokens: int = Field(2048, ge=1, description="calibration tokens in a step, in whole batches")
+    steps: int = Field(30, ge=1, description="steps of gradient")
+    tokens: int = Field(1024, ge=1, description="calibration tokens in a step, in whole batches")
     rate: float = Field(
-        0.003,
+        0.0015,
         ge=0,
         lt=1,
         description="by what share a step moves a scale; a quarter of it where the model gets no better",
     )
     norm_rate: float = Field(
-        0.003, ge=0, lt=1, description="by what share of a norm's, or a bias's, root mean square a step moves it"
+        0.0015, ge=0, lt=1, description="by what share of a norm's, or a bias's, root mean square a step moves it"
     )
 
     @property

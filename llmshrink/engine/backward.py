@@ -54,8 +54,12 @@ def forward(hidden: Hidden, blocks: Blocks, before: Callable[[int], None] | None
         def run(batch: int, index: int = block.index) -> None:
             hidden.states[batch].copy_(hidden.run(index, batch))
 
-        for _ in side_by_side(hidden.model.device, run, len(hidden.states)):
-            pass
+        if len(hidden.states) == 1:  # with all cores: nothing runs beside it
+            with torch.no_grad():
+                run(0)
+        else:
+            for _ in side_by_side(hidden.model.device, run, len(hidden.states)):
+                pass
         blocks.drop(block.index)
         trim()
 

@@ -33,6 +33,7 @@ from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.report.schema import BlockReport
 
 CELL = 0.49  # steps from a code within which its latent starts; at half a step it would be the next code's
+PACES = (1.0, 0.25)  # the second where a block gets no better: one that is nearly right already
 BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
 
 
@@ -99,8 +100,8 @@ def reconstruct(
     model.load_block(block.index, made.decoded)
     before = difference(block, hidden)
     report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
-    for attempt in spec.slower if before else ():
-        learned = learn(block, forms, hidden, attempt, seed=seed, scale=before)
+    for pace in PACES if before else ():
+        learned = learn(block, forms, hidden, spec, pace=pace, seed=seed, scale=before)
         trial = made.copy()
         for matrix, form in learned.items():
             groups.replace(trial, matrix, form)
@@ -117,7 +118,14 @@ def reconstruct(
 
 
 def learn(
-    block: Block, forms: Mapping[Matrix, Quantized], hidden: Hidden, spec: ReconstructSpec, *, seed: int, scale: float
+    block: Block,
+    forms: Mapping[Matrix, Quantized],
+    hidden: Hidden,
+    spec: ReconstructSpec,
+    *,
+    pace: float = 1.0,
+    seed: int,
+    scale: float,
 ) -> dict[Matrix, Quantized]:
     """Other codes and scales for matrices of a compressed block; what is loaded of the others is taken as it is.
 
@@ -126,14 +134,15 @@ def learn(
         forms: what was chosen for the matrices that are learned.
         hidden: the states that enter it, and of the original those that leave it.
         spec: how long, and how fast.
+        pace: what the rates are multiplied by.
         seed: of the order of batches.
         scale: what `difference` is before, more than zero; the loss is counted in it.
     """
     learned = {m: _Learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
-    rates = {"latent": spec.rate, "factor": spec.scale_rate}
     sets: list[dict[str, Any]] = [
-        {"params": [getattr(each, name) for each in learned.values()], "lr": rate} for name, rate in rates.items()
+        {"params": [each.latent], "lr": pace * spec.rate_of(each.form.bits)} for each in learned.values()
     ]
+    sets.append({"params": [each.factor for each in learned.values()], "lr": pace * spec.scale_rate})
     # What Adam does must not depend on how large states are: hence the scale, and an eps that is small.
     optimizer = torch.optim.Adam(sets, betas=BETAS, eps=1e-15)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, spec.steps)

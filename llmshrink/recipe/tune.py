@@ -15,7 +15,7 @@ class TuneSpec(Section):
     optional: bool = Field(
         False, description="where model or format cannot be tuned, leave it out and tell so; false: refuse the recipe"
     )
-    steps: int = Field(30, ge=1, description="steps of gradient")
+    steps: int = Field(20, ge=1, description="steps of gradient")
     tokens: int = Field(1024, ge=1, description="calibration tokens in a step, in whole batches")
     rate: float = Field(
         0.0015,

@@ -75,7 +75,17 @@ class Quantized:
         return even and not isinstance(self.block, int) and self.block[0] == 1
 
 
-Form = Dense | Quantized
+@dataclass(frozen=True)
+class Sparse:
+    """A form of which only some weights are stored; the others are zero."""
+
+    mask: Tensor  # bool [out, in], true where a weight is kept
+    values: Form  # of a matrix of that shape; what it says of the others is not stored
+    kept: int  # how many weights are
+    pattern: tuple[int, int] | None = None  # (n, m): n weights of each m adjacent inputs are kept; None: any
+
+
+Form = Dense | Quantized | Sparse
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,8 @@ def decode(form: Form) -> Tensor:
     """The float32 matrix that the stored numbers mean, exactly as a reader computing in float32 finds it."""
     if isinstance(form, Dense):
         return form.weight.float()
+    if isinstance(form, Sparse):
+        return decode(form.values).masked_fill(~form.mask, 0)
     scale = decode(form.scale)
     values = form.codes.float() if form.levels is None else form.levels.float()[form.codes.int()]
     if isinstance(form.block, int):
@@ -207,6 +219,11 @@ def check_blocks(form: Form) -> None:
     """Raise ValueError where the scales of a form, its zero points or its minima, do not cover its codes."""
     if isinstance(form, Dense):
         return
+    if isinstance(form, Sparse):
+        if _shape(form.values) != form.mask.shape:
+            raise ValueError(f"values {list(_shape(form.values))} under a mask {list(form.mask.shape)}")
+        check_blocks(form.values)
+        return
     if isinstance(form.block, int):
         whole, wanted = True, [-(-form.codes.numel() // form.block)]
     else:
@@ -223,7 +240,20 @@ def check_blocks(form: Form) -> None:
 
 
 def _shape(form: Form) -> torch.Size:
+    if isinstance(form, Sparse):
+        return form.mask.shape
     return form.codes.shape if isinstance(form, Quantized) else form.weight.shape
+
+
+def quantized(form: Form) -> Quantized | None:
+    """The codes that a form is made of, all of them or those that are kept; None: it has none."""
+    inner = form.values if isinstance(form, Sparse) else form
+    return inner if isinstance(inner, Quantized) else None
+
+
+def filled(form: Form) -> Form:
+    """A form of all weights: what is dropped stands in the values as zeros already."""
+    return form.values if isinstance(form, Sparse) else form
 
 
 def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> Form:
@@ -234,6 +264,11 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
     first = forms[0]
     if isinstance(first, Dense):
         return Dense(how([form.weight for form in forms if isinstance(form, Dense)]))
+    if isinstance(first, Sparse):
+        parts = [form for form in forms if isinstance(form, Sparse)]
+        mask = how([form.mask for form in parts])
+        kept = sum(form.kept for form in parts) if mask.is_meta else int(mask.sum())
+        return replace(first, mask=mask, values=combine([form.values for form in parts], how), kept=kept)
     alike = [form for form in forms if isinstance(form, Quantized)]
     zeros = [form.zero for form in alike if form.zero is not None]
     minima = [form.minimum for form in alike if form.minimum is not None]
@@ -280,6 +315,8 @@ def _by_row(form: Form) -> bool:
     """Whether each row of a form, and of the tables in it, stands for itself."""
     if isinstance(form, Dense):
         return True
+    if isinstance(form, Sparse):
+        return _by_row(form.values)
     own = not isinstance(form.block, int) and form.block[0] == 1
     return own and _by_row(form.scale) and (form.minimum is None or _by_row(form.minimum))
 
@@ -319,8 +356,11 @@ __all__ = [
     "Objective",
     "Quantized",
     "Scheme",
+    "Sparse",
     "decode",
+    "filled",
     "join_rows",
+    "quantized",
     "relative_error",
     "relative_error_of",
     "split_rows",

@@ -44,7 +44,7 @@ from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.schema import EvalStage, QuantizeStage
+from llmshrink.recipe.schema import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
     Check,
@@ -100,7 +100,7 @@ class Job:
     def measure(self) -> SensitivityReport:
         """What each candidate costs in each unit."""
         stage = writing_stage_of(self.recipe)
-        assert isinstance(stage, QuantizeStage)
+        assert isinstance(stage, MatrixStage)
         choices = Choices(self.recipe, stage, self.model)
         work = choices.works[0]
         economy, needed = compress_economy(work, self.recipe, choices)

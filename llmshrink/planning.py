@@ -16,7 +16,7 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import ExportStage, QuantizeStage, Recipe
+from llmshrink.recipe.schema import ExportStage, MatrixStage, Recipe
 
 
 def open_model(recipe: Recipe) -> tuple[Source, bool]:
@@ -27,13 +27,13 @@ def open_model(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-def writing_stage_of(recipe: Recipe) -> QuantizeStage | ExportStage | None:
+def writing_stage_of(recipe: Recipe) -> MatrixStage | ExportStage | None:
     """The stage of a recipe that writes a model; None: it only evaluates.
 
     Raises:
         PlanError: there are several.
     """
-    stages = [stage for stage in recipe.stages if isinstance(stage, QuantizeStage | ExportStage)]
+    stages = [stage for stage in recipe.stages if isinstance(stage, MatrixStage | ExportStage)]
     if len(stages) > 1:
         raise PlanError(
             "A recipe can hold one stage that writes a model.",
@@ -53,11 +53,11 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
     choices = None
-    if isinstance(stage, QuantizeStage) and stage.allocate is not None:
+    if isinstance(stage, MatrixStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()
         work = choices.guessed()
-    elif isinstance(stage, QuantizeStage):
+    elif isinstance(stage, MatrixStage):
         work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:
         work = resolve_export(recipe, stage, model)

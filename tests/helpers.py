@@ -26,9 +26,11 @@ FORMATS = {"cast": {"format": {"name": "gguf"}}}  # of methods that no other for
 
 
 def recipe(model: Path, output: Path, text: Path, method: dict[str, Any] | None = None, **more: Any) -> Recipe:
-    """A small quantize recipe without evaluation."""
+    """A small recipe to quantize, or to prune where the method does, without evaluation."""
     usual = FORMATS.get(str((method or {}).get("name")), {})
-    stage: dict[str, Any] = {"task": "quantize", "method": method, **usual, **more.pop("stage", {})}
+    pruning = (method or {}).get("name") in ("magnitude", "random", "wanda", "sparsegpt")
+    task = "prune" if pruning else "quantize"
+    stage: dict[str, Any] = {"task": task, "method": method, **usual, **more.pop("stage", {})}
     data: dict[str, Any] = {
         "version": 1,
         "model": {"id": str(model)},

@@ -132,3 +132,41 @@ def least_error_of_any_integers(
             codes = ((x + minimum) / scale).nan_to_num(0, 0, 0).round().clamp(low, high)
             best = torch.minimum(best, (cost * (x - codes * scale + minimum).square()).sum(2))
     return best.sum(1)
+
+
+def optimal_brain_surgeon(W: Tensor, H: Tensor, share: float, together: int, pattern: tuple[int, int] | None) -> Tensor:
+    """Weights [out, in] of SparseGPT without its Cholesky: the columns still free are inverted at every step.
+
+    Args:
+        W: [out, in].
+        H: [in, in], damping included.
+        share: of the weights that go.
+        together: columns whose mask is chosen at a time; with a pattern, its length.
+        pattern: how many of how many adjacent weights of a row stay; None: any of a block.
+    """
+    W, H, (out, width) = W.double().clone(), H.double(), W.shape
+    inverses = [torch.linalg.inv(H[start:, start:]) for start in range(width)]
+    mask = torch.ones(out, width, dtype=torch.bool)
+    for start in range(0, width, together):
+        stop = min(start + together, width)
+        cost = torch.stack([W[:, j].square() / inverses[j][0, 0] for j in range(start, stop)], 1)
+        if pattern is None:
+            gone = round(share * out * stop) - round(share * out * start)
+            order = [divmod(int(k), stop - start) for k in cost.flatten().argsort()[:gone]]
+        else:
+            order = [(row, int(k)) for row in range(out) for k in cost[row].argsort()[: pattern[1] - pattern[0]]]
+        for row, column in order:
+            mask[row, start + column] = False
+        for j in range(start, stop):
+            error = W[:, j] * ~mask[:, j]
+            W[:, j:] -= error[:, None] * inverses[j][0] / inverses[j][0, 0]
+    return W * mask
+
+
+def least_squares(W: Tensor, mask: Tensor, H: Tensor) -> Tensor:
+    """The kept weights [out, in] of least output error tr((V - W) H (V - W)^T): one system for each row."""
+    V = torch.zeros_like(W, dtype=torch.float64)
+    H = H.double()
+    for row, kept in enumerate(mask):
+        V[row, kept] = torch.linalg.solve(H[kept][:, kept], (H @ W[row].double())[kept])
+    return V

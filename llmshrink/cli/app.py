@@ -92,17 +92,50 @@ def quantize(
     verbose: opt.Verbose = False,
 ) -> None:
     """Store a model's weights in fewer bits, verify the result, and measure what it cost."""
-    if plan and smoke:
-        raise UsageError("--plan and --smoke are two questions: ask one at a time")
-    wanted = opt.build_recipe("quantize", ctx.params)
-    _tell_default(wanted.model.id, quiet)
-    if plan:
-        _plan(wanted, json=json)
-    elif smoke:
-        _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
-    else:
-        report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
-        _finish(report, json=json, table=not quiet, path=True)
+    _work("quantize", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+
+
+@app.command(rich_help_panel="Work")
+def prune(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.Method = None,
+    sparsity: opt.Sparsity = None,
+    pattern: opt.Pattern = None,
+    bits: opt.KeptBits = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    target_size: opt.TargetSize = None,
+    target_bpw: opt.TargetBpw = None,
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    evaluation: opt.Evaluation = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    memory: opt.Memory = None,
+    sequential: opt.Sequential = None,
+    strict: opt.Strict = None,
+    resume: opt.Resume = None,
+    overwrite: opt.Overwrite = False,
+    plan: opt.Plan = False,
+    smoke: opt.Smoke = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Drop weights, store what is left without the zeros, verify the result, and measure what it cost."""
+    _work("prune", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 @app.command(rich_help_panel="Work")
@@ -318,6 +351,23 @@ def _run(given: list[str]) -> int:
         message = f"internal error: {type(error).__name__}: {error}{hint}"
         console.report_error(error, LlmshrinkError.exit_code, message, as_json=as_json, verbose=verbose)
         return LlmshrinkError.exit_code
+
+
+def _work(
+    task: str, ctx: typer.Context, *, plan: bool, smoke: bool, json: bool, quiet: bool, verbose: bool, overwrite: bool
+) -> None:
+    """A command that compresses matrices: as asked, only planned, or tried on one block."""
+    if plan and smoke:
+        raise UsageError("--plan and --smoke are two questions: ask one at a time")
+    wanted = opt.build_recipe(task, ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    if plan:
+        _plan(wanted, json=json)
+    elif smoke:
+        _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
+    else:
+        report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
+        _finish(report, json=json, table=not quiet, path=True)
 
 
 def _tell_default(model: str | None, quiet: bool) -> None:

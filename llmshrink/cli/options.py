@@ -17,6 +17,8 @@ RECIPE_KEYS = {
     "bits": "method.bits",
     "group_size": "method.group_size",
     "symmetric": "method.symmetric",
+    "sparsity": "method.sparsity",
+    "pattern": "method.pattern",
     "inputs": "inputs.type",
     "transform": "transform",
     "format": "format.name",
@@ -118,6 +120,17 @@ GroupSize = Annotated[
 ]
 Symmetric = Annotated[
     bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", rich_help_panel=_WHAT)
+]
+Sparsity = Annotated[
+    float | None, typer.Option(help="Share of the weights to drop: 0.5.", metavar="SHARE", rich_help_panel=_WHAT)
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(help="Keep N weights of each M adjacent inputs, e.g. 2:4.", metavar="N:M", rich_help_panel=_WHAT),
+]
+KeptBits = Annotated[
+    int | None,
+    typer.Option("--bits", help="Round what is kept too: 2, 3, 4 or 8 bits (sparsegpt).", rich_help_panel=_WHAT),
 ]
 Inputs = Annotated[
     str | None,
@@ -262,7 +275,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
             data = load.override(data, key, list(value) if isinstance(value, tuple) else value, task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in ("quantize", "export") if name in tasks), "eval")
+    command = next((name for name in ("quantize", "prune", "export") if name in tasks), "eval")
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, relative_error, split_rows
+from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, quantized, relative_error, split_rows
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared, method_name
@@ -95,36 +95,38 @@ class GroupCompressor:
                 trim()
             weights = [self._model.read(matrix).to(device) for matrix in matrices]
             layer = compressed(used, torch.cat(weights) if len(weights) > 1 else weights[0], prepared[key])
+            layer = self._work.storable(layer)
             parts = split_rows(layer, [len(w) for w in weights]) if len(weights) > 1 else [layer]
             found = [*([event] if event else []), *prepared[key].events, *layer.events]
             fallback = any(e.kind.endswith("_fallback") for e in found)
             for matrix, weight, whole in zip(matrices, weights, parts, strict=True):
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
-                packed, error = self._store(made, matrix, part, weight)
+                packed, error, zeros = self._store(made, matrix, part, weight)
                 if self._work.reconstruct is not None and used.learnable:
                     made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
                 before = self._model.weights.stored_bytes(matrix.key)
-                report = _report(matrix, used, part, packed, before, error, fallback, self._work.format, seconds)
+                report = _report(matrix, used, part, packed, before, error, zeros, fallback, self._work.format, seconds)
                 made.layers.append(report)
         return made
 
-    def _store(self, made: Made, matrix: Matrix, layer: Layer, weight: Tensor) -> tuple[dict[str, Tensor], float]:
-        """What is written of a matrix, and its distance to the `weight` that it stands for."""
+    def _store(self, made: Made, matrix: Matrix, layer: Layer, weight: Tensor) -> tuple[dict[str, Tensor], float, int]:
+        """What is written of a matrix, its distance to the `weight` that it stands for, and how much of it is zero."""
         slot = self._work.slots[matrix]
         packed = self._work.format.pack(slot, layer)
         # Go on with what the file means, not with what the method meant.
         made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
         made.tensors |= packed
-        return packed, relative_error(weight, made.decoded[matrix.key].weight())
+        decoded = made.decoded[matrix.key].weight()
+        return packed, relative_error(weight, decoded), decoded.numel() - int(decoded.count_nonzero())
 
     def replace(self, made: Made, matrix: Matrix, form: Form) -> None:
         """Write another form of a matrix that is compressed; nobody minimised the method's own error with it."""
         layer = Layer(form, input=made.decoded[matrix.key].input)
-        _, error = self._store(made, matrix, layer, self._model.read(matrix))
+        _, error, zeros = self._store(made, matrix, layer, self._model.read(matrix))
         number = next(i for i, report in enumerate(made.layers) if report.name == matrix.name)
-        changes = {"relative_error": error, "objective": None, "reconstructed": True}
+        changes = {"relative_error": error, "zeros": zeros, "objective": None, "reconstructed": True}
         made.layers[number] = made.layers[number].model_copy(update=changes)
 
     def _stacks(self, group: Group) -> list[tuple[Method[Any], list[Matrix]]]:
@@ -195,11 +197,12 @@ def _report(
     packed: dict[str, Tensor],
     bytes_before: int,
     error: float,
+    zeros: int,
     fallback: bool,
     stored_as: Format,
     seconds: float,
 ) -> LayerReport:
-    form = layer.weight
+    form, codes = layer.weight, quantized(layer.weight)
     size = sum(t.numel() * t.itemsize for t in packed.values())
     return LayerReport(
         name=matrix.name,
@@ -207,8 +210,8 @@ def _report(
         method=method_name(method),
         form=type(form).__name__,
         format=stored_as.name,
-        bits=form.bits if isinstance(form, Quantized) else None,
-        group_size=_group_size(form, matrix.shape[1]),
+        bits=None if codes is None else codes.bits,
+        group_size=_group_size(codes, matrix.shape[1]),
         type=stored_as.type_of(layer),
         inputs=None if layer.input is None else layer.input.words,
         parameters=matrix.numel,
@@ -216,14 +219,15 @@ def _report(
         bytes_after=size,
         bits_per_weight=8 * size / matrix.numel,
         relative_error=error,
+        zeros=zeros,
         objective=None if layer.objective is None else layer.objective.share,
         seconds=seconds,
         fallback=fallback,
     )
 
 
-def _group_size(form: Any, width: int) -> int | None:
-    if not isinstance(form, Quantized):
+def _group_size(form: Quantized | None, width: int) -> int | None:
+    if form is None:
         return None
     size = form.block if isinstance(form.block, int) else form.block[1]
     return None if size == width else size

@@ -37,6 +37,6 @@ def format_of(quantization: dict[str, Any] | None) -> Format | None:
         return load_format("dense")
     for name in (*format_names(), *_READ_ONLY):
         candidate = load_format(name)
-        if candidate.quant_method is not None and candidate.quant_method == quantization.get("quant_method"):
+        if candidate.owns(quantization):
             return candidate
     return None

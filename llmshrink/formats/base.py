@@ -52,6 +52,7 @@ class Format(ABC):
     parts: ClassVar[tuple[str, ...]] = ()  # what follows a layer's name in the tensors that store its weight
     marks: ClassVar[tuple[str, ...]] = ()  # those of them by which a compressed matrix is known
     by_row: ClassVar[bool] = False  # a row of a matrix lies in that row of each of its tensors
+    holds_sparse: ClassVar[bool] = False  # dropped weights are not stored; else zeros are
     rounded_inputs: ClassVar[tuple[InputKind, ...]] = ()  # how it can say that inputs are rounded
 
     @abstractmethod
@@ -121,6 +122,10 @@ class Format(ABC):
     def other_config(self, config: dict[str, Any] | None) -> dict[str, Any] | None:
         """A `quantization_config` with which the same files load by another way, or None."""
         return None
+
+    def owns(self, config: dict[str, Any]) -> bool:
+        """Whether a `quantization_config` is of this format."""
+        return self.quant_method is not None and self.quant_method == config.get("quant_method")
 
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Why a checkpoint with this `quantization_config`, written by any tool, cannot be decoded here, or None."""

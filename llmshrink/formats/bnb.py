@@ -108,6 +108,7 @@ class BitsAndBytes(Format):
             offset = 0.0 if nested.offset is None or nested.offset.is_meta else float(nested.offset)
             state |= {"nested_blocksize": nested.block, "nested_dtype": "float32", "nested_offset": offset}
         else:
+            assert isinstance(form.scale, Dense)
             tensors[".absmax"] = form.scale.weight
         tensors[f".{STATE}{_quant_type(form)}"] = _json_tensor(state)
         return {slot.key + suffix: tensor for suffix, tensor in tensors.items()}

@@ -171,8 +171,8 @@ def _is(form: Form, kind: BlockType) -> bool:
 
 
 def _is_table(table: Form, kind: BlockType) -> bool:
-    if isinstance(table, Dense):
-        return kind.nested is None and table.weight.dtype == torch.float16
+    if not isinstance(table, Quantized):
+        return isinstance(table, Dense) and kind.nested is None and table.weight.dtype == torch.float16
     plain = table.zero is None and table.levels is None and table.offset is None and table.minimum is None
     halves = isinstance(table.scale, Dense) and table.scale.weight.dtype == torch.float16
     return plain and halves and (table.bits, table.block) == (kind.nested, (1, kind.size // kind.group))

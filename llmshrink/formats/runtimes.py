@@ -18,7 +18,7 @@ from llmshrink.forms import Scheme
 Support = Literal["native", "plugin", "dense-only", "no"]
 Runtime = Literal["transformers", "vllm", "llama.cpp"]
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "dense")
+FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "sparse", "dense")
 # What transformers needs to read each, beside itself, by its names on PyPI.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
@@ -26,6 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "awq": ("gptqmodel",),
     "bnb": ("accelerate", "bitsandbytes"),
     "gguf": ("gguf",),
+    "sparse": ("llmshrink",),
     "dense": (),
     "bitnet": ("accelerate",),
 }
@@ -141,6 +142,7 @@ GGUF = "tests/e2e/test_gguf.py"
 LLAMACPP = "tests/readers/test_llamacpp.py"
 NO_NAMES = "llmshrink has no names for this family in GGUF"
 ROUNDED = "tests/e2e/test_inputs.py"
+PLUGIN = "tests/test_plugin.py"
 DECOMPRESSES = "needs compressed-tensors >= 0.18; decompresses at the first forward pass"
 FLAT_INPUTS = {"opt"}  # families that hand some linears [tokens, in]: compressed-tensors gives all of them one scale
 READERS = "tests/readers/test_gptqmodel.py"
@@ -313,6 +315,11 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("native", "its own format", LLAMACPP),
         Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
     ),
+    ("sparse", "transformers"): (
+        Entry("plugin", "needs `import llmshrink`; decodes a layer whenever it is used", PLUGIN),
+        Entry("no", "it fuses experts into one parameter, for which there is no module", PLUGIN, _with("experts")),
+    ),
+    ("sparse", "vllm"): (Entry("no", "it removed sparse formats", "vLLM PR 36799"),),
     **{
         (name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),)
         for name in FORMATS

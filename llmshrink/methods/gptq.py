@@ -12,6 +12,8 @@ W y, what the original's layer gives for the inputs y of the original. The weigh
 squares are W + W S (H + damp)^-1, with S the mean of (y - x) x^T, and GPTQ goes on from there. That is the target of
 GPTAQ (Li et al. 2025, arXiv 2504.02692); going a part of the way only is taken from QEP (Arai and Ichikawa 2025,
 arXiv 2504.09629).
+
+Weights of a matrix that was pruned are zero, and stay so: their columns are rounded to zero like any other code.
 """
 
 from __future__ import annotations
@@ -28,20 +30,18 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
+from llmshrink.methods.hessian import DOUBLE_WIDTH, DampConfig, Factors, factorised, in_halves
+from llmshrink.methods.sparsity import kept_before
 from llmshrink.statistics import Cross, Hessian, Statistic
 
-DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
-PANEL = 256  # rows of the Hessian that are factorised at a time
-LEAF = 16  # columns rounded one by one before what they change reaches the others
 CONTIGUOUS = torch.contiguous_format
-LADDER = (1.0, 10.0, 100.0, 1000.0)  # factors on the damping, tried in turn
+FALLBACK = ("rtn_fallback", "rounded to nearest")
 
 
-class GptqConfig(BlockConfig):
+class GptqConfig(BlockConfig, DampConfig):
     """Settings of GPTQ."""
 
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
-    damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     refine: int = Field(1, ge=0, description="passes over all scales and codes after the paper's single one")
     propagate: float = Field(
         0.0,
@@ -53,15 +53,10 @@ class GptqConfig(BlockConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors(Prepared):
-    """What the linears of a group share."""
+class Shifted(Factors):
+    """The same where layers aim at the original's outputs."""
 
-    H: Tensor  # float32 [in, in], as gathered
-    damp: float  # added to its diagonal
-    importance: Tensor  # float32 [in], 1 / diag(H^-1): the cost of an error once all other inputs have made up for it
-    order: Tensor  # int64 [in], the columns in the order they are rounded
-    spread: Tensor  # float32 [in, in] in that order; row i spreads the error of column i. Below the diagonal: undefined
-    shift: Tensor | None = None  # float32 [in, in], of each weight W the target is W + W shift
+    shift: Tensor  # float32 [in, in], of each weight W the target is W + W shift
 
 
 class Gptq(Method[GptqConfig]):
@@ -89,35 +84,14 @@ class Gptq(Method[GptqConfig]):
             Factors, or a plain Prepared with an event where only rounding to nearest is possible.
         """
         assert isinstance(statistic, Hessian)
-        H = statistic.matrix
-        if statistic.tokens == 0:
-            return Prepared((Event("rtn_fallback", "rounded to nearest: no calibration token reached it"),))
-        if not H.sum().isfinite():
-            return Prepared((Event("rtn_fallback", "rounded to nearest: its Hessian is not finite"),))
-        diagonal, events = H.diagonal(), []
-        dead = int((diagonal <= 0).sum())
-        if dead:
-            message = f"{dead} of {len(H)} inputs were always zero: their weights are rounded to nearest"
-            events.append(Event("dead_columns", message, data={"columns": float(dead)}))
-        order = (
-            diagonal.argsort(descending=True, stable=True)
-            if self.config.act_order
-            else torch.arange(len(H), device=H.device)
-        )
-        mean = float(diagonal.sum()) / max(len(H) - dead, 1) or 1.0
-        for share in (self.config.damp * factor for factor in LADDER):
-            factors = _factorise(H, order, share * mean)
-            if factors is None:
-                continue
-            if share > self.config.damp:
-                events.append(Event("damping", f"raised to {share:g} of the mean diagonal", data={"damp": share}))
-            shift = self._shift(statistic, factors.damp) if isinstance(statistic, Cross) else None
-            if isinstance(statistic, Cross) and shift is None:
-                message = "it does not make up for the blocks before: its Hessian is too singular to solve with"
-                events.append(Event("not_propagated", message))
-            return replace(factors, shift=shift, events=tuple(events))
-        failed = Event("rtn_fallback", "rounded to nearest: the Hessian could not be factorised at any damping")
-        return Prepared((*events, failed))
+        found = factorised(statistic, self.config, act_order=self.config.act_order, otherwise=FALLBACK)
+        if not isinstance(found, Factors) or not isinstance(statistic, Cross):
+            return found
+        shift = self._shift(statistic, found.damp)
+        if shift is not None:
+            return Shifted(**vars(found), shift=shift)
+        message = "it does not make up for the blocks before: its Hessian is too singular to solve with"
+        return replace(found, events=(*found.events, Event("not_propagated", message)))
 
     def _shift(self, statistic: Cross, damp: float) -> Tensor | None:
         """What the original's inputs move weights by; None where rounding makes the Hessian singular."""
@@ -140,15 +114,16 @@ class Gptq(Method[GptqConfig]):
         if not isinstance(prepared, Factors):
             grid = choose_grid(W, self.config, kind)
             return Layer(grid.form(round_to(grid, W, self.config), self.config))
-        if prepared.shift is not None:
+        if isinstance(prepared, Shifted):
             W = W + W @ prepared.shift
         first = choose_grid(W, self.config, kind, prepared.importance)
-        grid, steps = first, self._sweep(W, first, prepared)
+        kept = None if first.minimum is not None else kept_before(weight)
+        grid, steps = first, self._sweep(W, first, prepared, kept)
         for _ in range(self.config.refine):
-            grid, steps = self._refine(W, grid, steps, prepared)
+            grid, steps = self._refine(W, grid, steps, prepared, kept)
         return self._better_rows(W, (first, round_to(first, W, self.config)), (grid, steps), prepared.H)
 
-    def _sweep(self, W: Tensor, grid: Grid, factors: Factors) -> Tensor:
+    def _sweep(self, W: Tensor, grid: Grid, factors: Factors, kept: Tensor | None) -> Tensor:
         """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
         order, spread = factors.order, factors.spread
         tables = [table.T.contiguous().unbind() for table in grid.tables(self.config)]
@@ -156,6 +131,7 @@ class Gptq(Method[GptqConfig]):
         rest = W.T[order]  # once a column is rounded, the error it leaves
         result = torch.empty_like(rest)
         columns, steps = rest.unbind(), result.unbind()
+        stays = None if kept is None else kept.T[order].unbind()
 
         def one_by_one(start: int, stop: int) -> None:
             block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
@@ -163,6 +139,8 @@ class Gptq(Method[GptqConfig]):
             for i, error, share in zip(range(start, stop), errors.unbind(), shares, strict=True):
                 scale, minimum, lowest, highest = (table[groups[i]] for table in tables)
                 torch.div(columns[i].add_(minimum), scale, out=steps[i]).round_().clamp_(lowest, highest)
+                if stays is not None:
+                    steps[i].mul_(stays[i])
                 torch.addcmul(columns[i], steps[i], scale, value=-1, out=error)
                 block.addr_(share, error, alpha=-1)
             block.copy_(errors)
@@ -170,10 +148,12 @@ class Gptq(Method[GptqConfig]):
         def pass_on(start: int, middle: int, stop: int) -> None:
             rest[middle:stop].addmm_(spread[start:middle, middle:stop].T, rest[start:middle], alpha=-1)
 
-        _in_halves(0, len(order), one_by_one, pass_on)
+        in_halves(0, len(order), one_by_one, pass_on)
         return rest.index_copy_(0, order, result).T.contiguous()
 
-    def _refine(self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors) -> tuple[Grid, Tensor]:
+    def _refine(
+        self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors, kept: Tensor | None
+    ) -> tuple[Grid, Tensor]:
         """One pass of exact coordinate descent on the damped objective: no move can make it larger.
 
         With e the error of a row and g = H e its gradient, the best move of a group's scale is -<c, g> / <c, H c> over
@@ -196,7 +176,8 @@ class Gptq(Method[GptqConfig]):
             if grid.minimum is not None:
                 curved = H.sum(1, keepdim=True).add_(damp).neg_()
                 _fit(curved.new_full((1, 1), -1), g, curved, minimum, partial(grid.storable, "minimum", number=number))
-            _move(c, g, H, damp, scale, lowest[number], highest[number])
+            stays = None if kept is None else kept.T[part]
+            _move(c, g, H, damp, scale, lowest[number], highest[number], stays)
             gradient[part.stop :].addmm_(factors.H[part.stop :, part], c * scale - minimum - before)
         return grid.under(scales.T.contiguous(), minima.T.contiguous()), steps.T.contiguous()
 
@@ -211,20 +192,6 @@ class Gptq(Method[GptqConfig]):
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         return self.config.meta(shape, self.scales or dtype)
-
-
-def _in_halves(start: int, stop: int, leaf: Callable[[int, int], None], join: Callable[[int, int, int], None]) -> None:
-    """Visit columns in order: few at a time one by one; a half is done before its changes reach the other half.
-
-    So nearly all arithmetic is in products of large matrices, at every width.
-    """
-    if stop - start <= LEAF:
-        leaf(start, stop)
-        return
-    middle = start + max((stop - start) // 2 // LEAF, 1) * LEAF
-    _in_halves(start, middle, leaf, join)
-    join(start, middle, stop)
-    _in_halves(middle, stop, leaf, join)
 
 
 def _fit(
@@ -247,80 +214,37 @@ def _fit(
 
 
 def _move(
-    steps: Tensor, gradient: Tensor, H: Tensor, damp: float, scale: Tensor, lowest: Tensor, highest: Tensor
+    steps: Tensor,
+    gradient: Tensor,
+    H: Tensor,
+    damp: float,
+    scale: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    kept: Tensor | None,
 ) -> None:
-    """Move each step [columns, out] to its best value in turn, in place, under the gradient [columns, out]."""
+    """Move each step [columns, out] to its best value in turn, in place, under the gradient [columns, out].
+
+    Where `kept` is false a step stays.
+    """
     moved = torch.empty_like(steps)
     stiffness = (H.diagonal() + damp)[:, None] * scale
     columns = [tensor.unbind() for tensor in (steps, gradient, stiffness, moved)]
 
     def one_by_one(start: int, stop: int) -> None:
         block, rows = gradient[start:stop], H[start:stop, start:stop].unbind()
+        stays = None if kept is None else iter(kept[start:stop])
         for row, step, slope, stiff, change in zip(rows, *(c[start:stop] for c in columns), strict=True):
             torch.addcdiv(step, slope, stiff, value=-1, out=change).round_().clamp_(lowest, highest).sub_(step)
+            if stays is not None:
+                change.mul_(next(stays))
             step.add_(change)
             block.addr_(row, change.mul_(scale))
 
     def pass_on(start: int, middle: int, stop: int) -> None:
         gradient[middle:stop].addmm_(H[middle:stop, start:middle], moved[start:middle])
 
-    _in_halves(0, len(steps), one_by_one, pass_on)
-
-
-def _factorise(H: Tensor, order: Tensor, damp: float) -> Factors | None:
-    """The factors of H + damp, or None where that is too singular.
-
-    GPTQ needs the upper Cholesky factor U of (H + damp)^-1. That is L^-1 turned by half a circle, for L the ordinary
-    Cholesky factor of H + damp with its columns in reverse order: no inverse of H is formed.
-    """
-    kind = torch.float64 if len(H) <= DOUBLE_WIDTH else torch.float32
-    back = order.flip(0)
-    panels = _inverse_factor(H, back, damp, kind)
-    if panels is None:
-        return None
-    norms = torch.zeros(len(H), dtype=kind, device=H.device)
-    spread = torch.empty_like(H)  # below the diagonal nothing is written, nor used
-    while panels:  # from the last, so that the heap shrinks as they go
-        panel = panels.pop()
-        stop = panel.shape[1]
-        start = stop - len(panel)
-        norms[:stop] += panel.square().sum(0)
-        panel /= panel.diagonal(start)[:, None].clone()
-        spread[len(H) - stop : len(H) - start, len(H) - stop :] = panel.flip(0, 1)
-    importance = torch.empty_like(H[0]).index_copy_(0, back, (1 / norms).float())
-    if not (importance > 0).all():  # overflow: the norm of a column was infinite or no number
-        return None
-    return Factors(H=H, damp=damp, importance=importance, order=order, spread=spread)
-
-
-def _inverse_factor(H: Tensor, order: Tensor, damp: float, kind: torch.dtype) -> list[Tensor] | None:
-    """The inverse of the Cholesky factor of H[order, order] + damp, or None where that is not positive definite.
-
-    It is lower triangular, and held as panels of rows: the panel of rows [start, stop) has `stop` columns. Each panel
-    of the factor follows from the inverse of those above it, so at no time is more than half a matrix held.
-    """
-    width, device = len(H), H.device
-    scratch = torch.empty(2, min(PANEL, width), width, dtype=kind, device=device)  # once: holes in the heap cost memory
-    panels: list[Tensor] = []
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
-        rows = stop - start
-        panel = torch.zeros(rows, stop, dtype=kind, device=device)
-        A, left = scratch[0, :rows, :stop], scratch[1, :rows, :start]
-        A.copy_(H[order[start:stop, None], order[:stop]]).diagonal(start).add_(damp)
-        for above in panels:
-            last = above.shape[1]
-            first = last - len(above)
-            torch.mm(A[:, :last], above.T, out=left[:, first:last])
-            panel[:, :last].addmm_(left[:, first:last], above, alpha=-1)
-        corner, info = torch.linalg.cholesky_ex(A[:, start:].addmm_(left, left.T, alpha=-1))
-        if info.item():
-            return None
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(rows, dtype=kind, device=device), upper=False)
-        panel[:, :start] = torch.mm(inverse, panel[:, :start], out=left)
-        panel[:, start:] = inverse
-        panels.append(panel)
-    return panels
+    in_halves(0, len(steps), one_by_one, pass_on)
 
 
 def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:

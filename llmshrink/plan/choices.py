@@ -20,7 +20,7 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.allocate import AllocateSpec
-from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.schema import DEFAULT_METHOD, MatrixStage, MethodSpec, PruneStage, Recipe
 
 Candidate = dict[str, Any]  # the method's keys that differ, as in `layers`
 Assignment = Sequence[int]  # for each unit the position of its candidate
@@ -31,6 +31,7 @@ USUAL: list[Candidate] = [
     *({"bits": b} for b in (3, 4, 8)),
 ]
 USUAL_EXPERTS: list[Candidate] = [{"bits": b} for b in (2, 3, 4, 8)]  # transformers reads one group size beside experts
+USUAL_PRUNED: list[Candidate] = [{"sparsity": share} for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
 USUAL_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 NARROW_TYPES = ("Q4_0", "Q5_0")  # stand in where the width is not whole blocks of the others
 ANY = "*"  # stands for the number of an expert
@@ -67,7 +68,7 @@ class Choices:
         sizes: For each unit the bytes of its tensors with each of its options.
     """
 
-    def __init__(self, recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> None:
+    def __init__(self, recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> None:
         """Find the units.
 
         Raises:
@@ -109,6 +110,8 @@ class Choices:
     def _usual(self) -> list[Candidate]:
         if self._gguf:
             return [{"type": name} for name in (*USUAL_TYPES, *NARROW_TYPES)]
+        if isinstance(self._stage, PruneStage):
+            return USUAL_PRUNED
         experts = any(m.kind == "experts" for block in self.model.anatomy.blocks for m in block.matrices)
         return USUAL_EXPERTS if experts else USUAL
 
@@ -214,7 +217,7 @@ class Choices:
     def work(self, assignment: Assignment) -> Work:
         """The work in which each unit gets its candidate."""
         recipe = self.recipe(assignment)
-        stage = next(stage for stage in recipe.stages if isinstance(stage, QuantizeStage))
+        stage = next(stage for stage in recipe.stages if isinstance(stage, MatrixStage))
         return resolve(recipe, stage, self.model)
 
     def recipe(self, assignment: Assignment) -> Recipe:
@@ -225,7 +228,7 @@ class Choices:
             for pattern in unit.patterns
         }
         stage = self._stage.model_copy(update={"layers": {**layers, **self._stage.layers}})
-        stages = [stage if isinstance(old, QuantizeStage) else old for old in self._recipe.stages]
+        stages = [stage if isinstance(old, MatrixStage) else old for old in self._recipe.stages]
         return self._recipe.model_copy(update={"stages": stages})
 
     def events(self, work: Work) -> list[Event]:

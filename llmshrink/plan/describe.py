@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmshrink.formats.runtimes import RUNTIMES, Runtime, Stored, entry
+from llmshrink.forms import quantized
 from llmshrink.io.files import nearest
 from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
@@ -104,14 +105,14 @@ def _layer_plan(work: Work, matrix: Matrix, is_open: bool) -> LayerPlan:
     if method is None:
         layer, config, after = None, None, work.tensor_bytes[matrix.key]
     else:
-        layer, config = method.form(matrix.shape, matrix.dtype), method.config
-        after = sum(t.nbytes for t in work.format.pack(work.slots[matrix], layer).values())
+        layer, config = work.form(matrix), method.config
+        after = sum(t.nbytes for t in work.packed(matrix).values())
     return LayerPlan(
         name=matrix.name,
         shape=matrix.shape,
         parameters=matrix.numel,
         method=None if method is None else method_name(method),
-        bits=None if layer is None or is_open else getattr(layer.weight, "bits", None),
+        bits=None if layer is None or is_open or (codes := quantized(layer.weight)) is None else codes.bits,
         group_size=None if is_open else getattr(config, "group_size", getattr(config, "block_size", None)),
         type=None if layer is None or is_open else work.format.type_of(layer),
         bytes_before=work.model.weights.stored_bytes(matrix.key),

@@ -12,13 +12,13 @@ from llmshrink.gguf.names import family_of
 from llmshrink.methods import load_method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.recipe.schema import DEFAULT_METHOD, MethodSpec, QuantizeStage
+from llmshrink.recipe.schema import DEFAULT_METHOD, MatrixStage, MethodSpec
 
 CAST = {name: str(dtype).removeprefix("torch.") for name, dtype in FLOATS.items()}  # what `cast` calls the floats
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number
 
 
-def mix_of(stage: QuantizeStage) -> str | None:
+def mix_of(stage: MatrixStage) -> str | None:
     """The mix that a stage asks for; None where it does not write GGUF.
 
     Raises:
@@ -46,7 +46,7 @@ def mix_of(stage: QuantizeStage) -> str | None:
 
 
 def mix_specs(
-    mix: str, stage: QuantizeStage, model: StreamedModel, events: list[Event]
+    mix: str, stage: MatrixStage, model: StreamedModel, events: list[Event]
 ) -> dict[Matrix, MethodSpec | None]:
     """The method of every matrix, the embedding's and the head's too; None leaves one as it is.
 
@@ -79,7 +79,7 @@ def mix_specs(
     return found
 
 
-def says_types(stage: QuantizeStage, method: MethodSpec, matrices: Iterable[Matrix]) -> bool:
+def says_types(stage: MatrixStage, method: MethodSpec, matrices: Iterable[Matrix]) -> bool:
     """Whether the mix says the type of any matrix: where `layers` gives all of them types, its name says nothing."""
     specs = (stage.method_for(matrix.name, method) for matrix in matrices)
     return any(

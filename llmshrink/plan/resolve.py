@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import CodeKind, Event, Layer, Quantized, Scheme
+from llmshrink.forms import CodeKind, Event, Layer, Quantized, Scheme, Sparse
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
@@ -24,7 +24,7 @@ from llmshrink.plan.mix import mix_of, mix_specs, says_types
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
-from llmshrink.recipe.schema import MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.schema import MatrixStage, MethodSpec, Recipe
 from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross
 
@@ -35,7 +35,7 @@ UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a w
 TOWERS = 0.05  # of all weights
 
 
-def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
+def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     """Decide what happens to every matrix.
 
     Raises:
@@ -83,7 +83,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     _propagated(recipe, methods, events)
     events += [Event("caution", why, m.name) for m, method in methods.items() if (why := _caution(method))]
-    chosen = _choose_format(stage, methods)
+    chosen = _choose_format(stage, methods, events)
     if chosen.name not in ("gguf", "dense") and any(getattr(m.config, "block", None) for m in methods.values()):
         message = f"`type` names a block type of GGUF, and this is {chosen.name}"
         raise PlanError(f"{message}.", hint="Choose --format gguf, or bits and group_size in place of the type.")
@@ -106,7 +106,7 @@ def resolve(recipe: Recipe, stage: QuantizeStage, model: StreamedModel) -> Work:
     return work
 
 
-def _tune(stage: QuantizeStage, work: Work) -> TuneSpec | None:
+def _tune(stage: MatrixStage, work: Work) -> TuneSpec | None:
     """How the model is tuned, or None.
 
     Raises:
@@ -164,7 +164,7 @@ def _caution(method: Method[Any]) -> str | None:
     return load_method("ternary").caution if block is not None and block.levels is not None else method.caution
 
 
-def _inputs(stage: QuantizeStage, methods: Iterable[Matrix]) -> dict[Matrix, Inputs]:
+def _inputs(stage: MatrixStage, methods: Iterable[Matrix]) -> dict[Matrix, Inputs]:
     """How inputs are rounded, where they are.
 
     Raises:
@@ -230,7 +230,7 @@ def _towers(model: StreamedModel) -> list[str]:
     return sorted(found, key=lambda key: -model.weights.infos[key].numel)
 
 
-def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:
+def _default_method(stage: MatrixStage, matrices: list[Matrix], events: list[Event]) -> MethodSpec:
     """gptq, or nf4 where transformers does not read what gptq is usually written as."""
     typed = stage.method or MethodSpec.model_validate({})
     if typed.name is not None:
@@ -251,10 +251,12 @@ def _default_method(stage: QuantizeStage, matrices: list[Matrix], events: list[E
     return MethodSpec.model_validate({"name": "gptq", **settings})
 
 
-def _usual_group(stage: QuantizeStage, default: MethodSpec, matrices: list[Matrix], events: list[Event]) -> int:
+def _usual_group(stage: MatrixStage, default: MethodSpec, matrices: list[Matrix], events: list[Event]) -> int:
     """The group size that nobody typed: 128, or one for all layers where transformers reads only one scheme."""
     name = stage.format.name if stage.format else "compressed-tensors"
     config = load_method(default.name or "gptq").Config(**default.settings)
+    if getattr(config, "bits", 0) is None:  # of a pruning that rounds nothing
+        return GROUP_SIZES[0]
     two = frozenset(Scheme(4, getattr(config, "symmetric", True), size) for size in GROUP_SIZES[:2])
     if entry(Stored(name, frozenset(m.kind for m in matrices), two), "transformers").support != "no":
         return GROUP_SIZES[0]
@@ -267,12 +269,13 @@ def _usual_group(stage: QuantizeStage, default: MethodSpec, matrices: list[Matri
 
 
 def _fit(
-    spec: MethodSpec, stage: QuantizeStage, matrix: Matrix, usual: int, events: list[Event]
+    spec: MethodSpec, stage: MatrixStage, matrix: Matrix, usual: int, events: list[Event]
 ) -> tuple[Method[Any] | None, str | None]:
     """The method with a group size that fits the matrix, or None and why it is left out."""
     cls = load_method(spec.name or "gptq")
     config = cls.Config(**spec.settings)
-    if "group_size" not in cls.Config.model_fields or getattr(config, "type", None) is not None:
+    rounds_nothing = "group_size" not in cls.Config.model_fields or getattr(config, "bits", 0) is None
+    if rounds_nothing or getattr(config, "type", None) is not None:
         return cls(config), None
     width, asked = matrix.shape[1], getattr(config, "group_size")  # noqa: B009 - not every Config has it
     size = usual if asked is None else asked
@@ -291,19 +294,24 @@ def _fit(
     return cls(config.model_copy(update={"group_size": size})), None
 
 
-def _check_patterns(stage: QuantizeStage, matrices: list[Matrix]) -> None:
+def _check_patterns(stage: MatrixStage, matrices: list[Matrix]) -> None:
     for pattern in (*stage.layers, *stage.ignore):
         if not any(patterns.matches(pattern, m.name) for m in matrices):
             some = ", ".join(m.name for m in matrices[:3])
             raise PlanError(f"The expression {pattern!r} matches no layer.", hint=f"Layers are named like: {some}")
 
 
-def _choose_format(stage: QuantizeStage, methods: dict[Matrix, Method[Any]]) -> Format:
+def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], events: list[Event]) -> Format:
     if stage.format is not None:
         if stage.format.name not in format_names():
             raise PlanError(f"There is no format {stage.format.name!r}; known: {', '.join(format_names())}.")
         return load_format(stage.format.name)
     matrix, method = next(iter(methods.items()))
     layer = method.form(matrix.shape, matrix.dtype)
+    if isinstance(layer.weight, Sparse):
+        if not any(m.kind == "experts" for m in methods):
+            return load_format("sparse")
+        events.append(Event("default_format", "written dense, zeros and all: no loader takes sparse experts"))
+        return load_format("dense")
     bitsandbytes = getattr(layer.weight, "levels", None) is not None or layer.input is not None
     return load_format("bnb" if bitsandbytes else "compressed-tensors")

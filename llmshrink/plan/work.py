@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Event, Layer, Quantized
+from llmshrink.forms import Dense, Event, Layer, Quantized, filled
 from llmshrink.gguf.blueprint import Blueprint
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
@@ -153,8 +153,12 @@ class Work:
     def form(self, matrix: Matrix) -> Layer:
         """What becomes of a compressed matrix, without data."""
         method, inputs = self.methods[matrix], self.inputs.get(matrix)
-        layer = method.form(matrix.shape, matrix.dtype)
+        layer = self.storable(method.form(matrix.shape, matrix.dtype))
         return layer if inputs is None else replace(layer, input=inputs.meta(method.scales or matrix.dtype))
+
+    def storable(self, layer: Layer) -> Layer:
+        """A result as the format takes it: with zeros where weights were dropped, if it stores these."""
+        return layer if self.format.holds_sparse else replace(layer, weight=filled(layer.weight))
 
     def packed(self, matrix: Matrix) -> dict[str, Tensor]:
         """All tensors that store a matrix, without data; itself where it is left as it is."""

@@ -25,8 +25,8 @@ class AllocateSpec(Section):
         None,
         min_length=1,
         description="what a layer can get: the method's keys that differ, as in `layers`; null: those of 2, 3, 4 and 8 "
-        "bits that divide the layer's width, for gguf the block types Q2_K to Q8_0. Layers that `layers` names are not "
-        "chosen for",
+        "bits that divide the layer's width, for gguf the block types Q2_K to Q8_0, for a pruning sparsities of 0.3 to "
+        "0.8. Layers that `layers` names are not chosen for",
     )
     score: Literal["kl", "block"] = Field(
         "kl",

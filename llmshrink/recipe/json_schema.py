@@ -29,8 +29,18 @@ def json_schema() -> Schema:
         settings = load_transform(name).Config.model_json_schema(ref_template=_REF)
         transforms.append(_named(settings, name))
     definitions["TransformSpec"] = {"anyOf": transforms, "description": "A transform's name and its own settings."}
-    stage = definitions["QuantizeStage"]["properties"]
-    one = {"anyOf": [{"$ref": "#/$defs/TransformSpec"}, {"enum": transform_names()}]}
+    for name in ("QuantizeStage", "PruneStage"):
+        _complete(definitions[name]["properties"], branches)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llmshrink recipe",
+        **{key: part for key, part in schema.items() if key != "title"},
+    }
+
+
+def _complete(stage: Schema, branches: list[Schema]) -> None:
+    """What pydantic does not say of a stage whose matrices get methods: short forms, and the keys of one layer."""
+    one: Schema = {"anyOf": [{"$ref": "#/$defs/TransformSpec"}, {"enum": transform_names()}]}
     several = {"items": one, "type": "array"}
     stage["transform"] = {
         "anyOf": [several, *one["anyOf"], {"type": "null"}],
@@ -45,11 +55,6 @@ def json_schema() -> Schema:
     ]
     layers = stage["layers"]
     layers["additionalProperties"] = {"anyOf": [*overrides, {"type": "null"}, {"const": "skip"}]}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "llmshrink recipe",
-        **{key: part for key, part in schema.items() if key != "title"},
-    }
 
 
 def _named(settings: Schema, name: str) -> Schema:

@@ -17,12 +17,13 @@ from pydantic_core import ErrorDetails
 from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.formats.gguf_mix import SAID
 from llmshrink.recipe import text
-from llmshrink.recipe.schema import EvalStage, ExportStage, MethodSpec, QuantizeStage, Recipe
+from llmshrink.recipe.schema import EvalStage, ExportStage, MatrixStage, MethodSpec, PruneStage, QuantizeStage, Recipe
 from llmshrink.recipe.section import KeyPath, did_you_mean, unknown_key
 
 LONG = 100  # characters of a value or key that a message repeats
 _STAGE_KEYS = {
     "quantize": set(QuantizeStage.model_fields),
+    "prune": set(PruneStage.model_fields),
     "export": set(ExportStage.model_fields),
     "eval": set(EvalStage.model_fields),
 }
@@ -179,14 +180,14 @@ def complete(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data with all defaults written out."""
     data = recipe.model_dump(mode="json")
     for stage, plain in zip(recipe.stages, data["stages"], strict=True):
-        if isinstance(stage, QuantizeStage):
+        if isinstance(stage, MatrixStage):
             plain["on_indivisible"] = stage.indivisible
             plain["method"] = stage.method and _settings(stage, stage.method)
             plain["transform"] = [spec.complete() for spec in stage.transform]
     return data
 
 
-def _settings(stage: QuantizeStage, method: MethodSpec) -> dict[str, Any]:
+def _settings(stage: MatrixStage, method: MethodSpec) -> dict[str, Any]:
     """A method with its defaults, but for those of what a mix of GGUF types says."""
     said = SAID - method.settings.keys() if stage.format is not None and stage.format.name == "gguf" else set()
     return {key: value for key, value in method.complete().items() if key not in said}

@@ -35,6 +35,7 @@ from llmshrink.recipe.units import Bytes
 from llmshrink.transforms import transform_names as transform_names
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
+DEFAULT_PRUNING = "sparsegpt"
 
 OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
 Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
@@ -121,15 +122,11 @@ class FormatSpec(ExportSpec):
         return mix
 
 
-class QuantizeStage(Section):
-    """Fewer bits for each weight."""
+class MatrixStage(Section):
+    """A stage that gives each matrix to a method."""
 
-    task: Literal["quantize"] = Field(description="what this stage does")
-    method: MethodSpec | None = Field(
-        None,
-        description="the algorithm and its settings; null: gptq with 4 bits, or nf4 where gptq cannot be read back; "
-        "with inputs int8 gptq with 8 bits and one scale per output, with inputs fp8 fp8",
-    )
+    task: str = Field(description="what this stage does")
+    method: MethodSpec | None = None
     inputs: InputSpec | None = Field(
         None,
         description="round the inputs of linears to 8 bits too: int8, fp8, or a mapping; null: inputs stay as they are",
@@ -261,6 +258,19 @@ class QuantizeStage(Section):
             raise refuse(faults)
         return allocate
 
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        """Every method must be one of this stage's task."""
+        named: dict[tuple[str, ...], str | None] = {("method", "name"): self.method and self.method.name}
+        named |= {("layers", p, "name"): keys.get("name") for p, keys in self.layers.items() if keys}
+        faults = []
+        for at, name in named.items():
+            if name is not None and (task := load_method(name).task) != self.task:
+                faults.append(fault(at, f"'{name}' is a method of `llmshrink {task}`, not of {self.task}", name))
+        if faults:
+            raise refuse(faults)
+        return self
+
     @field_validator("ignore")
     @classmethod
     def _check_ignore(cls, ignore: list[str]) -> list[str]:
@@ -268,6 +278,48 @@ class QuantizeStage(Section):
         if faults:
             raise refuse(faults)
         return ignore
+
+
+class QuantizeStage(MatrixStage):
+    """Fewer bits for each weight."""
+
+    task: Literal["quantize"] = Field(description="what this stage does")
+    method: MethodSpec | None = Field(
+        None,
+        description="the algorithm and its settings; null: gptq with 4 bits, or nf4 where gptq cannot be read back; "
+        "with inputs int8 gptq with 8 bits and one scale per output, with inputs fp8 fp8",
+    )
+
+
+class PruneStage(MatrixStage):
+    """Fewer weights."""
+
+    task: Literal["prune"] = Field(description="what this stage does")
+    method: MethodSpec = Field(
+        default_factory=lambda: MethodSpec(name=DEFAULT_PRUNING),
+        description="the algorithm and its settings; sparsegpt, which drops half of the weights, where it has no name",
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_it(cls, given: Any) -> Any:
+        return {"name": DEFAULT_PRUNING, **(given or {})} if given is None or isinstance(given, dict) else given
+
+    @field_validator("format")
+    @classmethod
+    def _no_gguf(cls, spec: FormatSpec | None) -> FormatSpec | None:
+        if spec is not None and spec.name == "gguf":
+            raise refuse(
+                [fault((), "a pruned model is not written as gguf: quantize the result, which keeps zeros", spec.name)]
+            )
+        return spec
+
+    @field_validator("inputs")
+    @classmethod
+    def _no_inputs(cls, inputs: InputSpec | None) -> InputSpec | None:
+        if inputs is not None:
+            raise refuse([fault((), "pruning rounds no inputs: quantize the result", inputs)])
+        return inputs
 
 
 class ExportStage(Section):
@@ -285,7 +337,7 @@ class EvalStage(Section):
     gate: Gate = GateSpec()
 
 
-Stage = Annotated[QuantizeStage | ExportStage | EvalStage, Field(discriminator="task")]
+Stage = Annotated[QuantizeStage | PruneStage | ExportStage | EvalStage, Field(discriminator="task")]
 
 
 class CalibrationSpec(Section):

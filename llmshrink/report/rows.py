@@ -206,11 +206,14 @@ def protocols(report: Report) -> list[str]:
     return [f"{', '.join(names)}: {protocol}" for protocol, names in texts.items()]
 
 
+SHOWN = ("sparsity", "pattern", "bits", "group_size")  # settings of a method in the line that names it
+
+
 def stage_lines(stage: StageReport) -> list[str]:
     """What a stage did, what it took, and what it had planned."""
     done = [layer for layer in stage.layers if layer.method is not None]
     weights = sum(layer.parameters for layer in done)
-    settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in ("bits", "group_size") and v is not None)
+    settings = ", ".join(f"{k} {v}" for k, v in stage.method.items() if k in SHOWN and v is not None)
     what = f" with {stage.method['name']} ({settings or 'default settings'})" if stage.method else ""
     if stage.task == "export":
         what = f" of what was stored ({settings or 'of several kinds'})"
@@ -220,6 +223,8 @@ def stage_lines(stage: StageReport) -> list[str]:
     if weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
+        if zeros := sum(layer.zeros or 0 for layer in done if stage.task == "prune"):
+            lines.append(f"{zeros / weights:.2%} of their weights are zero")
     for how in dict.fromkeys(layer.inputs for layer in done if layer.inputs):
         lines.append(f"their inputs are rounded: {how}")
     if stage.transforms:

@@ -67,6 +67,7 @@ class LayerReport(Record):
     bytes_after: int
     bits_per_weight: float = Field(description="scales and zero points counted")
     relative_error: float | None = Field(default=None, description="||W - Q|| / ||W||, Frobenius")
+    zeros: int | None = Field(default=None, description="weights that are zero in what is written")
     objective: float | None = Field(
         default=None,
         description="the error that the method minimises over that of rounding on the same grid; below 1 is better",

@@ -17,7 +17,7 @@ from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
 from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.load import decisive
-from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.recipe.schema import MatrixStage, Recipe
 from llmshrink.report.schema import AllocationReport, EventRecord, SensitivityReport, UnitReport
 from llmshrink.report.sensitivity import plot
 from llmshrink.sensitivity.kept import Kept
@@ -75,7 +75,7 @@ def choose(
 
 def halfway(recipe: Recipe, model: StreamedModel) -> Recipe:
     """The recipe with the size between the smallest and the largest of this model; as it is where it asks for none."""
-    stage = next((stage for stage in recipe.stages if isinstance(stage, QuantizeStage)), None)
+    stage = next((stage for stage in recipe.stages if isinstance(stage, MatrixStage)), None)
     if stage is None or stage.allocate is None:
         return recipe
     choices = Choices(recipe, stage, model)
@@ -85,13 +85,13 @@ def halfway(recipe: Recipe, model: StreamedModel) -> Recipe:
 
 def open_recipe(recipe: Recipe) -> Recipe:
     """The recipe with choices to measure, where it has none."""
-    stage = next(stage for stage in recipe.stages if isinstance(stage, QuantizeStage))
+    stage = next(stage for stage in recipe.stages if isinstance(stage, MatrixStage))
     return _with(recipe, stage.allocate or AllocateSpec())
 
 
 def _with(recipe: Recipe, spec: AllocateSpec) -> Recipe:
     stages = [
-        stage.model_copy(update={"allocate": spec}) if isinstance(stage, QuantizeStage) else stage
+        stage.model_copy(update={"allocate": spec}) if isinstance(stage, MatrixStage) else stage
         for stage in recipe.stages
     ]
     return recipe.model_copy(update={"stages": stages})

@@ -1,0 +1,215 @@
+"""Pruned matrices without their zeros: which weights are kept as one bit each, and the kept ones in a row.
+
+Kept weights lie row by row, in the checkpoint's dtype or as codes of 2 to 8 bits under scales, as flat bytes under the
+matrix's own name: a loader that does not know this format fails at the shape, and does not fill in random weights. Of
+an N:M pattern each stretch of M inputs names which of the C(M, N) choices it is, which takes ceil(log2 C(M, N)) bits:
+3 for 2:4 where a bit for each weight takes 4. transformers loads it once llmshrink is imported (`llmshrink.plugin`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import combinations
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmshrink.formats import bits as bitpack
+from llmshrink.formats.base import Format, Slot
+from llmshrink.forms import Dense, Form, Layer, Quantized, Sparse
+
+VERSION = 1
+
+
+class SparseFormat(Format):
+    """Bitmask or pattern, and the kept values."""
+
+    name: ClassVar[str] = "sparse"
+    quant_method: ClassVar[str | None] = "llmshrink"
+    parts: ClassVar[tuple[str, ...]] = (".weight", ".weight_mask", ".weight_scale", ".weight_zero")
+    marks: ClassVar[tuple[str, ...]] = (".weight_mask",)
+    holds_sparse: ClassVar[bool] = True
+
+    def check(self, slot: Slot, layer: Layer) -> str | None:
+        """Only matrices of which weights were dropped, kept as floats or as plain codes."""
+        form = layer.weight
+        if not isinstance(form, Sparse):
+            return "it is for pruned matrices, and of this one no weight is dropped"
+        if not slot.key.endswith(".weight"):
+            return "its tensor is not named `.weight`"
+        if not isinstance(form.values, Dense):
+            scheme = Layer(form.values).scheme
+            if scheme is None or scheme.kind != "int" or scheme.whole:
+                return "of kept weights it holds floats, or integers with one table of scales"
+        return None
+
+    def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """Kept values or codes, which they are, and the scales of codes."""
+        form = layer.weight
+        assert isinstance(form, Sparse)
+        tensors = {slot.key: _packed_values(form), f"{slot.key}_mask": _packed_mask(form)}
+        if isinstance(form.values, Quantized):
+            assert isinstance(form.values.scale, Dense)
+            tensors[f"{slot.key}_scale"] = form.values.scale.weight
+            if form.values.zero is not None:
+                tensors[f"{slot.key}_zero"] = form.values.zero
+        return tensors
+
+    def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
+        """The mask and the values under it."""
+        entry, (out, width) = _entry(config, slot.name), slot.shape
+        kept, pattern, bits = int(entry["kept"]), _pattern(entry), entry.get("bits")
+        mask = _unpacked_mask(get(f"{slot.key}_mask"), slot.shape, pattern)
+        stored = get(slot.key).clone()
+        if bits is None:
+            own = stored.view(getattr(torch, entry["dtype"]))
+            values: Form = Dense(own.new_zeros(out, width).masked_scatter_(mask, own[:kept]))
+        else:
+            zero = get(f"{slot.key}_zero") if not entry["symmetric"] else None
+            codes = bitpack.signed(bitpack.unpack(stored.view(torch.int32)[None], bits, kept)[0], bits)
+            size = entry["group_size"] or width
+            dropped = torch.zeros(out, width, dtype=torch.int8) if zero is None else zero.repeat_interleave(size, 1)
+            values = Quantized(
+                dropped.masked_scatter(mask, codes), Dense(get(f"{slot.key}_scale")), zero, None, (1, size), bits
+            )
+        return Sparse(mask, values, kept, pattern)
+
+    def config(
+        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """What each matrix needs to be decoded, by its name on disk."""
+        return {
+            "quant_method": self.quant_method,
+            "format": self.name,
+            "format_version": VERSION,
+            "layers": {slot.name: _described(slot, layer) for slot, layer in layers},
+        }
+
+    def owns(self, config: dict[str, Any]) -> bool:
+        """Whether a `quantization_config` is of this format."""
+        return super().owns(config) and config.get("format") == self.name
+
+    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
+        """Why it cannot be decoded here, or None."""
+        version = (config or {}).get("format_version")
+        return None if version == VERSION else f"version {version!r} is not known"
+
+    def dense_info(
+        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype as the settings say them."""
+        entry = _entry(config, key.removesuffix(".weight"))
+        return tuple(entry["shape"]), getattr(torch, entry["dtype"])
+
+
+def meta(entry: dict[str, Any]) -> Layer:
+    """The structure of a matrix on the `meta` device, from its entry in the settings."""
+    out, width = (int(n) for n in entry["shape"])
+    dtype, bits = getattr(torch, entry["dtype"]), entry.get("bits")
+
+    def empty(kind: torch.dtype, columns: int = width) -> Tensor:
+        return torch.empty(out, columns, dtype=kind, device="meta")
+
+    values: Form = Dense(empty(dtype))
+    if bits is not None:
+        size = entry["group_size"] or width
+        zero = None if entry["symmetric"] else empty(torch.int8, width // size)
+        scale = Dense(empty(getattr(torch, entry["scales"]), width // size))
+        values = Quantized(empty(torch.int8), scale, zero, None, (1, size), bits)
+    return Layer(Sparse(empty(torch.bool), values, int(entry["kept"]), _pattern(entry)))
+
+
+def _described(slot: Slot, layer: Layer) -> dict[str, Any]:
+    form = layer.weight
+    assert isinstance(form, Sparse)
+    entry: dict[str, Any] = {"module": slot.module, "shape": list(slot.shape), "kept": form.kept}
+    entry["pattern"] = None if form.pattern is None else "{}:{}".format(*form.pattern)
+    entry["dtype"] = str(slot.dtype).removeprefix("torch.")
+    if isinstance(form.values, Quantized):
+        scheme = Layer(form.values).scheme
+        assert scheme is not None
+        assert isinstance(form.values.scale, Dense)
+        scales = str(form.values.scale.weight.dtype).removeprefix("torch.")
+        entry |= {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric, "scales": scales}
+    return entry
+
+
+def _entry(config: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = (config or {})["layers"][name]
+    return found
+
+
+def _pattern(entry: dict[str, Any]) -> tuple[int, int] | None:
+    if entry["pattern"] is None:
+        return None
+    n, m = entry["pattern"].split(":")
+    return int(n), int(m)
+
+
+def _packed_values(form: Sparse) -> Tensor:
+    """uint8 [bytes]: the kept values in the order of rows, or their codes, whole words of 32 bits."""
+    if isinstance(form.values, Dense):
+        weight = form.values.weight
+        if weight.is_meta:
+            return torch.empty(form.kept * weight.itemsize, dtype=torch.uint8, device="meta")
+        return weight[form.mask].view(torch.uint8)
+    assert isinstance(form.values, Quantized)
+    bits = form.values.bits
+    if form.values.codes.is_meta:
+        return torch.empty(4 * math.ceil(form.kept * bits / 32), dtype=torch.uint8, device="meta")
+    codes = bitpack.unsigned(form.values.codes[form.mask], bits)
+    return bitpack.pack(codes[None], bits)[0].view(torch.uint8)
+
+
+def _packed_mask(form: Sparse) -> Tensor:
+    """uint8 [bytes]: a bit for each weight, or for each stretch of a pattern the number of its choice."""
+    mask, total = form.mask, form.mask.numel()
+    if form.pattern is None:
+        if mask.is_meta:
+            return torch.empty(math.ceil(total / 8), dtype=torch.uint8, device="meta")
+        padded = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -total % 8)).view(-1, 8)
+        return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    n, m = form.pattern
+    bits = _choice_bits(n, m)
+    if mask.is_meta:
+        return torch.empty(4 * math.ceil(total // m * bits / 32), dtype=torch.uint8, device="meta")
+    numbers = (mask.view(-1, m).int() << torch.arange(m, dtype=torch.int32, device=mask.device)).sum(1)
+    ranks = torch.zeros(1 << m, dtype=torch.int32)
+    ranks[_choices(n, m)] = torch.arange(math.comb(m, n), dtype=torch.int32)
+    return bitpack.pack(ranks.to(mask.device)[numbers][None], bits)[0].view(torch.uint8)
+
+
+def _unpacked_mask(packed: Tensor, shape: tuple[int, int], pattern: tuple[int, int] | None) -> Tensor:
+    """Bool [out, in]: the inverse of `_packed_mask`."""
+    total = shape[0] * shape[1]
+    if pattern is None:
+        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+        return bits.flatten()[:total].bool().view(shape)
+    n, m = pattern
+    ranks = _unpack_words(packed.clone().view(torch.int32), _choice_bits(n, m), total // m)
+    numbers = _choices(n, m).to(packed.device)[ranks]
+    return ((numbers[:, None] >> torch.arange(m, device=packed.device)) & 1).bool().view(shape)
+
+
+def _unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """int64 [count] of up to 16 bits each: `bits.unpack` gives bytes, so numbers of more bits come in two halves."""
+    place = torch.arange(count, device=words.device) * bits
+    wide = torch.nn.functional.pad(words, (0, 1)).long() & 0xFFFFFFFF
+    first = place // 32
+    return ((wide[first] | (wide[first + 1] << 32)) >> (place % 32)) & ((1 << bits) - 1)
+
+
+def _choice_bits(n: int, m: int) -> int:
+    return max(1, math.ceil(math.log2(math.comb(m, n))))
+
+
+@cache
+def _choices(n: int, m: int) -> Tensor:
+    """int64 [C(m, n)]: every choice as a number whose bit i says that input i of the stretch is kept."""
+    return torch.tensor([sum(1 << i for i in kept) for kept in combinations(range(m), n)])
+
+
+FORMAT = SparseFormat()

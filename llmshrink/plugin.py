@@ -1,0 +1,126 @@
+"""Lets transformers load the formats that are llmshrink's own: imported by itself once transformers is.
+
+A linear whose weight is stored in such a format becomes a `Packed` module: it holds what the file holds, and decodes
+it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. `dequantize()`
+makes plain linears of them, which are faster and larger.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmshrink.formats import format_of
+from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.sparse import meta
+from llmshrink.forms import decode
+
+if TYPE_CHECKING:  # it is only being imported when this module is
+    from transformers import PreTrainedModel
+
+METHOD = "llmshrink"
+
+
+@register_quantization_config(METHOD)
+class LlmshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is not typed
+    """The `quantization_config` of a checkpoint in one of llmshrink's own formats."""
+
+    def __init__(
+        self,
+        format: str = "sparse",  # noqa: A002 - a key of config.json
+        format_version: int = 1,
+        layers: dict[str, dict[str, Any]] | None = None,
+        dequantize: bool = False,
+        **_: Any,
+    ) -> None:
+        """`layers` says how each matrix is stored; `dequantize`: make plain linears while loading."""
+        self.quant_method = METHOD
+        self.format, self.format_version, self.layers = format, format_version, layers or {}
+        self.dequantize = dequantize
+
+
+@register_quantizer(METHOD)
+class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `Packed` modules where the settings say that a linear is stored in a format of llmshrink's."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        config = self.quantization_config.to_dict()
+        fmt = format_of(config)
+        if fmt is None or (why := fmt.cannot_read(config)):
+            name = config.get("format")
+            raise ValueError(f"This llmshrink cannot read the format {name!r}: {why if fmt else 'it is not known'}.")
+        for name, entry in config["layers"].items():
+            old = model.get_submodule(entry["module"])
+            model.set_submodule(entry["module"], Packed(name, entry, fmt, config, getattr(old, "bias", None)))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self.quantization_config.dequantize:
+            self._dequantize(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Packed):
+                model.set_submodule(name, module.plain(model.dtype))
+        return model
+
+    def is_serializable(self, **_: Any) -> bool:
+        """What was loaded is saved as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Nothing of a packed weight is a parameter."""
+        return False
+
+
+class Packed(nn.Module):
+    """A linear whose weight is held as it is stored.
+
+    Attributes:
+        in_features, out_features: As of nn.Linear.
+        bias: [out], or None.
+    """
+
+    def __init__(
+        self, name: str, entry: dict[str, Any], fmt: Format, config: dict[str, Any], bias: Tensor | None
+    ) -> None:
+        """A module for the matrix `name` (on disk), with buffers of the shapes that its `entry` says."""
+        super().__init__()
+        dtype = getattr(torch, entry["dtype"])
+        self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
+        self._format, self._config = fmt, config
+        self.out_features, self.in_features = self._slot.shape
+        for key, tensor in fmt.pack(self._slot, meta(entry)).items():
+            leaf = key.removeprefix(f"{name}.")
+            self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in], float32."""
+        prefix = f"{self._slot.name}."
+        return decode(
+            self._format.unpack(self._slot, lambda key: self.get_buffer(key.removeprefix(prefix)), self._config)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def plain(self, dtype: torch.dtype) -> nn.Linear:
+        """The same as a linear with a weight of its own."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dense().to(dtype), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        """What it is."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self._format.name}"

@@ -1,0 +1,187 @@
+"""Pruned models from end to end: smaller files that load, exactly as planned, and zeros that stay zeros."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Stopping, content, decoded_model, load, logits, recipe
+from safetensors.torch import load_file
+from tiny import FAMILIES, config
+from transformers import AutoModelForCausalLM
+
+from llmshrink import run
+from llmshrink.cli import main
+from llmshrink.errors import InterruptedRun, PlanError, RecipeError
+from llmshrink.plugin import Packed
+from llmshrink.progress import Silent
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.rows import stage_lines
+from llmshrink.report.schema import Report
+
+pytestmark = pytest.mark.usefixtures("without_reader")
+ROUNDING = 1e-5
+EXPERTS = [name for name in FAMILIES if hasattr(config(name), "num_local_experts") or hasattr(config(name), "num_experts")]
+WITHOUT = [name for name in FAMILIES if name not in EXPERTS]
+
+
+def prune(model: Path, out: Path, text: Path, name: str = "wanda", stage: Any = None, **settings: Any) -> Report:
+    return run.execute(wanted(model, out, text, name, stage, **settings), progress=Silent())
+
+
+def wanted(model: Path, out: Path, text: Path, name: str = "wanda", stage: Any = None, **settings: Any) -> Recipe:
+    return recipe(model, out, text, {"name": name, **settings}, stage=stage or {})
+
+
+def close(found: torch.Tensor, right: torch.Tensor) -> bool:
+    return bool((found - right).abs().max() <= ROUNDING * right.std())
+
+
+@pytest.mark.parametrize("family", WITHOUT)
+def test_transformers_loads_every_family(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str
+) -> None:
+    original, out = models_folder(family), tmp_path / "out"
+    report = prune(original, out, text_file, sparsity=0.5)
+    (stage,) = report.stages
+    assert stage.format == "sparse"
+    assert all(check.passed for check in stage.checks if check.name != "reader")
+    assert stage.bytes_after == stage.planned_bytes_after
+    treated = [layer for layer in stage.layers if layer.method]
+    assert all(layer.zeros == layer.parameters // 2 for layer in treated)
+    assert sum(layer.bytes_after for layer in treated) <= 0.57 * sum(layer.bytes_before for layer in treated) + 1
+    model, info = load(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    assert len(packed) == len(treated)
+    dense = decoded_model(out, original)
+    found, right = logits(model), logits(dense)
+    assert close(found, right)
+    assert not close(logits(load(original)[0]), right)
+    if model.can_generate():
+        assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
+    # What was loaded is saved as it is, and can be made dense.
+    model.save_pretrained(tmp_path / "again")
+    assert close(logits(load(tmp_path / "again")[0]), right)
+    model.dequantize()
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert close(logits(model), right)
+
+
+@pytest.mark.parametrize("method", [{"name": "sparsegpt", "bits": 4, "group_size": 32}, {"name": "sparsegpt", "pattern": "2:4"}])
+def test_codes_and_patterns_load_too(smallest: Path, text_file: Path, tmp_path: Path, method: dict[str, Any]) -> None:
+    name = method.pop("name")
+    report = prune(smallest, tmp_path / "out", text_file, name, **method)
+    assert report.stages[0].bytes_after == report.stages[0].planned_bytes_after
+    assert close(logits(load(tmp_path / "out")[0]), logits(decoded_model(tmp_path / "out", smallest)))
+
+
+def test_without_llmshrink_it_does_not_load(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(smallest, tmp_path / "out", text_file)
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    alone = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert alone.returncode != 0 and "shape" in alone.stderr
+    for first in ("import llmshrink; ", "import transformers.quantizers.auto, llmshrink; "):  # in either order
+        done = subprocess.run([sys.executable, "-c", first + code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_it_can_be_made_dense_while_loading(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(smallest, out, text_file)
+    right = logits(load(out)[0])
+    settings = json.loads((out / "config.json").read_text())
+    settings["quantization_config"]["dequantize"] = True
+    (out / "config.json").write_text(json.dumps(settings))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert close(logits(model), right)
+
+
+def test_export_gives_the_same_weights_dense(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(smallest, tmp_path / "sparse", text_file)
+    prune(smallest, tmp_path / "dense", text_file, stage={"format": {"name": "dense"}})
+    assert main(["export", str(tmp_path / "sparse"), "--to", "dense", "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    one, other = ({k: v for f in sorted((tmp_path / d).glob("*.safetensors")) for k, v in load_file(f).items()} for d in ("out", "dense"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_pruned_model_is_quantized_with_its_zeros(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(smallest, tmp_path / "pruned", text_file, sparsity=0.6)
+    quantized = recipe(tmp_path / "pruned", tmp_path / "out", text_file, {"name": "gptq", "bits": 4, "group_size": 32})
+    (stage,) = run.execute(quantized, progress=Silent()).stages
+    treated = [layer for layer in stage.layers if layer.method]
+    assert all((layer.zeros or 0) >= round(0.6 * layer.shape[1]) * layer.shape[0] for layer in treated)
+
+
+def test_experts_are_written_dense_and_told(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    report = prune(models_folder("mixtral"), tmp_path / "out", text_file)
+    assert report.stages[0].format == "dense"
+    assert "default_format" in {event.kind for event in report.events}
+    with pytest.raises(PlanError, match="fuses experts"):
+        run.make_plan(wanted(models_folder("mixtral"), tmp_path / "out", text_file, stage={"format": {"name": "sparse"}}))
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_a_stopped_run_gives_the_same_bytes(smallest: Path, text_file: Path, tmp_path: Path, name: str) -> None:
+    prune(smallest, tmp_path / "whole", text_file, name)
+    with pytest.raises(InterruptedRun):
+        run.execute(wanted(smallest, tmp_path / "out", text_file, name), progress=Stopping(note="block"))
+    report = prune(smallest, tmp_path / "out", text_file, name)
+    assert report.stages[0].resumed_blocks == 1
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_layers_get_their_own_share(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"layers": {r".*down_proj": {"sparsity": 0.25}, r".*o_proj": None}}
+    report = prune(smallest, tmp_path / "out", text_file, stage=stage)
+    shares = {layer.name.rpartition(".")[2]: (layer.zeros or 0) / layer.parameters for layer in report.stages[0].layers}
+    assert shares["down_proj"] == 0.25 and shares["o_proj"] == 0 and shares["up_proj"] == 0.5
+    assert any("of their weights are zero" in line for line in stage_lines(report.stages[0]))
+
+
+def test_shares_are_allocated_to_a_size(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"allocate": {"size": "60%", "rows": 2, "length": 12}}
+    report = prune(smallest, tmp_path / "out", text_file, "magnitude", stage=stage)
+    (done,) = report.stages
+    assert done.allocation is not None and done.allocation.bytes <= done.allocation.asked_bytes
+    assert len({(layer.zeros or 0) / layer.parameters for layer in done.layers if layer.method}) > 1
+
+
+def test_what_cannot_be_is_refused(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    def plan(**stage: Any) -> None:
+        run.make_plan(wanted(smallest, tmp_path / "out", text_file, stage=stage))
+
+    with pytest.raises(RecipeError) as found:
+        plan(format={"name": "gguf"})
+    assert "quantize the result" in str(found.value.problems)
+    with pytest.raises(RecipeError) as found:
+        plan(method={"name": "gptq"})
+    assert "a method of `llmshrink quantize`" in str(found.value.problems)
+    with pytest.raises(RecipeError) as found:
+        recipe(smallest, tmp_path / "out", text_file, {"name": "gptq"}, stage={"layers": {".*": {"name": "wanda"}}})
+    assert "a method of `llmshrink prune`" in str(found.value.problems)
+    with pytest.raises(PlanError, match="compressed-tensors"):
+        plan(format={"name": "compressed-tensors"})
+    with pytest.raises(PlanError, match="does not divide the width"):
+        run.make_plan(wanted(smallest, tmp_path / "out", text_file, pattern="3:7"))
+    with pytest.raises(PlanError, match="learns integer codes"):
+        plan(reconstruct={})
+
+
+def test_at_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "--method", "magnitude", "--sparsity", "0.3", "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["method"] == "magnitude" and plan["format"] == "sparse"
+    assert main(["prune", "--sparsity", "1.5", "--plan"]) == 3
+    assert "less than 1" in capsys.readouterr().err
+    assert main(["prune", "-r", "gptq-w4g128", "--plan"]) == 2

@@ -84,7 +84,9 @@ class Gptq(Method[GptqConfig]):
             Factors, or a plain Prepared with an event where only rounding to nearest is possible.
         """
         assert isinstance(statistic, Hessian)
-        found = factorised(statistic, self.config, act_order=self.config.act_order, otherwise=FALLBACK)
+        found = factorised(
+            statistic, self.config, act_order=self.config.act_order, otherwise=FALLBACK, dead=FALLBACK[1]
+        )
         if not isinstance(found, Factors) or not isinstance(statistic, Cross):
             return found
         shift = self._shift(statistic, found.damp)
@@ -123,7 +125,7 @@ class Gptq(Method[GptqConfig]):
             grid, steps = self._refine(W, grid, steps, prepared, kept)
         return self._better_rows(W, (first, round_to(first, W, self.config)), (grid, steps), prepared.H)
 
-    def _sweep(self, W: Tensor, grid: Grid, factors: Factors, kept: Tensor | None) -> Tensor:
+    def _sweep(self, W: Tensor, grid: Grid, factors: Factors, kept: Tensor | None = None) -> Tensor:
         """Steps [out, in] by the paper's algorithm 1, on a transposed copy so that a column is contiguous."""
         order, spread = factors.order, factors.spread
         tables = [table.T.contiguous().unbind() for table in grid.tables(self.config)]
@@ -152,7 +154,7 @@ class Gptq(Method[GptqConfig]):
         return rest.index_copy_(0, order, result).T.contiguous()
 
     def _refine(
-        self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors, kept: Tensor | None
+        self, W: Tensor, grid: Grid, steps: Tensor, factors: Factors, kept: Tensor | None = None
     ) -> tuple[Grid, Tensor]:
         """One pass of exact coordinate descent on the damped objective: no move can make it larger.
 

@@ -43,7 +43,7 @@ class Factors(Prepared):
 
 
 def factorised(
-    statistic: Hessian, config: DampConfig, *, act_order: bool, otherwise: tuple[str, str]
+    statistic: Hessian, config: DampConfig, *, act_order: bool, otherwise: tuple[str, str], dead: str
 ) -> Factors | Prepared:
     """Order the columns and factorise the Hessian once for all linears fed by the same tensor.
 
@@ -52,6 +52,7 @@ def factorised(
         config: the damping, raised where the Hessian is too singular.
         act_order: the inputs with the largest mean square come first; else the order is theirs.
         otherwise: kind of the event where nothing can be factorised, and what is done then.
+        dead: what becomes of the weights of inputs that are always zero.
 
     Returns:
         Factors, or a plain Prepared with the event.
@@ -62,12 +63,12 @@ def factorised(
     if not H.sum().isfinite():
         return Prepared((Event(kind, f"{words}: its Hessian is not finite"),))
     diagonal, events = H.diagonal(), []
-    dead = int((diagonal <= 0).sum())
-    if dead:
-        message = f"{dead} of {len(H)} inputs were always zero: their weights are {words}"
-        events.append(Event("dead_columns", message, data={"columns": float(dead)}))
+    zero = int((diagonal <= 0).sum())
+    if zero:
+        message = f"{zero} of {len(H)} inputs were always zero: their weights are {dead}"
+        events.append(Event("dead_columns", message, data={"columns": float(zero)}))
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
-    mean = float(diagonal.sum()) / max(len(H) - dead, 1) or 1.0
+    mean = float(diagonal.sum()) / max(len(H) - zero, 1) or 1.0
     for share in (config.damp * factor for factor in LADDER):
         factors = _factorise(H, order, share * mean)
         if factors is None:

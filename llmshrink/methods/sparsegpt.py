@@ -75,7 +75,7 @@ class SparseGpt(Method[SparseGptConfig]):
     def prepare(self, statistic: Statistic) -> Prepared:
         """Factorise the Hessian once for all linears fed by the same tensor, its columns in their own order."""
         assert isinstance(statistic, Hessian)
-        return factorised(statistic, self.config, act_order=False, otherwise=FALLBACK)
+        return factorised(statistic, self.config, act_order=False, otherwise=FALLBACK, dead="dropped first")
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Prune one matrix [out, in]; where magnitudes alone do better on the whole, these stand."""

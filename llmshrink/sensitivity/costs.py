@@ -156,7 +156,7 @@ def units(choices: Choices, found: Costs, assignment: Assignment | None = None) 
 
 def _identity(facts: RunFacts, rows: Rows, choices: Choices) -> dict[str, Any]:
     """All that decides the costs: not the size, nor what follows the method."""
-    (stage,) = [stage for stage in decisive(facts.recipe)["stages"] if stage["task"] == "quantize"]
+    (stage,) = [stage for stage in decisive(facts.recipe)["stages"] if "allocate" in stage]
     spec = {key: value for key, value in stage["allocate"].items() if key not in ("size", "bpw", "candidates")}
     kept = {key: value for key, value in stage.items() if key not in NOT_MEASURED}
     run = {key: value for key, value in facts.identity(rows).items() if key not in ("recipe", "run")}

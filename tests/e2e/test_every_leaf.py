@@ -30,7 +30,7 @@ from llmshrink.evaluate.reader import Found, ReadResult
 from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import apply_overrides, validate
-from llmshrink.recipe.schema import MethodSpec, Recipe
+from llmshrink.recipe.schema import MatrixStage, MethodSpec, PruneStage, Recipe
 from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform, transform_names
 
@@ -86,6 +86,12 @@ TUNED = {
     "calibration.samples": 12,
 }
 SCORED = {**RTN_32, "evaluation.data": ["{text}"]}
+PRUNED = {
+    name: {"stages": [{"task": "prune", "method": {"name": name}}]}
+    for name in ("magnitude", "random", "wanda", "sparsegpt")
+}
+REFITTED = {name: {**context, "stages.0.method.refit": 5} for name, context in PRUNED.items()}
+SPARSE_W4 = {**PRUNED["sparsegpt"], "stages.0.method.bits": 4, "stages.0.method.group_size": 32}
 
 TRIALS = {
     "model.id": Trial("{other_model}"),
@@ -150,6 +156,18 @@ TRIALS = {
     "stages.quantize.format.name": Trial("dense"),
     "stages.quantize.format.type": Trial("Q8_0", {**RTN, "stages.0.format": {"name": "gguf"}}),
     "stages.quantize.on_indivisible": Trial("channel", RTN),
+    "stages.prune.method.name": Trial("wanda", PRUNED["magnitude"]),
+    **{f"stages.prune.method.{name}.sparsity": Trial(0.3, context) for name, context in PRUNED.items()},
+    **{f"stages.prune.method.{name}.pattern": Trial("2:4", context) for name, context in PRUNED.items()},
+    **{f"stages.prune.method.{name}.refit": Trial(3, context) for name, context in REFITTED.items()},
+    **{f"stages.prune.method.{name}.damp": Trial(0.9, context) for name, context in REFITTED.items()},
+    "stages.prune.method.magnitude.per": Trial("row", PRUNED["magnitude"]),
+    "stages.prune.method.random.per": Trial("matrix", PRUNED["random"]),
+    "stages.prune.method.random.seed": Trial(1, PRUNED["random"]),
+    "stages.prune.method.wanda.per": Trial("matrix", PRUNED["wanda"]),
+    "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
+    "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
+    "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),
@@ -202,13 +220,15 @@ def branches(annotation: Any) -> Iterator[type[BaseModel]]:
 def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
     """Paths of all that a recipe may say; a stage is named by its task, a setting by its method."""
     for name, info in model.model_fields.items():
+        if model is PruneStage and name in MatrixStage.model_fields.keys() - {"method"}:
+            continue  # the same as of quantize, and done by the same code
         below = list(branches(info.annotation))
         for branch in below:
             task = branch.model_fields.get("task")
             tag = f".{get_args(task.annotation)[0]}" if task else ""
             yield from leaves(branch, f"{at}{name}{tag}.")
             if branch is MethodSpec:
-                for method in method_names():
+                for method in (m for m in method_names() if load_method(m).task == at.split(".")[1]):
                     yield from leaves(load_method(method).Config, f"{at}{name}.{method}.")
             if branch is TransformSpec:
                 for transform in transform_names():
@@ -409,7 +429,8 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    leaf = next(leaf for leaf in LEAVES if key_of(leaf).removeprefix("stages.0.") == key)
+    own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{command}."))
+    leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]
     value = {"revision": "main", "device": "cpu", "to": "dense"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value

@@ -34,7 +34,9 @@ def rounded(bits: int, *, symmetric: bool, pattern: str | None = None) -> Layer:
     statistic = Hessian(SHAPE[1], torch.device("cpu"))
     statistic.update(torch.randn(300, SHAPE[1], generator=torch.Generator().manual_seed(1)))
     statistic.finish()
-    config = SparseGptConfig(sparsity=None if pattern else 0.5, pattern=pattern, bits=bits, group_size=32, symmetric=symmetric)  # type: ignore[arg-type]
+    config = SparseGptConfig(
+        sparsity=None if pattern else 0.5, pattern=pattern, bits=bits, group_size=32, symmetric=symmetric
+    )  # type: ignore[arg-type]
     method = SparseGpt(config, torch.bfloat16)
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).bfloat16()
     return method.compress(weight, method.prepare(statistic))

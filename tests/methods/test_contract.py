@@ -15,7 +15,8 @@ from llmshrink.methods.base import Method, method_name
 from llmshrink.statistics import Statistic
 
 SHAPE = (24, 64)
-ROUGH = {"ternary": 0.5, "binary": 0.7}  # of the norm of normal weights: they have two or three values; others 0.2
+# Of the norm of normal weights: what has two or three values, and what drops half of them; others 0.2.
+ROUGH = {"ternary": 0.5, "binary": 0.7, "magnitude": 0.4, "wanda": 0.5, "sparsegpt": 0.7, "random": 0.8}
 
 
 def make(name: str) -> Method[Any]:
@@ -25,7 +26,7 @@ def make(name: str) -> Method[Any]:
 
 
 def gathered(method: Method[Any], width: int = SHAPE[1], dead: int = 0) -> Statistic:
-    statistic = method.needs(width, torch.device("cpu"))
+    statistic = method.statistic(width, torch.device("cpu"))
     x = torch.randn(200, width, generator=torch.Generator().manual_seed(2))
     x[:, :dead] = 0
     statistic.update(x)
@@ -68,6 +69,8 @@ def test_inputs_that_are_always_zero_keep_their_weights(method: Method[Any]) -> 
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     values = decode(method.compress(weight, method.prepare(gathered(method, dead=8))).weight)
     assert values.isfinite().all()
+    if method.task == "prune":  # they are the first to go
+        return
     allowed = ROUGH.get(method_name(method), 0.2)
     assert (values[:, :8] - weight[:, :8]).norm() < allowed * weight[:, :8].norm()
 
@@ -77,7 +80,7 @@ def test_every_setting_is_described(method: Method[Any]) -> None:
 
 
 def test_odd_shapes_are_refused_before_any_work(method: Method[Any]) -> None:
-    if "group_size" in method.Config.model_fields:
+    if "group_size" in method.Config.model_fields and method.config.bits:
         assert "does not divide" in str(method.check((24, 50)))
     assert method.check(SHAPE) is None
 

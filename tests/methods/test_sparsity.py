@@ -169,9 +169,7 @@ def _for(name: str, steps: int, statistic: Hessian) -> Statistic | None:
 def test_methods_rank_as_they_should() -> None:
     statistic, W = hessian(), matrix()
     errors = {
-        name: float(
-            output_error(W, decode(pruned(make(name), W, _for(name, 0, statistic))), statistic.matrix).sum()
-        )
+        name: float(output_error(W, decode(pruned(make(name), W, _for(name, 0, statistic))), statistic.matrix).sum())
         for name in NAMES
     }
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"] < errors["random"]

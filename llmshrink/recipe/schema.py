@@ -261,10 +261,12 @@ class MatrixStage(Section):
     @model_validator(mode="after")
     def _check_task(self) -> Self:
         """Every method must be one of this stage's task."""
-        named: dict[tuple[str, ...], str | None] = {("method", "name"): self.method and self.method.name}
-        named |= {("layers", p, "name"): keys.get("name") for p, keys in self.layers.items() if keys}
+        named: list[tuple[tuple[str, ...], str | None]] = [
+            (("method", "name"), self.method.name if self.method else None)
+        ]
+        named += [(("layers", p, "name"), keys.get("name")) for p, keys in self.layers.items() if keys]
         faults = []
-        for at, name in named.items():
+        for at, name in named:
             if name is not None and (task := load_method(name).task) != self.task:
                 faults.append(fault(at, f"'{name}' is a method of `llmshrink {task}`, not of {self.task}", name))
         if faults:

@@ -429,7 +429,8 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{command}."))
+    task = command if command in ("prune", "export", "eval") else "quantize"
+    own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]
     value = {"revision": "main", "device": "cpu", "to": "dense"}.get(flag.name)

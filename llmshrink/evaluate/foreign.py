@@ -81,8 +81,13 @@ def read(request: ReadRequest) -> ReadResult:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config."""
+    """What `dtype=float32` does not reach: with bitsandbytes a model keeps the dtypes of the file and of its config.
+
+    On a CPU with bfloat16 instructions its 4-bit linears multiply in bfloat16, whatever they are told.
+    """
     for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a plain attribute of Linear4bit
         for parameter in module.parameters(recurse=False):
             state = getattr(parameter, "quant_state", None)
             if state is not None:

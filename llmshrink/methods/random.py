@@ -23,6 +23,7 @@ class Random(ScoreMethod):
     """Random pruning, the same for the same weights."""
 
     Config: ClassVar[type[MethodConfig]] = RandomConfig
+    by_row = False  # the checksum is that of the whole matrix
 
     def score(self, weight: Tensor, prepared: Prepared) -> Tensor:
         """Uniform numbers [out, in], from the seed and a checksum of the weights: each matrix has others."""

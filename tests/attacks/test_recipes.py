@@ -119,7 +119,7 @@ def test_showing_a_recipe_sends_nothing_to_the_terminal(tmp_path: Path, capsys: 
     assert r"\x1b[2J\x07\x9b1m" in shown and shown.replace("\n", "").isprintable() and START in shown
 
 
-ENDLESS = [r"(?:(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\1\2\3\4)+", r"(?:(.)|(..)|(.*))*(?<=[0-9])"]
+ENDLESS = [r"(?:(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\1\2\3\4)+", r"(?:(.)|(..)|(.*))*(?<=[0-9])"]
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)

@@ -23,7 +23,7 @@ from helpers import content, recipe
 from llmshrink import run
 from llmshrink.checks.written import probe_tokens, streamed_output
 from llmshrink.forms import Quantized
-from llmshrink.methods import method_names
+from llmshrink.methods import load_method, method_names
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
@@ -60,7 +60,7 @@ def test_another_process_gives_the_same_bytes(models_folder: Make, make: Make, t
 
 
 @pytest.mark.parametrize("how", [{"threads": 1}, {"batch_tokens": 48}])
-@pytest.mark.parametrize("method", [name for name in method_names() if name != "gptq"])
+@pytest.mark.parametrize("method", [name for name in method_names() if not load_method(name).needs.bytes(1)])
 def test_weights_alone_give_the_same_bytes_however_they_are_run(make: Make, method: str, how: dict[str, int]) -> None:
     assert content(make(method, **how)) == content(make(method))
 

@@ -94,5 +94,6 @@ def test_formats_refuse_what_they_cannot_hold() -> None:
 def test_a_config_leads_back_to_its_format() -> None:
     for name in format_names():
         fmt = load_format(name)
-        assert format_of(None if fmt.quant_method is None else {"quant_method": fmt.quant_method}) is fmt
+        said = {"quant_method": fmt.quant_method, "format": fmt.name}
+        assert format_of(None if fmt.quant_method is None else said) is fmt
     assert format_of({"quant_method": "mystery"}) is None

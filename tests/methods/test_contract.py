@@ -80,7 +80,7 @@ def test_every_setting_is_described(method: Method[Any]) -> None:
 
 
 def test_odd_shapes_are_refused_before_any_work(method: Method[Any]) -> None:
-    if "group_size" in method.Config.model_fields and method.config.bits:
+    if "group_size" in method.Config.model_fields and getattr(method.config, "bits", 1):
         assert "does not divide" in str(method.check((24, 50)))
     assert method.check(SHAPE) is None
 
@@ -90,6 +90,8 @@ def test_rows_that_are_said_not_to_depend_on_each_other_do_not(method: Method[An
     prepared = method.prepare(gathered(method))
     stacked = method.compress(torch.cat(weights), prepared)
     if not method.by_row:
+        if method.task == "prune":  # a mask can be cut, but not chosen in parts
+            return
         with pytest.raises(ValueError, match="span rows"):
             split_rows(stacked, [24, 8, 16])
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -42,19 +43,24 @@ def main() -> None:
     options = [QuantizationScheme(bits=b, group_size=g, sym=True, data_type="int") for b, g in OPTIONS]
     with Stopwatch() as clock:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        scheme = AutoScheme(avg_bits=args.bits, options=options, nsamples=len(rows), seqlen=args.length, dataset=rows)
-        tool = AutoRound(
-            model,
-            tokenizer,
-            scheme=scheme,
-            iters=args.iterations,
-            nsamples=len(rows),
-            seqlen=args.length,
-            dataset=rows,
-            device_map="cpu",
-            amp=False,
-        )
-        tool.quantize_and_save(args.out, format="auto_round")
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # it takes no rows of tokens
+            json.dump([{"text": text} for text in documents(args.calibration)], file)
+            file.flush()
+            scheme = AutoScheme(
+                avg_bits=args.bits, options=options, nsamples=len(rows), seqlen=args.length, dataset=file.name
+            )
+            tool = AutoRound(
+                model,
+                tokenizer,
+                scheme=scheme,
+                iters=args.iterations,
+                nsamples=len(rows),
+                seqlen=args.length,
+                dataset=file.name,
+                device_map="cpu",
+                amp=False,
+            )
+            tool.quantize_and_save(args.out, format="auto_round")
     got = Counter(str((v.get("bits"), v.get("group_size"))) for v in tool.layer_config.values())
     print(json.dumps({"seconds": clock.seconds, "layers": got}))
 

@@ -45,7 +45,7 @@ class LlmshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc] # transfor
 
 
 @register_quantizer(METHOD)
-class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
     """Puts `Packed` modules where the settings say that a linear is stored in a format of llmshrink's."""
 
     requires_calibration = True

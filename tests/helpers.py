@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InterruptedRun
 from llmshrink.io.files import sha256
+from llmshrink.methods import load_method, method_names
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
@@ -28,8 +29,8 @@ FORMATS = {"cast": {"format": {"name": "gguf"}}}  # of methods that no other for
 def recipe(model: Path, output: Path, text: Path, method: dict[str, Any] | None = None, **more: Any) -> Recipe:
     """A small recipe to quantize, or to prune where the method does, without evaluation."""
     usual = FORMATS.get(str((method or {}).get("name")), {})
-    pruning = (method or {}).get("name") in ("magnitude", "random", "wanda", "sparsegpt")
-    task = "prune" if pruning else "quantize"
+    name = (method or {}).get("name")
+    task = load_method(name).task if name in method_names() else "quantize"
     stage: dict[str, Any] = {"task": task, "method": method, **usual, **more.pop("stage", {})}
     data: dict[str, Any] = {
         "version": 1,

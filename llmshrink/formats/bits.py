@@ -41,7 +41,7 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """int32 [rows, ceil(n * bits / 32)] -> uint8 [rows, n]."""
+    """int32 [rows, ceil(n * bits / 32)] -> uint8 [rows, n]; int32 where they have more than 8 bits."""
     return torch.cat([_unpack(part, bits, n) for part in torch.split(packed, _rows(n))])
 
 
@@ -50,13 +50,14 @@ def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     period, words = _period(bits)
     blocks = math.ceil(n / period)
     padded = torch.nn.functional.pad(packed, (0, blocks * words - have)).view(rows, blocks, words).long() & 0xFFFFFFFF
-    values = torch.empty(rows, blocks, period, dtype=torch.uint8, device=packed.device)
+    kind = torch.uint8 if bits <= torch.iinfo(torch.uint8).bits else torch.int32
+    values = torch.empty(rows, blocks, period, dtype=kind, device=packed.device)
     for i in range(period):
         word, offset = divmod(i * bits, 32)
         value = padded[:, :, word] >> offset
         if offset + bits > 32:
             value = value | (padded[:, :, word + 1] << (32 - offset))
-        values[:, :, i] = (value & (2**bits - 1)).to(torch.uint8)
+        values[:, :, i] = (value & (2**bits - 1)).to(kind)
     return values.view(rows, blocks * period)[:, :n]
 
 

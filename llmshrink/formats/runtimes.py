@@ -142,7 +142,7 @@ GGUF = "tests/e2e/test_gguf.py"
 LLAMACPP = "tests/readers/test_llamacpp.py"
 NO_NAMES = "llmshrink has no names for this family in GGUF"
 ROUNDED = "tests/e2e/test_inputs.py"
-PLUGIN = "tests/test_plugin.py"
+PLUGIN = "tests/e2e/test_prune.py"
 DECOMPRESSES = "needs compressed-tensors >= 0.18; decompresses at the first forward pass"
 FLAT_INPUTS = {"opt"}  # families that hand some linears [tokens, in]: compressed-tensors gives all of them one scale
 READERS = "tests/readers/test_gptqmodel.py"

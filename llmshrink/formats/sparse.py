@@ -189,17 +189,9 @@ def _unpacked_mask(packed: Tensor, shape: tuple[int, int], pattern: tuple[int, i
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
         return bits.flatten()[:total].bool().view(shape)
     n, m = pattern
-    ranks = _unpack_words(packed.clone().view(torch.int32), _choice_bits(n, m), total // m)
+    ranks = bitpack.unpack(packed.clone().view(torch.int32)[None], _choice_bits(n, m), total // m)[0].long()
     numbers = _choices(n, m).to(packed.device)[ranks]
     return ((numbers[:, None] >> torch.arange(m, device=packed.device)) & 1).bool().view(shape)
-
-
-def _unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """int64 [count] of up to 16 bits each: `bits.unpack` gives bytes, so numbers of more bits come in two halves."""
-    place = torch.arange(count, device=words.device) * bits
-    wide = torch.nn.functional.pad(words, (0, 1)).long() & 0xFFFFFFFF
-    first = place // 32
-    return ((wide[first] | (wide[first + 1] << 32)) >> (place % 32)) & ((1 << bits) - 1)
 
 
 def _choice_bits(n: int, m: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from correlated import WIDTH, hessian, matrix
 from oracles import coordinate_descent, optimal_brain_quantizer
 from torch import Tensor
 
@@ -17,24 +18,6 @@ from llmshrink.methods.gptq import Factors, Gptq, GptqConfig
 from llmshrink.methods.grid import Grid, choose_grid, round_to
 from llmshrink.methods.rtn import Rtn, RtnConfig
 from llmshrink.statistics import Cross, Hessian
-
-WIDTH, OUT = 48, 20
-
-
-def hessian(width: int = WIDTH, tokens: int = 400, seed: int = 0, dead: tuple[int, ...] = ()) -> Hessian:
-    """Correlated inputs whose features differ in size."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, width, generator=random) @ torch.randn(width, width, generator=random)
-    x *= torch.linspace(0.2, 2, width)[torch.randperm(width, generator=random)]
-    x[:, list(dead)] = 0
-    statistic = Hessian(width, torch.device("cpu"))
-    statistic.update(x)
-    statistic.finish()
-    return statistic
-
-
-def matrix(out: int = OUT, width: int = WIDTH, seed: int = 1) -> Tensor:
-    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
 def objective(weight: Tensor, form: Quantized, H: Tensor) -> Tensor:

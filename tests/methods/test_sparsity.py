@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from correlated import OUT, WIDTH, hessian, matrix
 from oracles import least_squares, optimal_brain_surgeon
 from pydantic import ValidationError
 from torch import Tensor
@@ -20,24 +21,7 @@ from llmshrink.methods.sparsegpt import SparseGpt, SparseGptConfig
 from llmshrink.methods.sparsity import RowConfig, highest, keep_highest, output_error, refit
 from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
 
-WIDTH, OUT = 48, 20
 NAMES = ("magnitude", "random", "wanda", "sparsegpt")
-
-
-def hessian(width: int = WIDTH, tokens: int = 400, dead: tuple[int, ...] = ()) -> Hessian:
-    """Correlated inputs whose features differ in size."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, width, generator=random) @ torch.randn(width, width, generator=random)
-    x *= torch.linspace(0.2, 2, width)[torch.randperm(width, generator=random)]
-    x[:, list(dead)] = 0
-    statistic = Hessian(width, torch.device("cpu"))
-    statistic.update(x)
-    statistic.finish()
-    return statistic
-
-
-def matrix(out: int = OUT, width: int = WIDTH, seed: int = 1) -> Tensor:
-    return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
 def make(name: str, **settings: Any) -> Method[Any]:

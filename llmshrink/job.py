@@ -38,22 +38,24 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.output import finish_files, save_companions, write_report
 from llmshrink.plan.choices import Choices
+from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
-from llmshrink.planning import plan_of, writing_stage_of
+from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
     Check,
+    CutReport,
     ModelMeasure,
     Report,
     SensitivityReport,
     StageReport,
 )
-from llmshrink.sensitivity import costs
+from llmshrink.sensitivity import costs, cutting
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
 ROWS = "calibration.json"  # in the folder of work
@@ -157,9 +159,11 @@ class Job:
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
-                chosen = None
-                if choices is not None:
-                    work, plan, chosen = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
+                chosen: dict[str, Any] = {}
+                if isinstance(choices, Choices):
+                    work, plan, chosen["allocation"] = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
+                elif choices is not None:
+                    work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
                 clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
@@ -170,7 +174,7 @@ class Job:
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
             checks = self._verify(work, written, result, files, probe, ends)
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
-            stages = [done_so.model_copy(update={"allocation": chosen})]
+            stages = [done_so.model_copy(update=chosen)]
             models = {"before": self.model, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
@@ -209,6 +213,18 @@ class Job:
         kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
         work.events += [*kept, *events, *choices.events(work)]
         return work, plan, costs.told(choices, assignment, found, choices.size(work))
+
+    def _cut(
+        self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
+    ) -> tuple[Work, Plan, CutReport]:
+        """Find out what is cut, and plan that."""
+        assert rows is not None
+        tried = cutting.choose(cuts, rows, economy=guessed.economy, folder=workspace.work, progress=self.progress)
+        work = cuts.work(tried[0].chosen)
+        plan = planned(self.recipe, self.model, work, cuts)
+        check_size(plan)
+        plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
+        return work, plan, cutting.told(cuts, tried, work)
 
     def _measure(
         self, models: dict[str, StreamedModel], texts: list[Rows], economy: Economy, folder: Path
@@ -255,7 +271,15 @@ class Job:
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
-        embed = partial(Hidden, work.model, batches, probe, folder, originals=originals)
+        embed = partial(
+            Hidden,
+            work.model,
+            batches,
+            probe,
+            folder,
+            originals=originals,
+            original=work.original if originals else None,
+        )
         subset, seed = self.recipe.run.sequential == "subset", self.recipe.calibration.seed
         transforms, transformer = work.transforms, None
         if transforms is not None:
@@ -295,7 +319,7 @@ class Job:
                 name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
             ),
             check_hashes(folder, files),
-            *check_layers(work.model, written, result.layers, result.replaced),
+            *check_layers(work.model, written, result.layers, result.replaced, work.fitted),
             check_blocks(written, probe, ends),
             check_reader(StreamedModel(written.source, torch.device("cpu")), probe, self.model.anatomy.unused),
         ]

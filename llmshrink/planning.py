@@ -9,6 +9,7 @@ from llmshrink.errors import PlanError
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Choices
+from llmshrink.plan.cut import Cuts
 from llmshrink.plan.describe import describe
 from llmshrink.plan.export import resolve_export
 from llmshrink.plan.layout import row_length
@@ -16,7 +17,7 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import ExportStage, MatrixStage, Recipe
+from llmshrink.recipe.schema import CutStage, ExportStage, MatrixStage, Recipe
 
 
 def open_model(recipe: Recipe) -> tuple[Source, bool]:
@@ -27,13 +28,13 @@ def open_model(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-def writing_stage_of(recipe: Recipe) -> MatrixStage | ExportStage | None:
+def writing_stage_of(recipe: Recipe) -> MatrixStage | CutStage | ExportStage | None:
     """The stage of a recipe that writes a model; None: it only evaluates.
 
     Raises:
         PlanError: there are several.
     """
-    stages = [stage for stage in recipe.stages if isinstance(stage, MatrixStage | ExportStage)]
+    stages = [stage for stage in recipe.stages if isinstance(stage, MatrixStage | CutStage | ExportStage)]
     if len(stages) > 1:
         raise PlanError(
             "A recipe can hold one stage that writes a model.",
@@ -42,8 +43,8 @@ def writing_stage_of(recipe: Recipe) -> MatrixStage | ExportStage | None:
     return stages[0] if stages else None
 
 
-def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | None]:
-    """What is done; where a size is asked for, one way to meet it, and all that could be chosen.
+def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | Cuts | None]:
+    """What is done; where something is found out by measuring first, one way that may come out, and all of them.
 
     Raises:
         PlanError: the recipe cannot be carried out on this model.
@@ -52,8 +53,11 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    choices = None
-    if isinstance(stage, MatrixStage) and stage.allocate is not None:
+    choices: Choices | Cuts | None = None
+    if isinstance(stage, CutStage):
+        choices = Cuts(recipe, stage, model)
+        work = choices.work(choices.first(choices.shapes[0]))
+    elif isinstance(stage, MatrixStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()
         work = choices.guessed()
@@ -61,6 +65,11 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:
         work = resolve_export(recipe, stage, model)
+    return work, planned(recipe, model, work, choices), choices
+
+
+def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Choices | Cuts | None) -> Plan:
+    """The plan of a work, which is told its economy: how it keeps within the memory there is."""
     work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0
@@ -71,7 +80,6 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
-    plan = describe(
+    return describe(
         work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
     )
-    return work, plan, choices

@@ -68,6 +68,34 @@ class Norm:
         return 4 * width
 
 
+class Moments(Norm):
+    """Mean square of each input feature, and its mean: `mean` [in], float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.mean = torch.zeros(width, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        super().update(x)
+        self.mean += x.sum(0)
+
+    def finish(self) -> None:
+        """Turn the sums into means."""
+        super().finish()
+        self.mean /= max(self.tokens, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        super().to(device)
+        self.mean = self.mean.to(device)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 2 * Norm.bytes(width)
+
+
 class Peak:
     """The largest magnitude of each input feature: `largest` [in], float32."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -89,11 +89,16 @@ def check_hashes(folder: Path, expected: Mapping[str, str]) -> Check:
 
 
 def check_layers(
-    source: StreamedModel, written: StreamedModel, layers: list[LayerReport], tuned: Mapping[str, Tensor]
+    source: StreamedModel,
+    written: StreamedModel,
+    layers: list[LayerReport],
+    tuned: Mapping[str, Tensor],
+    fitted: Container[str] = (),
 ) -> list[Check]:
     """Decode every compressed matrix and compare its error with the report.
 
-    The rest must equal the source, or what `tuned` has by its name.
+    The rest must equal the source, or what `tuned` has by its name; but for vectors that are `fitted`, which only the
+    blocks' outputs can prove.
     """
 
     def meant(key: str) -> Tensor:
@@ -117,7 +122,8 @@ def check_layers(
     )
     checkpoint = written.source.checkpoint
     dropped, add = (_left_out(source), checkpoint.norms_add) if isinstance(checkpoint, GgufCheckpoint) else ((), 0.0)
-    left = [k for k in source.weights.infos if k.removesuffix(".weight") not in by_name and k not in dropped]
+    others = (k for k in source.weights.infos if k not in dropped and k not in fitted)
+    left = [k for k in others if k.removesuffix(".weight") not in by_name]
     changed = [k for k in left if k not in written.weights.infos or not _equal(meant(k), written.weights.get(k), add)]
     learned = sum(key in tuned for key in left)
     equal = f"{len(left) - learned} other tensors equal the source's" + (f", {learned} are tuned" if learned else "")

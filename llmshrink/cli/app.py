@@ -106,6 +106,12 @@ def prune(
     bits: opt.KeptBits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,
+    neurons: opt.Neurons = None,
+    heads: opt.Heads = None,
+    hidden: opt.HiddenWidth = None,
+    layers: opt.Layers = None,
+    target_params: opt.TargetParams = None,
+    criterion: opt.CutCriterion = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,

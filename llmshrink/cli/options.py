@@ -19,6 +19,12 @@ RECIPE_KEYS = {
     "symmetric": "method.symmetric",
     "sparsity": "method.sparsity",
     "pattern": "method.pattern",
+    "neurons": "cut.neurons",
+    "heads": "cut.heads",
+    "hidden": "cut.hidden",
+    "layers": "cut.layers",
+    "target_params": "cut.params",
+    "criterion": "cut.criterion",
     "inputs": "inputs.type",
     "transform": "transform",
     "format": "format.name",
@@ -53,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # what each effort means
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
+_PARTS = "Whole parts: smaller tensors that load everywhere"
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
@@ -131,6 +138,28 @@ Pattern = Annotated[
 KeptBits = Annotated[
     int | None,
     typer.Option("--bits", help="Round what is kept too: 2, 3, 4 or 8 bits (sparsegpt).", rich_help_panel=_WHAT),
+]
+Neurons = Annotated[
+    str | None, typer.Option(help="Inner channels of each MLP to keep.", metavar="N|75%", rich_help_panel=_PARTS)
+]
+Heads = Annotated[
+    str | None, typer.Option(help="Attention heads of each layer to keep.", metavar="N|75%", rich_help_panel=_PARTS)
+]
+HiddenWidth = Annotated[
+    str | None,
+    typer.Option("--hidden", help="Channels between layers to keep.", metavar="N|75%", rich_help_panel=_PARTS),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="Layers to keep: how many, or which.", metavar="N|75%|0,1,4", rich_help_panel=_PARTS),
+]
+TargetParams = Annotated[
+    str | None,
+    typer.Option(help="Find what to cut for so many parameters.", metavar="N|80%", rich_help_panel=_PARTS),
+]
+CutCriterion = Annotated[
+    str | None,
+    typer.Option("--criterion", help="What a neuron or head is worth: obs, wanda, ...", rich_help_panel=_PARTS),
 ]
 Inputs = Annotated[
     str | None,
@@ -238,6 +267,13 @@ Verbose = Annotated[
 ]
 
 
+def _plain(flag: str, value: Any) -> Any:
+    """A flag's value as a recipe has it."""
+    if flag == "layers" and "," in value and all(part.strip().isdecimal() for part in value.split(",")):
+        return [int(part) for part in value.split(",")]
+    return list(value) if isinstance(value, tuple) else value
+
+
 def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     """The recipe of a command: the named recipe, under the flags, under `--set`.
 
@@ -272,7 +308,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):
-            data = load.override(data, key, list(value) if isinstance(value, tuple) else value, task=task)
+            data = load.override(data, key, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
     command = next((name for name in ("quantize", "prune", "export") if name in tasks), "eval")

@@ -16,6 +16,7 @@ from llmshrink.memory import TRIM, free_memory
 from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.choices import Choices
+from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
@@ -31,12 +32,15 @@ LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, th
 TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
 SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
+FITTING = 1 + 2 * 3  # sums, and their copies in float64 while they are solved
+RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
+SHORT = 256  # tokens of a row on which candidates are compared
 PACKING = 3  # bytes per weight while codes become bytes of a file
 SOLVING = 3 * 2 + 1  # float32 matrices while targets are solved for: three in float64, and one
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
-def compress_economy(work: Work, recipe: Recipe, choices: Choices | None = None) -> tuple[Economy, int]:
+def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | None = None) -> tuple[Economy, int]:
     """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
 
     Where layers' settings are chosen by measuring before it, that is done with the same economy.
@@ -45,6 +49,8 @@ def compress_economy(work: Work, recipe: Recipe, choices: Choices | None = None)
 
     def needed(economy: Economy) -> int:
         compressing = planned_memory(work, economy, rows=rows, subset=recipe.run.sequential == "subset")
+        if isinstance(choices, Cuts):
+            return max(compressing, planned_search(choices, work, economy, rows=rows))
         return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))
 
     return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
@@ -122,6 +128,28 @@ def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
     return FIXED + states * model.hidden * FLOAT + max(max(blocks) + lent, max(outside) + logits + head)
 
 
+def planned_search(cuts: Cuts, work: Work, economy: Economy, *, rows: int) -> int:
+    """Bytes of finding out what is cut, above the level after the imports.
+
+    Args:
+        cuts: what is open.
+        work: of one of the candidates.
+        economy: how much is in memory at a time.
+        rows: calibration rows.
+    """
+    model, tokens = cuts.model, rows * work.length
+    few = min(cuts.spec.rows, rows) * min(SHORT, work.length)
+    batch = _batch(work, economy, tokens)
+    widest = max(m.shape[1] for block in model.anatomy.blocks for m in block.matrices)
+    ranking = (1 + RANKING) * Hessian.bytes(widest) if cuts.spec.criterion == "obs" and cuts.widths else 0
+    loaded = max(_weights(model, block) + _forward(model, block, batch) for block in model.anatomy.blocks)
+    trial = max(_repairing(work, block, batch) for block in work.model.anatomy.blocks)
+    logits = 4 * min(economy.logits, max(economy.batch_tokens, SHORT) * model.width * FLOAT)
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    states = (0 if economy.on_disk else tokens) + 5 * few
+    return FIXED + TWIN + states * model.hidden * FLOAT + max(loaded + ranking, loaded + trial, logits + head)
+
+
 def compress_scratch(work: Work, recipe: Recipe) -> int:
     """Bytes on disk beside the output: hidden states, and the shards that become one file at the end.
 
@@ -138,7 +166,7 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
 
 def _streams(work: Work) -> int:
     """Of hidden states: those between the compressed blocks, and where they are looked at, the original's."""
-    return 1 + work.needs_originals
+    return 1 + work.needs_originals + (work.repair is not None)
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:
@@ -193,8 +221,23 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
     if work.reconstruct is not None:
         learned = sum(m.numel for m in block.matrices if m in work.methods)
         phases.append(loaded + _learning(work.model, block, batch) + LEARNING * FLOAT * learned)
+    if work.repair is not None:
+        phases.append(loaded + _repairing(work, block, batch))
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _repairing(work: Work, block: Block, batch: int) -> int:
+    """The original's block beside the smaller one, and the sums of what is fitted, solved in float64."""
+    if work.repair is None or work.original is None:
+        return 0
+    whole = work.original.model
+    twin = whole.anatomy.blocks[work.original.blocks[block.index]]
+    sums = [
+        (g.width * g.width + sum(m.numel for m in g.matrices if m in work.repair.matrices)) * FLOAT
+        for g in block.groups
+    ]
+    return _weights(whole, twin) + _forward(whole, twin, batch) + FITTING * max(sums, default=0)
 
 
 def _transforming(work: Work, block: Block, economy: Economy) -> Iterator[int]:

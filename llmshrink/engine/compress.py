@@ -22,6 +22,7 @@ from llmshrink.engine.gather import gather, gather_head
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.reconstruct import reconstruct
+from llmshrink.engine.repair import repair, repair_head
 from llmshrink.engine.shards import Shards
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.tuning import Tuning
@@ -265,6 +266,10 @@ class Compressor:
         for found in self._groups.compress(list(part.groups), statistics):
             made.add(found)
         clock.lap("compress")
+        head = self._model.anatomy.head
+        if self._work.repair is not None and part.index > 0 and head in self._work.repair.matrices:
+            repair_head(head, made, self._hidden, self._groups, self._work.repair)
+            clock.lap("repair")
         return _entry(part, made, clock), made.tensors
 
     def _block(self, block: Block, result: Result) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -291,6 +296,10 @@ class Compressor:
         clock.lap("wait")
         learned: list[BlockReport] = []
         self._advance_originals(block)
+        if self._work.repair is not None:
+            learned = [repair(block, made, self._hidden, self._groups, self._work.repair)]
+            trim()
+            clock.lap("repair")
         if self._work.reconstruct is not None:
             learned = reconstruct(block, made, self._hidden, self._groups, self._work.reconstruct, self._seed)
             trim()
@@ -316,10 +325,7 @@ class Compressor:
     def _advance_originals(self, block: Block) -> None:
         """Take the original's states through its block."""
         if self._hidden.originals:
-            self._model.load_block(block.index)
             self._hidden.advance_originals(block.index)
-            self._model.drop_block(block.index)
-            trim()
 
     def _begun(self, part: Part) -> Made:
         """A part before any of its matrices is compressed: all other tensors."""
@@ -329,7 +335,8 @@ class Compressor:
     def _forward(self, block: Block, decoded: dict[str, Decoded]) -> float:
         """Take all states through a compressed block; the largest magnitude that comes out."""
         head, last = self._model.anatomy.head, block is self._model.anatomy.blocks[-1]
-        needed = self._work.tune is not None or (head is not None and self._work.reads_data(head))
+        fitted = self._work.repair is not None and head in self._work.repair.matrices
+        needed = self._work.tune is not None or fitted or (head is not None and self._work.reads_data(head))
         if last and not needed:
             self._hidden.forget()  # nothing follows that calibration rows could calibrate
         self._model.load_block(block.index, decoded)

@@ -106,7 +106,7 @@ class GroupCompressor:
                 if self._work.reconstruct is not None and used.learnable:
                     made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
-                before = self._model.weights.stored_bytes(matrix.key)
+                before = self._work.bytes_before(matrix.key)
                 report = _report(matrix, used, part, packed, before, error, zeros, fallback, self._work.format, seconds)
                 made.layers.append(report)
         return made

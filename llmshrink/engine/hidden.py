@@ -16,8 +16,10 @@ from llmshrink.engine.lanes import side_by_side
 from llmshrink.errors import InputError
 from llmshrink.io import safetensors
 from llmshrink.io.files import naming
+from llmshrink.memory import trim
 from llmshrink.model.capture import Record
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.surgery import Original
 
 
 class Hidden:
@@ -28,6 +30,8 @@ class Hidden:
         batches: Token ids [rows, length] of each batch, the probe not among them.
         states: One for each batch, then the probe's.
         originals: One for each batch, which go through the original's blocks; none where nobody asked for them.
+        entered: The same as they entered the block, once `advance_originals` took them through it; only of an original
+            that is another model.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Hidden:
         folder: Path | None = None,
         *,
         originals: bool = False,
+        original: Original | None = None,
     ) -> None:
         """Embed token ids.
 
@@ -47,30 +52,37 @@ class Hidden:
             probe: one more batch, which is never split and goes further than the others.
             folder: keep the states in files there, which vanish with the process; None: in the device's memory.
             originals: keep the states of the original model too.
+            original: that model, where it is not `model` itself.
 
         Raises:
             OSError: the disk is full.
         """
-        self.model = model
-        self._known: dict[torch.Size, Record] = {}
-        self._records: list[Record] = []
+        self.model, self._folder = model, folder
+        self._original = original
         self.batches, self._probe = list(batches), probe
-        self.states: list[Tensor] = []
-        for tokens in [*batches, *([] if probe is None else [probe])]:
-            record = model.record(tokens)
-            self._records.append(self._shared(tokens, record))
-            self.states.append(record.hidden if folder is None else on_disk(folder, record.hidden))
-        first = self.states[: len(batches)] if originals else []
-        self.originals = [state.clone() if folder is None else on_disk(folder, state) for state in first]
+        self._records = _Records(model)
+        self.states = [
+            self._kept(self._records.add(tokens)) for tokens in (*batches, *([] if probe is None else [probe]))
+        ]
+        self.entered: list[Tensor] = []
+        if not originals or original is None:
+            self._lessons = self._records
+            first = self.states[: len(batches)] if originals else []
+            self.originals = [state.clone() if folder is None else on_disk(folder, state) for state in first]
+        else:
+            self._lessons = _Records(original.model)
+            self.originals = [self._kept(self._lessons.add(tokens)) for tokens in batches]
+            self.entered = [self._kept(state.clone()) for state in self.originals]
+            self._take_originals(range(original.blocks[0]))
 
-    def _shared(self, tokens: Tensor, record: Record) -> Record:
-        """A record without its state; the same for batches of one shape.
+    @property
+    def original(self) -> Original:
+        """The model that this one was cut out of."""
+        assert self._original is not None
+        return self._original
 
-        Masks and positions follow from the shape in most families. One where they depend on the tokens has its own for
-        each batch.
-        """
-        first = self._known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
-        return first if _equal(first.arguments, record.arguments) else Record(first.hidden, record.arguments)
+    def _kept(self, state: Tensor) -> Tensor:
+        return state if self._folder is None else on_disk(self._folder, state)
 
     @property
     def rows(self) -> list[int]:
@@ -97,7 +109,9 @@ class Hidden:
 
         self.batches, self.states[:count] = cut(self.batches), cut(self.states[:count])
         self.originals = cut(self.originals) if self.originals else []
-        self._records[:count] = [self._shared(part, self.model.record(part)) for part in self.batches]
+        self.entered = cut(self.entered) if self.entered else []
+        for records in {id(r): r for r in (self._records, self._lessons)}.values():
+            records.replace(count, self.batches)
 
     def most_tokens(self) -> int:
         """Tokens of the largest batch that has several rows; 0 where none has."""
@@ -117,16 +131,43 @@ class Hidden:
         """
         return self._run(index, batch, self.originals if original else self.states, weights)
 
-    def _run(self, index: int, batch: int, states: list[Tensor], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        return self.model.run(index, self._records[batch], states[batch].to(self.model.device), weights)
+    def run_original(self, index: int, batch: int) -> Tensor:
+        """What the original's loaded block makes of the state that entered the block which stands for it."""
+        return self._run(self.original.blocks[index], batch, self.entered, of=self._lessons)
+
+    def aim(self, batch: int) -> Tensor:
+        """What should leave the block that the originals left last: their state, as the model has it."""
+        state = self.originals[batch].to(self.model.device)
+        return state if self._original is None else self._original.seen(state)
+
+    def _run(
+        self,
+        index: int,
+        batch: int,
+        states: list[Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        of: _Records | None = None,
+    ) -> Tensor:
+        records = of or self._records
+        return records.model.run(index, records[batch], states[batch].to(self.model.device), weights)
 
     def probe(self, model: StreamedModel, index: int, state: Tensor) -> Tensor:
         """What the loaded block of another model makes of a state of the probe rows."""
         return model.run(index, self._records[-1], state.to(model.device))
 
     def advance_originals(self, index: int) -> None:
-        """Replace every state of the original by the output of the loaded block, which is the original's."""
-        self._advance(index, self.originals)
+        """Take every state of the original through what block `index` stands for; nothing is loaded afterwards."""
+        for before, state in zip(self.entered, self.originals, strict=bool(self.entered)):
+            before.copy_(state)
+        self._take_originals(range(index, index + 1) if self._original is None else self._original.stretch(index))
+
+    def _take_originals(self, blocks: range) -> None:
+        model = self._lessons.model
+        for block in blocks:
+            model.load_block(block)
+            self._advance(block, self.originals, of=self._lessons)
+            model.drop_block(block)
+            trim()
 
     def advance(self, index: int, done: Callable[[int], None] | None = None) -> float:
         """Replace every state by the output of the loaded block.
@@ -153,9 +194,15 @@ class Hidden:
         for _ in side_by_side(self.model.device, run, len(streams) * len(self.batches)):
             pass
 
-    def _advance(self, index: int, states: list[Tensor], done: Callable[[int], None] | None = None) -> float:
+    def _advance(
+        self,
+        index: int,
+        states: list[Tensor],
+        done: Callable[[int], None] | None = None,
+        of: _Records | None = None,
+    ) -> float:
         def run(batch: int) -> tuple[int, float]:
-            out = self._run(index, batch, states)
+            out = self._run(index, batch, states, of=of)
             low, high = (float(value) for value in torch.aminmax(out))
             if not abs(low) + abs(high) < float("inf"):
                 raise InputError(
@@ -179,7 +226,8 @@ class Hidden:
     def forget(self) -> None:
         """Drop all but the probe."""
         count = len(self.batches)
-        del self.states[:count], self._records[:count], self.batches[:], self.originals[:]
+        del self.states[:count], self.batches[:], self.originals[:], self.entered[:]
+        self._records.forget(count)
 
     def load(self, path: Path) -> None:
         """Take the states from a file that `save_states` wrote."""
@@ -189,6 +237,41 @@ class Hidden:
             self.forget()  # as it was when they were saved
         for state, name in zip(self.kept, names, strict=True):
             state.copy_(checkpoint.get(name).view(state.shape))  # of the same batches, or it is an error
+
+
+class _Records:
+    """What a model's blocks are called with for each batch, and for the probe behind these."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self.model = model
+        self._known: dict[torch.Size, Record] = {}
+        self._all: list[Record] = []
+
+    def __getitem__(self, batch: int) -> Record:
+        return self._all[batch]
+
+    def add(self, tokens: Tensor) -> Tensor:
+        """Record one more batch; returns its state."""
+        record = self.model.record(tokens)
+        self._all.append(self._shared(tokens, record))
+        return record.hidden
+
+    def replace(self, count: int, batches: list[Tensor]) -> None:
+        """Record other batches in place of the first `count`."""
+        self._all[:count] = [self._shared(part, self.model.record(part)) for part in batches]
+
+    def forget(self, count: int) -> None:
+        """Drop the first."""
+        del self._all[:count]
+
+    def _shared(self, tokens: Tensor, record: Record) -> Record:
+        """A record without its state; the same for batches of one shape.
+
+        Masks and positions follow from the shape in most families. One where they depend on the tokens has its own for
+        each batch.
+        """
+        first = self._known.setdefault(tokens.shape, Record(record.hidden.new_empty(0), record.arguments))
+        return first if _equal(first.arguments, record.arguments) else Record(first.hidden, record.arguments)
 
 
 def on_disk(folder: Path, tensor: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def difference(block: Block, hidden: Hidden) -> float:
 
     def job(batch: int) -> tuple[float, int]:
         out = hidden.run(block.index, batch)
-        rest = out.float() - hidden.originals[batch].to(out.device).float()
+        rest = out.float() - hidden.aim(batch).float()
         return float(rest.square().sum(dtype=torch.float64)), rest.numel()
 
     found = list(side_by_side(hidden.model.device, job, len(hidden.batches)))
@@ -183,7 +183,7 @@ def _add_gradients(
     leaves = {key: weight.detach().requires_grad_() for key, weight in weights.items()}
     for batch in batches:
         out = hidden.run(block.index, batch, leaves)
-        target = hidden.originals[batch].to(out.device)
+        target = hidden.aim(batch)
         loss = (out.float() - target.float()).square().sum() / scale**0.5  # gradients of about 1, for float16
         loss.backward()
     reached = [key for key, leaf in leaves.items() if leaf.grad is not None]  # not experts that no token went to

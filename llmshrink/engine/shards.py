@@ -52,7 +52,7 @@ class Shards:
         for matrix in part.matrices:
             if matrix in self._work.methods:
                 decoded[matrix.key] = self._groups.decoded(self._work.slots[matrix], get)
-        for key in set(part.keys) & self.replaced.keys() - decoded.keys():
+        for key in set(part.keys) & (self.replaced.keys() | self._work.fitted) - decoded.keys():
             decoded[key] = Decoded(partial(get, key))
         return decoded
 

@@ -6,6 +6,7 @@ are float32, as the file has them, whatever they were. A Gemma norm is the file'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -68,6 +69,11 @@ class GgufCheckpoint:
         """One tensor, mapped from the file where nothing was changed on the way: do not write to it."""
         found, change = self._found[name]
         return change.back(self._file.get(found))
+
+    def rows(self, name: str) -> Callable[[Tensor | slice], Tensor]:
+        """What gives rows of a tensor."""
+        weight = self.get(name)
+        return lambda rows: weight[rows]
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,11 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         """One tensor as stored, mapped from its file: do not write to it."""
         return self._file(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
+
+    def rows(self, name: str) -> Callable[[Tensor | slice], Tensor]:
+        """What gives rows of a tensor as stored."""
+        weight = self.get(name)
+        return lambda rows: weight[rows]
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -103,8 +103,7 @@ class Weights:
 
     def _rows(self, key: str) -> Callable[[Rows], Tensor]:
         if key not in self.compressed:
-            weight = self._checkpoint.get(key)
-            return lambda rows: weight[rows]
+            return self._checkpoint.rows(key)
         with self._reading(key):
             return self.format.reader(self._slot(key), self._checkpoint.get, self._config)
 

@@ -13,14 +13,15 @@ from llmshrink.io.files import nearest
 from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
 from llmshrink.plan.choices import Choices
+from llmshrink.plan.cut import Cuts
 from llmshrink.plan.loading import stored
-from llmshrink.plan.schema import AllocationPlan, BlockPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
+from llmshrink.plan.schema import AllocationPlan, BlockPlan, CutPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
 from llmshrink.plan.work import Work, main_method
 
 
 def describe(
     work: Work,
-    choices: Choices | None = None,
+    choices: Choices | Cuts | None = None,
     *,
     memory_bytes: int,
     evaluation_bytes: int,
@@ -39,7 +40,9 @@ def describe(
     """
     model, infos = work.model, work.model.weights.infos
     sizes = work.tensor_bytes
-    open_ = {m for unit in choices.units for m in unit.matrices} if choices is not None else set()
+    allocated = choices if isinstance(choices, Choices) else None
+    open_ = {m for unit in allocated.units for m in unit.matrices} if allocated is not None else set()
+    whole = model if work.original is None else work.original.model
     blocks = [
         BlockPlan(index=block.index, layers=[_layer_plan(work, m, m in open_) for m in block.matrices])
         for block in model.anatomy.blocks
@@ -48,7 +51,7 @@ def describe(
     outside = [_layer_plan(work, m, m in open_) for m in ends if m in work.methods]
     inside = {m.key for part in work.parts for m in part.matrices}
     others = [
-        TensorPlan(name=k, bytes_before=model.weights.stored_bytes(k), bytes_after=sizes.get(k, 0), parameters=i.numel)
+        TensorPlan(name=k, bytes_before=work.bytes_before(k), bytes_after=sizes.get(k, 0), parameters=i.numel)
         for k, i in sorted(infos.items())
         if k not in inside
     ]
@@ -61,7 +64,8 @@ def describe(
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,
-        allocation=None if choices is None else _allocation(choices),
+        allocation=None if allocated is None else _allocation(allocated),
+        cut=_cut(work, choices) if isinstance(choices, Cuts) else None,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         tuning_steps=0 if work.tune is None else work.tune.steps,
         blocks=blocks,
@@ -69,7 +73,7 @@ def describe(
         others=others,
         parameters=parameters,
         parameters_compressed=sum(matrix.numel for matrix in work.methods),
-        bytes_before=model.source.checkpoint.bytes,
+        bytes_before=whole.source.checkpoint.bytes,
         bytes_after=sum(sizes.values()),
         file_bytes=work.file_bytes,
         max_bytes=max_bytes,
@@ -100,6 +104,19 @@ def _allocation(choices: Choices) -> AllocationPlan:
     )
 
 
+def _cut(work: Work, cuts: Cuts) -> CutPlan:
+    shape = cuts.shapes[0]
+    named = shape.named if len(cuts.shapes) == 1 else None
+    return CutPlan(
+        before=cuts.sizes(),
+        kept=cuts.sizes(shape),
+        layers=None if named is None else list(named),
+        candidates=len(cuts.shapes),
+        repaired=0 if work.repair is None else len(work.repair.matrices),
+        parameters_before=cuts.model.parameters,
+    )
+
+
 def _layer_plan(work: Work, matrix: Matrix, is_open: bool) -> LayerPlan:
     method = work.methods.get(matrix)
     if method is None:
@@ -115,7 +132,7 @@ def _layer_plan(work: Work, matrix: Matrix, is_open: bool) -> LayerPlan:
         bits=None if layer is None or is_open or (codes := quantized(layer.weight)) is None else codes.bits,
         group_size=None if is_open else getattr(config, "group_size", getattr(config, "block_size", None)),
         type=None if layer is None or is_open else work.format.type_of(layer),
-        bytes_before=work.model.weights.stored_bytes(matrix.key),
+        bytes_before=work.bytes_before(matrix.key),
         bytes_after=after,
         reason=work.left.get(matrix),
         open=is_open,

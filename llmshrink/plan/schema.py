@@ -40,6 +40,17 @@ class AllocationPlan(_Part):
     largest_bytes: int
 
 
+class CutPlan(_Part):
+    """What is cut out of a model; where it is found out by measuring, the first of what is tried."""
+
+    before: dict[str, int]  # how many there are: layers, neurons, heads, channels of the states
+    kept: dict[str, int]  # and how many are left
+    layers: list[int] | None  # which layers are kept; None: found out by measuring
+    candidates: int  # shapes that are tried
+    repaired: int  # linears that are fitted afterwards
+    parameters_before: int
+
+
 class BlockPlan(_Part):
     """One decoder block."""
 
@@ -83,6 +94,7 @@ class Plan(_Part):
     type: str | None  # the mix of block types in a GGUF file
     transforms: str | None  # what is done to weights before they are compressed; None: nothing
     allocation: AllocationPlan | None  # None: every layer's settings are known
+    cut: CutPlan | None = None  # None: no part is cut out
     learning_steps: int  # of gradient for each block after the method; 0: none
     tuning_steps: int  # of gradient through the whole model after that; 0: none
     blocks: list[BlockPlan]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,29 @@ from llmshrink.methods.base import Method
 from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
+from llmshrink.model.surgery import Original
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.transform import Transforms
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross, Hessian, NoStatistic, Range, Statistic
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What is fitted to make up for what was cut out.
+
+    Attributes:
+        matrices: Of the smaller model, those that are fitted.
+        rows: Of those of which outputs are gone, the outputs of the original's linear that are left.
+        biases: Keys of the biases that are fitted with them.
+        damp: How strongly weights are held to what they were.
+    """
+
+    matrices: frozenset[Matrix]
+    rows: Mapping[Matrix, Tensor]
+    biases: Mapping[Matrix, str]
+    damp: float
 
 
 @dataclass
@@ -46,6 +65,8 @@ class Work:
     transforms: Transforms | None = None  # what is done to weights before; None: nothing
     reconstruct: ReconstructSpec | None = None  # None: codes stay as the methods choose them
     tune: TuneSpec | None = None  # None: scales and norms stay as they are after that
+    original: Original | None = None  # that the model was cut out of; None: it is as it was
+    repair: Repair | None = None  # of what the surgery left; None: it stays
     blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
@@ -88,7 +109,7 @@ class Work:
         """Whether any method, any static scale, a transform or a reconstruction looks at calibration text."""
         gathered = any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
         scaled = self.transforms is not None and bool(self.transforms.scalings)
-        return gathered or scaled or self.reconstruct is not None or self.tune is not None
+        return gathered or scaled or any(x is not None for x in (self.reconstruct, self.tune, self.repair))
 
     @cached_property
     def vectors(self) -> list[str]:
@@ -130,7 +151,17 @@ class Work:
     def needs_originals(self) -> bool:
         """Whether the original's states are kept beside the compressed model's."""
         kinds = {kind for part in self.parts for group in part.groups for kind in self.needs(group)}
-        return self.reconstruct is not None or self.tune is not None or Cross in kinds
+        learns = any(x is not None for x in (self.reconstruct, self.tune, self.repair))
+        return learns or Cross in kinds
+
+    def bytes_before(self, key: str) -> int:
+        """Bytes on disk of what became a tensor."""
+        return self.model.weights.stored_bytes(key) if self.original is None else self.original.stored_bytes(key)
+
+    @property
+    def fitted(self) -> frozenset[str]:
+        """Keys of the vectors that a repair changes."""
+        return frozenset() if self.repair is None else frozenset(self.repair.biases.values())
 
     def kind(self, group: Group, method: Method[Any]) -> type[Statistic]:
         """What a method is given of a group.

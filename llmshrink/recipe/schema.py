@@ -6,12 +6,15 @@ Nothing here imports torch until a method's settings are validated, because the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -25,6 +28,7 @@ from llmshrink.formats.gguf_mix import MIXES as MIXES
 from llmshrink.methods import load_method
 from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.allocate import AllocateSpec
+from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
@@ -324,6 +328,14 @@ class PruneStage(MatrixStage):
         return inputs
 
 
+class CutStage(Section):
+    """Smaller tensors: whole neurons, heads, channels or layers less."""
+
+    task: Literal["prune"] = Field(description="what this stage does")
+    cut: CutSpec = Field(description="what is kept, in place of a method that drops single weights")
+    gate: Gate = GateSpec()
+
+
 class ExportStage(Section):
     """The codes that a model is stored in, written in another format."""
 
@@ -339,7 +351,21 @@ class EvalStage(Section):
     gate: Gate = GateSpec()
 
 
-Stage = Annotated[QuantizeStage | PruneStage | ExportStage | EvalStage, Field(discriminator="task")]
+def _kind(stage: Any) -> Any:
+    """The task of a stage, `cut` where a pruning takes out whole parts."""
+    get = stage.get if isinstance(stage, dict) else partial(getattr, stage)
+    task = get("task", None)
+    return "cut" if task == "prune" and get("cut", None) is not None else task
+
+
+Stage = Annotated[
+    Annotated[QuantizeStage, Tag("quantize")]
+    | Annotated[PruneStage, Tag("prune")]
+    | Annotated[CutStage, Tag("cut")]
+    | Annotated[ExportStage, Tag("export")]
+    | Annotated[EvalStage, Tag("eval")],
+    Discriminator(_kind),
+]
 
 
 class CalibrationSpec(Section):

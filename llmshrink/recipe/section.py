@@ -47,7 +47,7 @@ def faults_of(error: ValidationError, known: Iterable[str], at: KeyPath = ()) ->
         if found["type"] == "extra_forbidden" and len(found["loc"]) == 1:
             message = unknown_key(str(found["loc"][0]), known)
         elif found["type"] == "union_tag_invalid":
-            tags = context["expected_tags"].replace("'", "").split(", ")
+            tags = [tag for tag in context["expected_tags"].replace("'", "").split(", ") if tag != "cut"]
             message, place = (
                 f"there is no task '{context['tag']}'" + did_you_mean(context["tag"], tags),
                 (*place, "task"),

@@ -115,4 +115,46 @@ SizeLimit = Annotated[
 """Bytes, `3.5GiB`, `500MB`, or a share of the original such as `30%`."""
 
 
-__all__ = ["Bytes", "Share", "Size", "SizeLimit"]
+@dataclass(frozen=True)
+class Kept:
+    """How much of something is kept: a number, or a share of what there is; exactly one of them is given."""
+
+    count: int | None = None
+    share: float | None = None
+
+    def of(self, total: int, step: int = 1) -> int:
+        """How many of `total` that are; a share gives the nearest multiple of `step`, at least one."""
+        if self.count is not None:
+            return self.count
+        return max(1, round((self.share or 0.0) * total / step)) * step
+
+    def __str__(self) -> str:
+        return str(self.count) if self.share is None else _percent(self.share)
+
+
+def _kept(value: Any) -> Kept:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}", value.strip()):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST:
+        return Kept(count=value)
+    try:
+        share = _share(value)
+    except PydanticCustomError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise PydanticCustomError("recipe", "Input should be a number of at least 1, or a share such as 75%")
+    return Kept(share=share)
+
+
+Amount = Annotated[
+    Kept,
+    PlainValidator(_kept),
+    PlainSerializer(lambda kept: kept.count if kept.share is None else _percent(kept.share), when_used="json"),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "pattern": rf"^\s*(?:{_PERCENT}|[0-9]+)\s*$"}, {"type": "number", "minimum": 0}]}
+    ),
+]
+"""A number of things, or a share of them such as `75%`."""
+
+
+__all__ = ["Amount", "Bytes", "Kept", "Share", "Size", "SizeLimit"]

@@ -72,19 +72,21 @@ class LayerReport(Record):
         default=None,
         description="the error that the method minimises over that of rounding on the same grid; below 1 is better",
     )
-    reconstructed: bool = Field(default=False, description="its codes were learned with those of the whole block")
+    reconstructed: bool = Field(default=False, description="it was learned, or fitted, with the whole block")
     seconds: float | None = None
     fallback: bool = Field(default=False, description="done by the method's fallback; an event says why")
     reason: str | None = Field(default=None, description="why it was left as it is")
 
 
 class BlockReport(Record):
-    """What learning the codes of a block together gained on calibration text."""
+    """What learning the codes of a block together gained on calibration text, or fitting what was left of it."""
 
     block: int
     error_before: float = Field(description="mean squared difference to the output of the original's block")
     error_after: float = Field(description="the same of what was written")
-    codes_changed: float = Field(description="share of the codes learned that are others than the method's")
+    codes_changed: float | None = Field(
+        default=None, description="share of the codes learned that are others than the method's; None: no codes were"
+    )
 
 
 class TransformReport(Record):
@@ -124,6 +126,28 @@ class AllocationReport(Record):
     predicted: float | None = Field(description="the sum of the scores that were chosen")
     candidates: list[dict[str, Any]]
     units: list[UnitReport]
+
+
+class CandidateReport(Record):
+    """One way to cut a model, and what it costs."""
+
+    kept: dict[str, int] = Field(description="how many are left of everything that is cut")
+    layers: list[int] = Field(description="numbers of the layers that are kept")
+    found_by: str = Field(description="how its layers were found")
+    parameters: int
+    cost: float | None = Field(
+        description="KL to the original in nats per token on a few calibration rows, once repaired; of models that "
+        "give out no distribution a squared relative error; None: it was the only one"
+    )
+
+
+class CutReport(Record):
+    """What was cut out of a model."""
+
+    before: dict[str, int] = Field(description="how many there were of everything that is cut")
+    criterion: str
+    repaired: int = Field(description="linears that were fitted afterwards")
+    candidates: list[CandidateReport] = Field(description="the chosen one first")
 
 
 class SensitivityReport(Record):
@@ -223,6 +247,7 @@ class StageReport(Record):
     transforms: list[TransformReport] = Field(default_factory=list, description="by block, in their order")
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
     allocation: AllocationReport | None = Field(default=None, description="None: no size was asked for")
+    cut: CutReport | None = Field(default=None, description="None: no part was cut out")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")

@@ -1,0 +1,294 @@
+"""Fitting what is left of a block, so that it makes up for what was cut out: linear least squares, no gradients.
+
+Of a linear of the smaller block, x is what enters it and r what is missing in what it gives. The weights that give most
+of it, in the mean square over calibration tokens, are `W + C (H + lambda)^-1` with H the second moment of x and C that
+of r and x; lambda holds them to what they were where the text says little. A bias takes the mean of what is missing
+(An et al. 2024, FLAP, arXiv 2312.11983, give it what the pruned channels gave on average).
+
+What is missing: of the linear that writes last to the states between blocks, all by which these differ from the
+original's behind the block and behind every block that is gone after it. So it makes up for its own block, for the
+drift that came before, and for whole layers. Of one that writes earlier, the difference of its own output and of the
+states that entered the block. Of any other, that of its own output. Which linears write so is tried out: what is added
+to the output of one must come out of the block, the same, when those that write after it are silent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmshrink.engine.groups import GroupCompressor, Made
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.lanes import Turns, side_by_side
+from llmshrink.engine.reconstruct import difference
+from llmshrink.forms import Dense
+from llmshrink.memory import trim
+from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.model.streamed import HEAD_ROWS, Decoded
+from llmshrink.plan.work import Repair
+from llmshrink.report.schema import BlockReport
+
+STRAIGHT = 1e-3  # how far what comes out may be from what was added, as a share of it
+TRIED = 64  # tokens on which that is tried
+
+
+@dataclass
+class Missing:
+    """Sums over tokens: of x x^T [in, in], of r x^T [out, in], of both alone; float32 but for the last two."""
+
+    inputs: Tensor
+    cross: dict[Matrix, Tensor]
+    mean: Tensor
+    means: dict[Matrix, Tensor]
+    tokens: int = 0
+
+    @classmethod
+    def none(cls, group: Group, matrices: list[Matrix], device: torch.device) -> Missing:
+        """Before the first batch."""
+        width = group.width
+        cross = {m: torch.zeros(m.shape, device=device) for m in matrices}
+        means = {m: torch.zeros(m.shape[0], dtype=torch.float64, device=device) for m in matrices}
+        square = torch.zeros(width, width, device=device)
+        return cls(square, cross, torch.zeros(width, dtype=torch.float64, device=device), means)
+
+    def add(self, x: Tensor, missing: dict[Matrix, Tensor]) -> None:
+        """Add a batch: inputs [tokens, in] and what is missing of each output [tokens, out], float32."""
+        self.tokens += len(x)
+        self.inputs.addmm_(x.T, x)
+        self.mean += x.sum(0, dtype=torch.float64)
+        for matrix, rest in missing.items():
+            self.cross[matrix].addmm_(rest.T, x)
+            self.means[matrix] += rest.sum(0, dtype=torch.float64)
+
+
+def least_squares(
+    inputs: Tensor, cross: Tensor, damp: float, mean: Tensor | None = None, means: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What to add to a weight, and to its bias, so that least is missing.
+
+    Args:
+        inputs: mean of x x^T [in, in].
+        cross: mean of r x^T [out, in].
+        damp: lambda, as a share of the mean of the diagonal of `inputs`.
+        mean: mean of x [in], where there is a bias; else None.
+        means: mean of r [out], then too.
+
+    Returns:
+        [out, in] and [out], float64: argmin over A, b of mean |r - A x - b|^2 + lambda |A|^2.
+    """
+    second, product = inputs.double(), cross.double()
+    if mean is not None and means is not None:
+        second, product = second - torch.outer(mean, mean), product - torch.outer(means, mean)
+    scale = float(second.diagonal().mean())
+    second.diagonal().add_(damp * scale if scale > 0 else 1.0)
+    added = torch.cholesky_solve(product.T, torch.linalg.cholesky(second)).T
+    return added, None if mean is None or means is None else means - added @ mean
+
+
+def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> BlockReport:
+    """Fit the matrices of a block that `plan` names, each with those before it fitted, and take them over into `made`.
+
+    Args:
+        block: of the smaller model; the original's states have left what it stands for.
+        made: what is to be written of it.
+        hidden: the states of both models.
+        groups: writes what is fitted.
+        plan: which matrices, with which damping.
+
+    Returns:
+        What it gained.
+    """
+    fitter = _Fitter(block, made, hidden, plan)
+    model = hidden.model
+    model.load_block(block.index, made.decoded)
+    before = difference(block, hidden)
+    straight = fitter.straight()
+    model.drop_block(block.index)
+    for group in block.groups:
+        matrices = [m for m in group.matrices if m in plan.matrices]
+        if not matrices:
+            continue
+        found = fitter.missing(group, matrices, straight)
+        if not found.tokens:
+            continue
+        for matrix in matrices:
+            fitter.fit(found, matrix, groups)
+        trim()
+    model.load_block(block.index, made.decoded)
+    after = difference(block, hidden)
+    model.drop_block(block.index)
+    return BlockReport(block=block.index, error_before=before, error_after=after)
+
+
+@torch.no_grad()
+def repair_head(head: Matrix, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> None:
+    """Fit a head that reads fewer channels than the original's, and take it over into `made`.
+
+    What is missing of what it gives is what the original's head makes of y, less what it makes of x itself; so the
+    second moments of both inputs are all that is needed of the text.
+    """
+    small, whole = hidden.model, hidden.original.model
+    table = whole.anatomy.head
+    assert table is not None
+    inputs = torch.zeros(head.shape[1], head.shape[1], device=small.device)
+    cross = torch.zeros(table.shape[1], head.shape[1], device=small.device)
+    count = 0
+    for tokens, state, original in zip(hidden.batches, hidden.states, hidden.originals, strict=False):
+        x = small.head_input(tokens, state).reshape(-1, head.shape[1]).float()
+        y = whole.head_input(tokens, original).reshape(-1, table.shape[1]).float()
+        inputs.addmm_(x.T, x)
+        cross.addmm_(y.T, x)
+        count += len(x)
+    rows, own = whole.weights.rows(table.key), small.weights.rows(head.key)
+    fitted = torch.empty(head.shape, dtype=head.dtype)
+    for start in range(0, head.shape[0], HEAD_ROWS):
+        part = slice(start, start + HEAD_ROWS)
+        before, right = (get(part).float().to(small.device) for get in (own, rows))
+        added, _ = least_squares(inputs / count, (right @ cross - before @ inputs) / count, plan.damp)
+        fitted[part] = (before.double() + added).to(head.dtype).cpu()
+    groups.replace(made, head, Dense(fitted))
+
+
+class _Fitter:
+    """Fits one block."""
+
+    def __init__(self, block: Block, made: Made, hidden: Hidden, plan: Repair) -> None:
+        self._block, self._made, self._hidden, self._plan = block, made, hidden, plan
+        self._model, self._original = hidden.model, hidden.original
+        self._whole = self._original.model.anatomy.blocks[self._original.blocks[block.index]]
+
+    def _linear(self, matrix: Matrix) -> nn.Module:
+        linear: nn.Module = self._model.model.get_submodule(matrix.site.module)
+        return linear
+
+    def _twin(self, matrix: Matrix) -> nn.Module:
+        """The same linear of the original's block."""
+        name = f"{self._whole.prefix}{matrix.site.module.removeprefix(self._block.prefix)}"
+        linear: nn.Module = self._original.model.model.get_submodule(name)
+        return linear
+
+    def straight(self) -> dict[Matrix, float]:
+        """What writes to the states between blocks, the last first, and the factor with which it is added.
+
+        The block is loaded.
+        """
+        found: dict[Matrix, float] = {}
+        candidates = [m for g in self._block.groups for m in g.matrices if m in self._plan.matrices]
+        wide = [m for m in candidates if m.shape[0] == self._model.hidden]
+        for matrix in reversed(wide):
+            if (factor := self._factor(matrix, list(found))) is not None:
+                found[matrix] = factor
+        return found
+
+    @torch.no_grad()
+    def _factor(self, matrix: Matrix, silent: list[Matrix]) -> float | None:
+        """What something added to a linear's output is multiplied by where it leaves the block; None: it is changed."""
+        pushed: list[Tensor] = []
+
+        def push(_: nn.Module, __: object, out: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            change = torch.randn(out.shape, generator=generator).to(out.device, out.dtype) * out.std()
+            pushed.append(change)
+            return out + change
+
+        with _hooked({self._linear(m): lambda _m, _a, out: torch.zeros_like(out) for m in silent}):
+            plain = self._hidden.run(self._block.index, 0)
+            with _hooked({self._linear(matrix): push}):
+                moved = self._hidden.run(self._block.index, 0)
+        change, seen = pushed[0].flatten()[: TRIED * self._model.hidden].double(), (moved - plain).double().flatten()
+        seen = seen[: len(change)]
+        size = float(change.square().sum())
+        factor = float(change @ seen) / size if size else 0.0
+        off = float((seen - factor * change).square().sum())
+        return factor if factor and off <= (STRAIGHT * factor) ** 2 * size else None
+
+    @torch.no_grad()
+    def missing(self, group: Group, matrices: list[Matrix], straight: dict[Matrix, float]) -> Missing:
+        """What is missing of the outputs of a group's linears, over all batches."""
+        hidden, index = self._hidden, self._block.index
+        last = next(iter(straight), None)
+        found, seen = Missing.none(group, matrices, self._model.device), threading.local()
+        others = [m for m in matrices if m is not last]
+        self._model.load_block(index, self._made.decoded)
+        if others:
+            self._original.model.load_block(self._whole.index)
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def look(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+                setattr(seen, name, (args[0], out))
+
+            return look
+
+        turns = Turns(len(hidden.batches))
+
+        def job(batch: int) -> None:
+            with turns.taking_part(batch):
+                out = hidden.run(index, batch)
+                if others:
+                    hidden.run_original(index, batch)
+                rest = {m: self._rest(m, seen, straight, batch, out, last) for m in matrices}
+                x = getattr(seen, f"own {matrices[0].key}")[0]
+                with turns.turn(batch, group):  # sums that always round alike
+                    found.add(x.reshape(-1, x.shape[-1]).float(), rest)
+
+        hooks = {self._linear(m): keep(f"own {m.key}") for m in matrices}
+        hooks |= {self._twin(m): keep(f"right {m.key}") for m in others}
+        with _hooked(hooks):
+            for _ in side_by_side(self._model.device, job, len(hidden.batches)):
+                pass
+        self._model.drop_block(index)
+        if others:
+            self._original.model.drop_block(self._whole.index)
+        return found
+
+    def _rest(
+        self,
+        matrix: Matrix,
+        seen: threading.local,
+        straight: dict[Matrix, float],
+        batch: int,
+        out: Tensor,
+        last: Matrix | None,
+    ) -> Tensor:
+        """What is missing of one linear's output [tokens, out]."""
+        if matrix is last:
+            rest = (self._hidden.aim(batch) - out) / straight[matrix]
+        else:
+            own, right = (getattr(seen, f"{which} {matrix.key}")[1] for which in ("own", "right"))
+            kept = self._plan.rows.get(matrix)
+            rest = (right if kept is None else right.index_select(-1, kept.to(right.device))) - own
+            if matrix in straight:
+                entered = self._hidden.entered[batch].to(out.device)
+                state = self._hidden.states[batch].to(out.device)
+                rest = rest + (self._original.seen(entered) - state) / straight[matrix]
+        return rest.reshape(-1, matrix.shape[0]).float()
+
+    def fit(self, found: Missing, matrix: Matrix, groups: GroupCompressor) -> None:
+        """Take the fitted weight and bias of one linear over into what is to be written."""
+        bias = self._plan.biases.get(matrix)
+        count = found.tokens
+        mean, means = (None, None) if bias is None else (found.mean / count, found.means[matrix] / count)
+        added, shift = least_squares(found.inputs / count, found.cross[matrix] / count, self._plan.damp, mean, means)
+        weight = self._made.decoded[matrix.key].weight().double().to(added.device)
+        groups.replace(self._made, matrix, Dense((weight + added).to(matrix.dtype)))
+        if bias is not None and shift is not None:
+            stored = self._made.tensors[bias]
+            new = (stored.to(shift.device).double() + shift).to(stored.dtype).to(stored.device)
+            self._made.tensors[bias] = new
+            self._made.decoded[bias] = Decoded(lambda: new)
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """With these hooks on what modules give out."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,287 @@
+"""The sizes of a model that can be made smaller, and where in its tensors each of them lies.
+
+No table of tensor names is needed: the model is built once more, on `meta`, from a configuration in which one size is
+smaller, and the dimensions that became smaller with it are those that have it. So transformers itself says what a
+configuration can express. Two fused layouts, whose order no size tells, are in `model/families.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmshrink.errors import LlmshrinkError, PlanError
+from llmshrink.model.families import family_of
+from llmshrink.model.skeleton import build
+from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.surgery import Surgery, Taken, reconfigured, stretches
+
+NEURONS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim")  # what families call it
+PER_LAYER = re.compile(r"layer_types$|^no_rope_layers$|^mlp_layer_types$|^layers_block_type$")  # one entry for each
+NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers")  # lists of layers' numbers
+FIRST = ("max_window_layers", "first_k_dense_replace")  # how many layers, from the first on, are of a kind
+
+Axis = tuple[str, int]  # of a tensor on disk: its name and the dimension
+
+
+@dataclass(frozen=True)
+class Width:
+    """One size.
+
+    Attributes:
+        name: As a recipe has it.
+        total: How many things there are: of heads, groups that share keys and values.
+        each: What one of them counts for in the user's numbers: heads in a group.
+        settings: The keys of a configuration that say it, each with its value for one thing.
+        fixed: Keys that must be written out, as they would follow the size otherwise.
+        axes: Where the things lie: the entries of each, for every stretch of the dimension that holds all of them.
+        possible: Counts that the configuration takes; none: any.
+    """
+
+    name: str
+    total: int
+    each: int
+    settings: Mapping[str, int]
+    fixed: Mapping[str, int]
+    axes: Mapping[Axis, tuple[int, ...]]
+    possible: tuple[int, ...] = ()
+
+    def changes(self, kept: int) -> dict[str, int]:
+        """What a configuration says with so many things."""
+        return {**{key: one * kept for key, one in self.settings.items()}, **self.fixed}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is kept of a model.
+
+    Attributes:
+        blocks: Numbers of the blocks.
+        inside: For each width of blocks the things that each block of the original keeps, int64, in order.
+        channels: Those of the states between blocks; None: all.
+    """
+
+    blocks: tuple[int, ...]
+    inside: Mapping[str, tuple[Tensor, ...]]
+    channels: Tensor | None = None
+
+
+def width_of(model: StreamedModel, name: str) -> Width:
+    """Find a size.
+
+    Raises:
+        PlanError: the family's configuration cannot say it, or nothing is known of how it lies in a tensor.
+    """
+    return {"neurons": _neurons, "heads": _heads, "hidden": _hidden}[name](model)
+
+
+def _neurons(model: StreamedModel) -> Width:
+    config = _text(model.source)
+    for key in (key for key in NEURONS if hasattr(config, key)):
+        total = getattr(config, key) or 4 * config.hidden_size  # GPT-2 may leave it out
+        axes, joined = _smaller(model, {key: max(1, total // 2)}, total, max(1, total // 2))
+        if joined:
+            raise _cannot(model, "neurons", "its MLPs are experts", "--layers can be")
+        if axes:
+            halves = {1: (1,), 2: (1, 1)} if _halves(model) else {1: (1,)}
+            return Width("neurons", total, 1, {key: 1}, {}, _laid_out(model, "neurons", axes, halves))
+    raise _cannot(model, "neurons", "no key of its configuration says how many there are", "--layers can be")
+
+
+def _heads(model: StreamedModel) -> Width:
+    config = _text(model.source)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    each = heads // groups
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if groups < 2:
+        raise _cannot(model, "heads", "all of them share one key and value", "--neurons and --layers can be")
+    settings = {"num_attention_heads": each, "num_key_value_heads": 1}
+    if not hasattr(config, "num_key_value_heads"):
+        del settings["num_key_value_heads"]
+    axes: dict[Axis, int] = {}
+    why = "the size of each follows from the width of the model, and cannot be said apart from it"
+    possible = []
+    for count in range(1, groups):
+        changes = {**{key: one * count for key, one in settings.items()}, "head_dim": size}
+        try:
+            axes, _ = _smaller(model, changes, groups, count)
+            possible.append(count)
+        except PlanError as error:
+            why = str(error)
+    if not axes:
+        raise _cannot(model, "heads", why, "--neurons and --layers can be")
+    names = {key: name for name, origin in model.map.origins.items() for key in origin.keys}
+    for key, _ in axes:
+        owner = model.model.get_submodule(names[key].rpartition(".")[0])
+        if not isinstance(owner, nn.Linear | Conv1D):
+            raise _cannot(model, "heads", f"{key} is a norm over all of them", "--neurons and --layers can be")
+    known: dict[int, tuple[int, ...]] = {each * size: (each * size,), size: (size,)}
+    family = family_of(model.source.config)
+    if family is not None and family.layout == "last":
+        known[(each + 2) * size] = (each * size, size, size)
+    if family is not None and family.layout == "grouped":
+        known[(each + 2) * size] = ((each + 2) * size,)
+    places = _laid_out(model, "heads", axes, known)
+    return Width("heads", groups, each, settings, {"head_dim": size}, places, (*possible, groups))
+
+
+def _hidden(model: StreamedModel) -> Width:
+    config = _text(model.source)
+    total = config.hidden_size
+    size = getattr(config, "head_dim", None) or total // config.num_attention_heads
+    try:
+        axes, joined = _smaller(model, {"hidden_size": total // 2, "head_dim": size}, total, total // 2)
+    except PlanError as error:
+        raise _cannot(model, "hidden", str(error), "--neurons and --layers can be") from error
+    both = [key for key, axis in axes if axis and (key, 0) in axes]
+    if both or joined or any(unit != 1 for unit in axes.values()):
+        what = (both or joined or [key for (key, _), unit in axes.items() if unit != 1])[0]
+        raise _cannot(model, "hidden", f"more than the states would shrink with it: {what}", "--neurons can be")
+    return Width("hidden", total, 1, {"hidden_size": 1}, {"head_dim": size}, dict.fromkeys(axes, (1,)))
+
+
+def _cannot(model: StreamedModel, name: str, why: str, hint: str) -> PlanError:
+    return PlanError(f"{type(model.model).__name__}: its {name} cannot be cut: {why}.", hint=f"{hint} cut.")
+
+
+def _text(source: Source) -> Any:
+    return source.config.get_text_config(decoder=True)
+
+
+def _halves(model: StreamedModel) -> bool:
+    family = family_of(model.source.config)
+    return family is not None and family.halves
+
+
+def _smaller(model: StreamedModel, changes: Mapping[str, int], old: int, new: int) -> tuple[dict[Axis, int], list[str]]:
+    """The dimensions that become smaller with a size, with the entries for one thing; parameters of several tensors."""
+    source = model.source
+    try:
+        config = reconfigured(source.config, changed_config(source, changes))
+        state = build(config, model.dtype, all_meta=True).state_dict()
+    except LlmshrinkError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a family's configuration refuses is the answer
+        raise PlanError(str(error).strip().rpartition("\n")[2].strip()) from error
+    own: dict[str, Tensor] = model.model.state_dict(keep_vars=True)
+    axes, joined = {}, []
+    for name, origin in model.map.origins.items():
+        before, after = tuple(own[name].shape), tuple(state[name].shape) if name in state else None
+        if before == after:
+            continue
+        if after is None or model.map.joined(name):
+            joined.append(name)
+            continue
+        for axis, (whole, part) in enumerate(zip(before, after, strict=True)):
+            if whole != part:
+                axes[origin.keys[0], axis] = (whole - part) // (old - new) if whole > part else 0
+    return axes, joined
+
+
+def _laid_out(
+    model: StreamedModel, name: str, axes: Mapping[Axis, int], known: Mapping[int, tuple[int, ...]]
+) -> dict[Axis, tuple[int, ...]]:
+    odd = [key for (key, _), unit in axes.items() if unit not in known]
+    if odd:
+        raise _cannot(model, name, f"nothing is known of how they lie in {odd[0]}", "--layers can be")
+    return {axis: known[unit] for axis, unit in axes.items()}
+
+
+def changed_config(source: Source, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with other values, under the names that it has them by already."""
+    data = deepcopy(source.config_dict)
+    text = _text(source)
+    place = data if text is source.config else next(v for v in data.values() if isinstance(v, dict) and _is(v, text))
+    for key, value in changes.items():
+        spelled = text.attribute_map.get(key, key)
+        others = [name for name, real in text.attribute_map.items() if real == spelled]
+        there = [name for name in dict.fromkeys((key, spelled, *others)) if name in place]
+        for name in there or [spelled]:
+            place[name] = value
+    return data
+
+
+def _is(value: Mapping[str, Any], text: Any) -> bool:
+    return bool(value.get("model_type") == text.model_type)
+
+
+def operate(model: StreamedModel, widths: Iterable[Width], chosen: Chosen) -> Surgery:
+    """The surgery that keeps what was chosen."""
+    widths = list(widths)
+    changes: dict[str, Any] = {}
+    for width in widths:
+        kept = len(chosen.channels) if chosen.channels is not None and width.name == "hidden" else 0
+        changes |= width.changes(kept or len(chosen.inside[width.name][0]))
+    if len(chosen.blocks) < len(model.anatomy.blocks):
+        changes |= _of_layers(model, chosen.blocks)
+    homes = _homes(model)
+    number = {old: new for new, old in enumerate(chosen.blocks)}
+    tensors: dict[str, Taken] = {}
+    for key, info in model.weights.infos.items():
+        home = homes.get(key)
+        if home is not None and home not in number:
+            continue
+        kept_along: dict[int, Tensor] = {}
+        for width in widths:
+            for axis in range(len(info.shape)):
+                if units := width.axes.get((key, axis)):
+                    things = chosen.channels if width.name == "hidden" else chosen.inside[width.name][home or 0]
+                    assert things is not None
+                    kept_along[axis] = stretches(units, width.total, things)
+        name = key if home is None or home == number[home] else _renumbered(key, home, number[home])
+        tensors[name] = Taken(key, kept_along)
+    return Surgery(changed_config(model.source, changes), tensors, chosen.blocks, chosen.channels)
+
+
+def _homes(model: StreamedModel) -> dict[str, int]:
+    """The block that each tensor on disk belongs to, those that no parameter takes among them."""
+    found = {key: block.index for block in model.anatomy.blocks for key in block.keys}
+    stems = {key[: _number(key, index).start()]: None for key, index in found.items()}
+    for key in model.anatomy.unused:
+        for stem in stems:
+            if (match := re.match(rf"{re.escape(stem)}(\d+)\.", key)) and int(match[1]) < len(model.anatomy.blocks):
+                found[key] = int(match[1])
+    return found
+
+
+def _number(key: str, index: int) -> re.Match[str]:
+    match = re.search(rf"(?:(?<=^)|(?<=\.)){index}(?=\.)", key)
+    if match is None:
+        raise PlanError(f"{key!r} does not say which block it belongs to: layers cannot be renumbered.")
+    return match
+
+
+def _renumbered(key: str, old: int, new: int) -> str:
+    match = _number(key, old)
+    return f"{key[: match.start()]}{new}{key[match.end() :]}"
+
+
+def _of_layers(model: StreamedModel, kept: tuple[int, ...]) -> dict[str, Any]:
+    """What the configuration says of fewer layers: their number, and all that it says of each."""
+    config, total = _text(model.source), len(model.anatomy.blocks)
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == total and PER_LAYER.search(key):
+            changes[key] = [value[i] for i in kept]  # written out even where it followed from a rule
+        elif key in NUMBERS and isinstance(value, list):
+            changes[key] = [kept.index(i) for i in value if i in kept]
+        elif key in FIRST and isinstance(value, int):
+            changes[key] = sum(i < value for i in kept)
+    return changes
+
+
+def all_of(model: StreamedModel, widths: Iterable[Width], counts: Mapping[str, int], blocks: int) -> Chosen:
+    """The first of everything: what has the right shapes before anything was measured."""
+    layers = len(model.anatomy.blocks)
+    inside = {width.name: (torch.arange(counts[width.name]),) * layers for width in widths if width.name != "hidden"}
+    channels = torch.arange(counts["hidden"]) if "hidden" in counts else None
+    return Chosen(tuple(range(blocks)), inside, channels)

@@ -1,0 +1,326 @@
+"""What is cut out of a model: its parts are ranked in one pass, layers and shapes are compared by what they cost.
+
+One pass over the original with all calibration rows ranks neurons, heads and channels of every block. Which layers go,
+and which of several shapes it is where a size is asked for, is measured on a few rows: each candidate is made as it
+would be written, repaired, and its output compared with the original's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmshrink.calibration.rows import Rows
+from llmshrink.engine.gather import gather
+from llmshrink.engine.groups import GroupCompressor, Made
+from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.repair import repair
+from llmshrink.evaluate.agreement import Agreement
+from llmshrink.evaluate.metrics import Scores
+from llmshrink.evaluate.texts import compare_batch, score_batch
+from llmshrink.memory import trim
+from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.widths import Chosen, Width
+from llmshrink.plan.cut import Cuts, Shape
+from llmshrink.plan.economy import Economy
+from llmshrink.plan.work import Work
+from llmshrink.progress import Progress
+from llmshrink.sensitivity.ranking import BY_COLUMN, eliminated, of_things
+from llmshrink.statistics import Gathered, Hessian, Moments, NoStatistic, Statistic
+
+LENGTH = 256  # tokens of the few rows on which candidates are compared
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate, and what it costs.
+
+    Attributes:
+        chosen: What is kept.
+        why: By which criterion its layers were found.
+        cost: KL(original || it), nats per token, or a squared relative error of what it gives out; None: not measured.
+    """
+
+    chosen: Chosen
+    why: str
+    cost: float | None = None
+
+
+@dataclass
+class _Ranks:
+    """What one pass found.
+
+    Attributes:
+        orders: Of each width of blocks the order of its things in each block of the original, best first.
+        channels: Worth of each channel of the states between blocks.
+        influence: 1 less the cosine between what enters a block and what leaves it, of each.
+        turned: Angles, as shares of half a circle, between the states at any two boundaries of blocks.
+    """
+
+    orders: dict[str, list[Tensor]]
+    channels: Tensor | None
+    influence: list[float]
+    turned: Tensor
+
+
+class Search:
+    """Decides what is cut out."""
+
+    def __init__(self, cuts: Cuts, rows: Rows, *, economy: Economy, folder: Path, progress: Progress) -> None:
+        """Begin; nothing is computed yet.
+
+        Args:
+            cuts: what is open.
+            rows: calibration text.
+            economy: how much is in memory at a time.
+            folder: for hidden states, where the economy keeps them on disk.
+            progress: told of the steps.
+        """
+        self._cuts, self._spec, self._economy, self._progress = cuts, cuts.spec, economy, progress
+        # Of its own, because blocks of the original are loaded while those of candidates are.
+        self._model = StreamedModel(cuts.model.source, cuts.model.device)
+        self._rows, self._folder = rows, folder if economy.on_disk else None
+        few = rows.first(self._spec.rows, LENGTH)
+        self._few = few.batches(economy.batch_tokens)
+        self._ends: list[Tensor] = []
+
+    def run(self) -> list[Tried]:
+        """All candidates with their costs, the chosen one first."""
+        self._progress.start("rank what can be cut", len(self._model.anatomy.blocks))
+        ranks = self._rank()
+        self._progress.finish()
+        candidates = [one for shape in self._cuts.shapes for one in self._of(shape, ranks)]
+        if len(candidates) == 1:
+            return candidates
+        self._progress.start("compare candidates", len(candidates))
+        tried = []
+        for one in candidates:
+            cost = self._cost(self._cuts.work(one.chosen))
+            tried.append(Tried(one.chosen, one.why, cost))
+            self._progress.advance(1, f"{one.why}: {cost:.4g}")
+        self._progress.finish()
+        return sorted(tried, key=lambda one: one.cost if one.cost is not None else math.inf)
+
+    # --- ranks
+
+    def _rank(self) -> _Ranks:
+        hidden = Hidden(self._model, self._rows.batches(self._economy.batch_tokens), folder=self._folder)
+        widths = [width for name, width in self._cuts.widths.items() if name != "hidden"]
+        orders: dict[str, list[Tensor]] = {width.name: [] for width in widths}
+        whole = self._cuts.widths.get("hidden")
+        channels = None if whole is None else torch.zeros(whole.total, dtype=torch.float64)
+        influence: list[float] = []
+        lasts = [_last_tokens(hidden)]
+        for block in self._model.anatomy.blocks:
+            readers = {width.name: _readers(width, block) for width in widths}
+            kinds = self._kinds(block, [m for found in readers.values() for m in found], whole)
+            self._model.load_block(block.index)
+            gathered = gather(self._model, block, list(kinds), kinds, hidden) if kinds else {}
+            for width in widths:
+                orders[width.name].append(self._order(width, block, readers[width.name], gathered))
+            if whole is not None and channels is not None:
+                for group, found in gathered.items():
+                    if any((m.key, _inputs(m)) in whole.axes for m in group.matrices):
+                        square = found[Moments]
+                        assert isinstance(square, Moments)
+                        channels += square.square.double().cpu().sqrt()
+            influence.append(self._advance(block, hidden))
+            lasts.append(_last_tokens(hidden))
+            self._progress.advance(1, f"block {block.index}: influence {influence[-1]:.3f}")
+        angles = torch.stack([torch.stack([_angle(a, b) for b in lasts]) for a in lasts])
+        return _Ranks(orders, channels, influence, angles)
+
+    def _kinds(
+        self, block: Block, readers: list[Matrix], whole: Width | None
+    ) -> dict[Group, tuple[type[Statistic], ...]]:
+        kinds: dict[Group, tuple[type[Statistic], ...]] = {}
+        for group in block.groups:
+            wanted: list[type[Statistic]] = []
+            if any(m in readers for m in group.matrices):
+                wanted += [Hessian] if self._spec.criterion == "obs" else [Moments]
+            if whole is not None and any((m.key, _inputs(m)) in whole.axes for m in group.matrices):
+                wanted.append(Moments)
+            if wanted:
+                kinds[group] = (NoStatistic, *dict.fromkeys(wanted))
+        return kinds
+
+    def _order(
+        self,
+        width: Width,
+        block: Block,
+        readers: list[Matrix],
+        gathered: dict[Group, Gathered],
+    ) -> Tensor:
+        """The things of one width in one block, best first; all in order where the block has none of them."""
+        if not readers:
+            return torch.arange(width.total)
+        (matrix,) = readers
+        unit = matrix.shape[1] // width.total
+        if self._spec.criterion == "magnitude":
+            return of_things(self._magnitude(width, block), 1)
+        found = next(of for group, of in gathered.items() if matrix in group.matrices)
+        weight = self._model.read(matrix).float()
+        if self._spec.criterion == "obs":
+            hessian = found[Hessian]
+            assert isinstance(hessian, Hessian)
+            least = min(shape.counts[width.name] for shape in self._cuts.shapes)
+            return eliminated(hessian.matrix, weight, unit, least, self._spec.damp).cpu()
+        moments = found[Moments]
+        assert isinstance(moments, Moments)
+        return of_things(BY_COLUMN[self._spec.criterion](moments.mean, moments.square, weight), unit).cpu()
+
+    def _magnitude(self, width: Width, block: Block) -> Tensor:
+        """The sum of squares of all weights that belong to each thing of a block."""
+        total = torch.zeros(width.total, dtype=torch.float64)
+        for (key, axis), units in width.axes.items():
+            if key in block.keys:
+                tensor, start = self._model.weights.get(key).double().movedim(axis, 0).flatten(1), 0
+                for unit in units:
+                    stretch = tensor[start : start + unit * width.total].square().sum(1)
+                    total += stretch.view(width.total, unit).sum(1)
+                    start += unit * width.total
+        return total
+
+    def _advance(self, block: Block, hidden: Hidden) -> float:
+        """Take the states through a block; 1 less the mean cosine of what entered and what leaves (Men et al. 2024)."""
+        before = [state.clone() for state in hidden.states[: len(self._few)]]
+        hidden.advance(block.index)
+        self._model.drop_block(block.index)
+        trim()
+        pairs = zip(before, hidden.states, strict=False)
+        cosines = [nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
+        return 1 - float(torch.cat(cosines).mean())
+
+    # --- candidates
+
+    def _of(self, shape: Shape, ranks: _Ranks) -> Iterator[Tried]:
+        """The candidates of a shape: one for each set of layers that a criterion finds."""
+        inside = {
+            name: tuple(order[: shape.counts[name]].sort().values for order in found)
+            for name, found in ranks.orders.items()
+        }
+        channels = None
+        if ranks.channels is not None:
+            order = ranks.channels.argsort(descending=True, stable=True)
+            channels = order[: shape.counts["hidden"]].sort().values
+        words = ", ".join(f"{count} {name}" for name, count in shape.counts.items())
+        seen: set[tuple[int, ...]] = set()
+        for why, layers in self._layers(shape, ranks):
+            if layers not in seen:
+                seen.add(layers)
+                yield Tried(Chosen(layers, inside, channels), f"{words}; layers by {why}" if why else words)
+
+    def _layers(self, shape: Shape, ranks: _Ranks) -> Iterator[tuple[str, tuple[int, ...]]]:
+        total, asked = self._cuts.layers, self._spec.layer_criterion
+        if shape.named is not None or shape.layers == total:
+            yield "", shape.named or tuple(range(total))
+            return
+        less = total - shape.layers
+        if asked in ("influence", "search"):
+            worst = sorted(range(total), key=lambda i: ranks.influence[i])[:less]
+            yield "influence", _without(total, worst)
+        if asked in ("angular", "search"):
+            start = min(range(total - less + 1), key=lambda i: float(ranks.turned[i, i + less]))
+            yield "angular", _without(total, range(start, start + less))
+        if asked in ("divergence", "search"):
+            first = self._divergences(())
+            worst = sorted(range(total), key=lambda i: first[i])[:less]
+            yield "divergence", _without(total, worst)
+        if asked == "search" and less > 1:
+            gone = [min(first, key=lambda i: first[i])]
+            while len(gone) < less:
+                found = self._divergences(tuple(gone))
+                gone.append(min(found, key=lambda i: found[i]))
+            yield "divergence one after another", _without(total, gone)
+
+    # --- costs
+
+    def _divergences(self, gone: Sequence[int]) -> dict[int, float]:
+        """What the model without each layer costs, those that are gone already left out too."""
+        hidden = Hidden(self._model, self._few)
+        left = [block for block in self._model.anatomy.blocks if block.index not in gone]
+        found = {}
+        for number, block in enumerate(left):
+            streams = [[state.clone() for state in hidden.states]]
+            for later in left[number + 1 :]:
+                self._through(later, hidden, streams)
+            found[block.index] = self._compared(self._model, streams[0])
+            self._through(block, hidden, [hidden.states])
+        return found
+
+    def _through(self, block: Block, hidden: Hidden, streams: list[list[Tensor]]) -> None:
+        self._model.load_block(block.index)
+        hidden.advance_streams(block.index, streams)
+        self._model.drop_block(block.index)
+        trim()
+
+    def _cost(self, work: Work) -> float:
+        """What a candidate costs, made and repaired on the few rows."""
+        model, original = work.model, None if work.repair is None else work.original
+        hidden = Hidden(model, self._few, originals=original is not None, original=original)
+        groups = GroupCompressor(work)
+        for block in model.anatomy.blocks:
+            made = Made()
+            if work.repair is not None:
+                made.tensors |= {key: model.weights.dense(key) for key in block.keys}
+                statistics: dict[Group, Gathered] = {
+                    g: {NoStatistic: NoStatistic(g.width, model.device)} for g in block.groups
+                }
+                for found in groups.compress(list(block.groups), statistics):
+                    made.add(found)
+                hidden.advance_originals(block.index)
+                repair(block, made, hidden, groups, work.repair)
+            model.load_block(block.index, made.decoded)
+            hidden.advance(block.index)
+            model.drop_block(block.index)
+            trim()
+        return self._compared(model, hidden.states)
+
+    def _compared(self, model: StreamedModel, states: list[Tensor]) -> float:
+        """How far what states end in, through the head of their model, is from the original's."""
+        limit = self._economy.logits
+        if not self._ends:
+            hidden = Hidden(self._model, self._few)
+            for block in self._model.anatomy.blocks:
+                self._through(block, hidden, [hidden.states])
+            self._ends = hidden.states
+        if self._model.task.causal:
+            scores = [Scores(), Scores()]
+            for batch, tokens in enumerate(self._few):
+                score_batch([self._model, model], [self._ends[batch], states[batch]], tokens, scores, limit)
+            return scores[1].kl or 0.0
+        agreement = Agreement(distribution=model.distribution)
+        for batch, tokens in enumerate(self._few):
+            compare_batch([self._model, model], [self._ends[batch], states[batch]], tokens, agreement, limit)
+        return (agreement.kl if model.distribution else (agreement.relative_error or 0.0) ** 2) or 0.0
+
+
+def _readers(width: Width, block: Block) -> list[Matrix]:
+    """The matrices of a block whose inputs are things of this width."""
+    return [m for m in block.matrices if (m.key, _inputs(m)) in width.axes]
+
+
+def _inputs(matrix: Matrix) -> int:
+    """The dimension, on disk, of a matrix's inputs."""
+    return 0 if matrix.transposed else 1
+
+
+def _without(total: int, gone: Sequence[int] | range) -> tuple[int, ...]:
+    return tuple(i for i in range(total) if i not in gone)
+
+
+def _last_tokens(hidden: Hidden) -> Tensor:
+    """The states of the last token of each row [rows, hidden], float64."""
+    return torch.cat([state[:, -1].double().cpu() for state in hidden.states])
+
+
+def _angle(one: Tensor, other: Tensor) -> Tensor:
+    """The mean angle between states, as a share of half a circle (Gromov et al. 2024, arXiv 2403.17887)."""
+    cosine = nn.functional.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
+    return torch.arccos(cosine).mean() / math.pi

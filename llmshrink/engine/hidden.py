@@ -140,6 +140,14 @@ class Hidden:
         state = self.originals[batch].to(self.model.device)
         return state if self._original is None else self._original.seen(state)
 
+    def off(self) -> float:
+        """The mean squared difference between the states and what they should be."""
+        total, count = 0.0, 0
+        for batch, state in enumerate(self.states[: len(self.batches)]):
+            rest = state.to(self.model.device).float() - self.aim(batch).float()
+            total, count = total + float(rest.square().sum(dtype=torch.float64)), count + rest.numel()
+        return total / max(1, count)
+
     def _run(
         self,
         index: int,

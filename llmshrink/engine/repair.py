@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,13 @@ from llmshrink.memory import trim
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import HEAD_ROWS, Decoded
 from llmshrink.plan.work import Repair
-from llmshrink.report.schema import BlockReport
 
 STRAIGHT = 1e-3  # how far what comes out may be from what was added, as a share of it
 TRIED = 64  # tokens on which that is tried
+
+
+class _Enough(Exception):  # noqa: N818 - what follows in the block is not needed
+    pass
 
 
 @dataclass
@@ -90,7 +93,7 @@ def least_squares(
     return added, None if mean is None or means is None else means - added @ mean
 
 
-def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> BlockReport:
+def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> float:
     """Fit the matrices of a block that `plan` names, each with those before it fitted, and take them over into `made`.
 
     Args:
@@ -101,7 +104,7 @@ def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, pl
         plan: which matrices, with which damping.
 
     Returns:
-        What it gained.
+        The mean squared difference, before anything was fitted, between what leaves the block and what should.
     """
     fitter = _Fitter(block, made, hidden, plan)
     model = hidden.model
@@ -119,10 +122,7 @@ def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, pl
         for matrix in matrices:
             fitter.fit(found, matrix, groups)
         trim()
-    model.load_block(block.index, made.decoded)
-    after = difference(block, hidden)
-    model.drop_block(block.index)
-    return BlockReport(block=block.index, error_before=before, error_after=after)
+    return before
 
 
 @torch.no_grad()
@@ -218,9 +218,11 @@ class _Fitter:
         if others:
             self._original.model.load_block(self._whole.index)
 
-        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(name: str, end: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def look(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
                 setattr(seen, name, (args[0], out))
+                if end:
+                    raise _Enough
 
             return look
 
@@ -228,16 +230,19 @@ class _Fitter:
 
         def job(batch: int) -> None:
             with turns.taking_part(batch):
-                out = hidden.run(index, batch)
-                if others:
-                    hidden.run_original(index, batch)
-                rest = {m: self._rest(m, seen, straight, batch, out, last) for m in matrices}
+                out = None
+                with suppress(_Enough):
+                    out = hidden.run(index, batch)
+                with suppress(_Enough):
+                    if others:
+                        hidden.run_original(index, batch)
+                rest = {m: self._rest(m, seen, straight, batch, out) for m in matrices}
                 x = getattr(seen, f"own {matrices[0].key}")[0]
                 with turns.turn(batch, group):  # sums that always round alike
                     found.add(x.reshape(-1, x.shape[-1]).float(), rest)
 
-        hooks = {self._linear(m): keep(f"own {m.key}") for m in matrices}
-        hooks |= {self._twin(m): keep(f"right {m.key}") for m in others}
+        hooks = {self._linear(m): keep(f"own {m.key}", m is matrices[-1] and last not in matrices) for m in matrices}
+        hooks |= {self._twin(m): keep(f"right {m.key}", m is others[-1]) for m in others}
         with _hooked(hooks):
             for _ in side_by_side(self._model.device, job, len(hidden.batches)):
                 pass
@@ -252,19 +257,19 @@ class _Fitter:
         seen: threading.local,
         straight: dict[Matrix, float],
         batch: int,
-        out: Tensor,
-        last: Matrix | None,
+        out: Tensor | None,
     ) -> Tensor:
-        """What is missing of one linear's output [tokens, out]."""
-        if matrix is last:
+        """What is missing of one linear's output [tokens, out]; `out` is what leaves the block."""
+        if matrix is next(iter(straight), None):
+            assert out is not None
             rest = (self._hidden.aim(batch) - out) / straight[matrix]
         else:
             own, right = (getattr(seen, f"{which} {matrix.key}")[1] for which in ("own", "right"))
             kept = self._plan.rows.get(matrix)
             rest = (right if kept is None else right.index_select(-1, kept.to(right.device))) - own
             if matrix in straight:
-                entered = self._hidden.entered[batch].to(out.device)
-                state = self._hidden.states[batch].to(out.device)
+                entered = self._hidden.entered[batch].to(own.device)
+                state = self._hidden.states[batch].to(own.device)
                 rest = rest + (self._original.seen(entered) - state) / straight[matrix]
         return rest.reshape(-1, matrix.shape[0]).float()
 

@@ -23,7 +23,7 @@ from llmshrink.recipe.cut import WIDTHS, CutSpec
 from llmshrink.recipe.schema import CutStage, Recipe
 
 STEPS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # what widths are multiples of: runtimes like large ones
-FEWEST = 16  # steps in a width: fewer would leave little to choose
+FEWEST = 32  # steps in a width: fewer would leave little to choose
 LEAST = 0.25  # of a width, and of the layers, that a target leaves
 MOST = 12  # candidates that are tried for a target
 ENTRY = 120  # bytes of a header for a tensor, at most, beside its name

@@ -135,8 +135,18 @@ def _layer_plan(work: Work, matrix: Matrix, is_open: bool) -> LayerPlan:
         bytes_before=work.bytes_before(matrix.key),
         bytes_after=after,
         reason=work.left.get(matrix),
+        shape_before=_shape_before(work, matrix),
         open=is_open,
     )
+
+
+def _shape_before(work: Work, matrix: Matrix) -> tuple[int, int] | None:
+    """[out, in] of what a matrix was cut out of; None: it is whole."""
+    if work.original is None:
+        return None
+    first, second = work.original.shape(matrix.key)
+    shape = (second, first) if matrix.transposed else (first, second)
+    return None if shape == matrix.shape else shape
 
 
 def _already(output: Path) -> int:

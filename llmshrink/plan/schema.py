@@ -26,6 +26,7 @@ class LayerPlan(_Part):
     bytes_before: int
     bytes_after: int
     reason: str | None
+    shape_before: tuple[int, int] | None = None  # where parts of it are cut out
     open: bool = False  # its method's settings are chosen by measuring; the bytes are of one way to meet the size
 
 

@@ -14,6 +14,7 @@ from llmshrink.progress import seconds
 from llmshrink.report.schema import (
     AllocationReport,
     BlockReport,
+    CutReport,
     EventRecord,
     GateReport,
     ModelInfo,
@@ -220,7 +221,9 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.type is not None:
         what = f" with {stage.method['name']}"
     lines = [f"{stage.task}{what}, {stage.format}" + (f" {stage.type}" if stage.type else "")]
-    if weights:
+    if stage.cut is not None:
+        lines = _cut(stage.cut)
+    elif weights:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
         if zeros := sum(layer.zeros or 0 for layer in done if stage.task == "prune"):
@@ -232,7 +235,7 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.allocation is not None:
         lines += _allocated(stage.allocation)
     if stage.blocks:
-        lines.append(_learned(stage.blocks))
+        lines.append(_learned(stage.blocks, fitted=stage.cut is not None))
     if stage.tuned is not None:
         lines.append(_tuned(stage.tuned))
     fallbacks = sum(layer.fallback for layer in stage.layers)
@@ -279,13 +282,30 @@ def _allocated(found: AllocationReport) -> list[str]:
     return [*lines, f"chosen for {count(len(found.units), 'unit')} of layers: {', '.join(counts)}{how}"]
 
 
-def _learned(blocks: list[BlockReport]) -> str:
+def sizes(before: Mapping[str, int], kept: Mapping[str, int]) -> list[str]:
+    """What is kept of everything: `6 of 8 layers`."""
+    return [f"{kept[name]:,} of {number:,} {name}" for name, number in before.items() if kept[name] != number]
+
+
+def _cut(cut: CutReport) -> list[str]:
+    """What was cut out, by what, and against what else it was measured."""
+    first, *others = cut.candidates
+    kept = sizes(cut.before, first.kept)
+    lines = [f"kept {', '.join(kept)}, by {cut.criterion}: {first.parameters:,} parameters"]
+    if gone := [i for i in range(cut.before["layers"]) if i not in first.layers]:
+        lines.append(f"layers that are gone: {', '.join(map(str, gone))}")
+    if others and first.cost is not None:
+        costs = ", ".join(f"{one.cost:.4f} ({one.found_by})" for one in others if one.cost is not None)
+        lines.append(f"it costs {first.cost:.4f} on a few calibration rows ({first.found_by}); others {costs}")
+    return lines
+
+
+def _learned(blocks: list[BlockReport], *, fitted: bool) -> str:
     """What learning blocks together gained, in all."""
     before, after = (sum(getattr(block, name) for block in blocks) for name in ("error_before", "error_after"))
     left = sum(block.error_after >= block.error_before for block in blocks)
-    gained = (
-        f"{count(len(blocks), 'block')} learned: their error is {after / before if before else 1:.2f} of the method's"
-    )
+    what, of = ("fitted", "what it was without") if fitted else ("learned", "the method's")
+    gained = f"{count(len(blocks), 'block')} {what}: their error is {after / before if before else 1:.2f} of {of}"
     return gained + (f"; {left} got no better and stayed as they were" if left else "")
 
 
@@ -325,6 +345,7 @@ __all__ = [
     "grouped_events",
     "protocols",
     "share",
+    "sizes",
     "source_name",
     "text_name",
     "stage_lines",

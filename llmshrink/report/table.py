@@ -23,13 +23,14 @@ from llmshrink.report.rows import (
     grouped_events,
     protocols,
     share,
+    sizes,
     source_name,
     stage_lines,
 )
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
 if TYPE_CHECKING:
-    from llmshrink.plan.schema import AllocationPlan, LayerPlan, Plan, TensorPlan
+    from llmshrink.plan.schema import AllocationPlan, CutPlan, LayerPlan, Plan, TensorPlan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -69,7 +70,9 @@ def render_plan(plan: Plan) -> Group:
     """The plan in one screen: one line for each kind of layer, then sizes, memory, disk and events."""
     covered = plan.parameters_compressed / plan.parameters if plan.parameters else 0.0
     lines = [
-        f"{plan.parameters_compressed:,} of {plan.parameters:,} parameters ({share(covered)}) are compressed",
+        _cut(plan.cut, plan.parameters)
+        if plan.cut is not None
+        else f"{plan.parameters_compressed:,} of {plan.parameters:,} parameters ({share(covered)}) are compressed",
         f"tensors {decimal(plan.bytes_before)} -> {decimal(plan.bytes_after)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, all tensors counted",
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
@@ -101,6 +104,19 @@ def render_plan(plan: Plan) -> Group:
     )
 
 
+def _cut(cut: CutPlan, parameters: int) -> str:
+    """What is kept, and what is still to be found out."""
+    kept = ", ".join(sizes(cut.before, cut.kept))
+    words = (
+        f"{cut.parameters_before:,} -> {parameters:,} parameters ({share(parameters / cut.parameters_before)}): {kept}"
+    )
+    if cut.candidates > 1:
+        words += f"; the best of {cut.candidates} shapes is taken, of which this is one"
+    elif cut.layers is None:
+        words += "; which layers go is measured"
+    return words + (f"; {count(cut.repaired, 'linear')} fitted to make up for it" if cut.repaired else "")
+
+
 def _allocation(found: AllocationPlan, parameters: int) -> list[str]:
     """What is measured, and between which sizes the result lies."""
     words = ", ".join(candidate_words(keys) for keys in found.candidates)
@@ -118,7 +134,7 @@ def _plan_table(plan: Plan) -> Table:
     for layer in plan.layers:
         kinds.setdefault((_kind(layer.name), _how(layer)), []).append(layer)
     for (kind, how), layers in kinds.items():
-        shapes = {"x".join(str(n) for n in layer.shape) for layer in layers}
+        shapes = {_shape(layer) for layer in layers}
         table.add_row(
             Text(kind),
             str(len(layers)),
@@ -138,9 +154,14 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
+def _shape(layer: LayerPlan) -> str:
+    before, after = ("x".join(map(str, shape)) for shape in (layer.shape_before or layer.shape, layer.shape))
+    return after if before == after else f"{before} -> {after}"
+
+
 def _other(tensors: list[TensorPlan]) -> list[RenderableType]:
     before, after = (sum(getattr(t, name) for t in tensors) for name in ("bytes_before", "bytes_after"))
-    how = "copied" if before == after else "decoded"
+    how = "copied" if before == after else "decoded" if before < after else "cut"
     return [str(len(tensors)), "", Text(how, "dim"), decimal(before), decimal(after)]
 
 
@@ -158,7 +179,8 @@ def _how(layer: LayerPlan) -> str:
     if layer.type is not None:
         return clean(f"{_method(layer.method)} {layer.type}")
     group = {None: "", -1: " per channel"}.get(layer.group_size, f" g{layer.group_size}")
-    return clean(f"{_method(layer.method)} W{layer.bits}{group}")
+    bits = "" if layer.bits is None else f" W{layer.bits}"
+    return clean(f"{_method(layer.method)}{bits}{group}")
 
 
 def _method(name: str) -> str:

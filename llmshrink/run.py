@@ -11,6 +11,7 @@ import torch
 
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
+from llmshrink.errors import UsageError
 from llmshrink.job import Job
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import anonymous_bytes, fix_malloc, memory_limit
@@ -20,7 +21,7 @@ from llmshrink.model.truncate import truncate
 from llmshrink.plan.schema import Plan
 from llmshrink.planning import open_model, plan_of, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.schema import CutStage, Recipe
 from llmshrink.report.schema import Check, Report, SensitivityReport
 from llmshrink.sensitivity import costs
 from llmshrink.smoke import smoke_recipe
@@ -69,6 +70,8 @@ def execute(
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     """Compress the first block that the recipe treats in a temporary folder, reload, verify: seconds, not hours."""
+    if isinstance(writing_stage_of(recipe), CutStage):
+        raise UsageError("--smoke tries a method on one block, and a cut has none: --plan says what is left.")
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
         source, _ = open_model(recipe)
         model = StreamedModel(source, torch.device("cpu"))

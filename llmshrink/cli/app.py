@@ -111,7 +111,6 @@ def prune(
     hidden: opt.HiddenWidth = None,
     layers: opt.Layers = None,
     target_params: opt.TargetParams = None,
-    criterion: opt.CutCriterion = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,

@@ -24,7 +24,6 @@ RECIPE_KEYS = {
     "hidden": "cut.hidden",
     "layers": "cut.layers",
     "target_params": "cut.params",
-    "criterion": "cut.criterion",
     "inputs": "inputs.type",
     "transform": "transform",
     "format": "format.name",
@@ -156,10 +155,6 @@ Layers = Annotated[
 TargetParams = Annotated[
     str | None,
     typer.Option(help="Find what to cut for so many parameters.", metavar="N|80%", rich_help_panel=_PARTS),
-]
-CutCriterion = Annotated[
-    str | None,
-    typer.Option("--criterion", help="What a neuron or head is worth: obs, wanda, ...", rich_help_panel=_PARTS),
 ]
 Inputs = Annotated[
     str | None,

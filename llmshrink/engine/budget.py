@@ -32,7 +32,7 @@ LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, th
 TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
 SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
-FITTING = 1 + 2 * 3  # sums, and their copies in float64 while they are solved
+FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
 SHORT = 256  # tokens of a row on which candidates are compared
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -233,10 +233,8 @@ def _repairing(work: Work, block: Block, batch: int) -> int:
         return 0
     whole = work.original.model
     twin = whole.anatomy.blocks[work.original.blocks[block.index]]
-    sums = [
-        (g.width * g.width + sum(m.numel for m in g.matrices if m in work.repair.matrices)) * FLOAT
-        for g in block.groups
-    ]
+    repaired = [[m for m in g.matrices if m in work.repair.matrices] for g in block.groups]
+    sums = [2 * sum(m.shape[1] ** 2 + m.numel for m in found) * FLOAT for found in repaired]
     return _weights(whole, twin) + _forward(whole, twin, batch) + FITTING * max(sums, default=0)
 
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,15 @@ from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import Turns, side_by_side
 from llmshrink.engine.reconstruct import difference
-from llmshrink.forms import Dense
+from llmshrink.forms import Dense, Event
 from llmshrink.memory import trim
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import HEAD_ROWS, Decoded
 from llmshrink.plan.work import Repair
 
+DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0)  # lambdas that are tried, as shares of the mean diagonal
+USUAL = 0.01  # where there is nothing to try them on
+HELD = 8  # one batch of so many is held back to try them on
 STRAIGHT = 1e-3  # how far what comes out may be from what was added, as a share of it
 TRIED = 64  # tokens on which that is tried
 
@@ -42,55 +46,86 @@ class _Enough(Exception):  # noqa: N818 - what follows in the block is not neede
 
 @dataclass
 class Missing:
-    """Sums over tokens: of x x^T [in, in], of r x^T [out, in], of both alone; float32 but for the last two."""
+    """Sums over tokens of the inputs x of a linear and of what is missing r in what it gives; float32.
 
-    inputs: Tensor
-    cross: dict[Matrix, Tensor]
+    Attributes:
+        square: Of x x^T [in, in].
+        cross: Of r x^T [out, in].
+        mean: Of x [in].
+        means: Of r [out].
+        size: Of |r|^2.
+        tokens: How many.
+    """
+
+    square: Tensor
+    cross: Tensor
     mean: Tensor
-    means: dict[Matrix, Tensor]
+    means: Tensor
+    size: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def none(cls, group: Group, matrices: list[Matrix], device: torch.device) -> Missing:
-        """Before the first batch."""
-        width = group.width
-        cross = {m: torch.zeros(m.shape, device=device) for m in matrices}
-        means = {m: torch.zeros(m.shape[0], dtype=torch.float64, device=device) for m in matrices}
-        square = torch.zeros(width, width, device=device)
-        return cls(square, cross, torch.zeros(width, dtype=torch.float64, device=device), means)
+    def none(cls, shape: tuple[int, int], device: torch.device) -> Missing:
+        """Before the first batch of a linear [out, in]."""
+        out, width = shape
+        zeros = partial(torch.zeros, device=device)
+        return cls(zeros(width, width), zeros(out, width), zeros(width), zeros(out))
 
-    def add(self, x: Tensor, missing: dict[Matrix, Tensor]) -> None:
-        """Add a batch: inputs [tokens, in] and what is missing of each output [tokens, out], float32."""
+    def add(self, x: Tensor, rest: Tensor) -> None:
+        """Add a batch: inputs [tokens, in], and what is missing of the outputs [tokens, out]."""
         self.tokens += len(x)
-        self.inputs.addmm_(x.T, x)
-        self.mean += x.sum(0, dtype=torch.float64)
-        for matrix, rest in missing.items():
-            self.cross[matrix].addmm_(rest.T, x)
-            self.means[matrix] += rest.sum(0, dtype=torch.float64)
+        self.square.addmm_(x.T, x)
+        self.cross.addmm_(rest.T, x)
+        self.mean += x.sum(0)
+        self.means += rest.sum(0)
+        self.size += float(rest.square().sum(dtype=torch.float64))
+
+    def joined(self, other: Missing) -> Missing:
+        """Both together."""
+        mine, theirs = (list(vars(one).values()) for one in (self, other))
+        return Missing(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def left(self, added: Tensor, shift: Tensor | None) -> float:
+        """The sum of |r - A x - b|^2, where A [out, in] and b [out] are added to the weight and the bias."""
+        found = self.size - 2 * float((added * self.cross).sum()) + float((added @ self.square.double() * added).sum())
+        if shift is not None:
+            found += float(shift @ (self.tokens * shift - 2 * self.means + 2 * (added @ self.mean.double())))
+        return found
+
+    def fitted(self, damp: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """What to add to a weight [out, in], and to its bias [out], so that least is missing; float64.
+
+        argmin over A, b of mean |r - A x - b|^2 + lambda |A|^2, with lambda `damp` of the mean diagonal of the second
+        moment of x; without a bias b is zero.
+        """
+        second, product = self.square.double() / self.tokens, self.cross.double() / self.tokens
+        mean, means = self.mean.double() / self.tokens, self.means.double() / self.tokens
+        if bias:
+            second, product = second - torch.outer(mean, mean), product - torch.outer(means, mean)
+        scale = float(second.diagonal().mean())
+        second.diagonal().add_(damp * scale if scale > 0 else 1.0)
+        added = torch.cholesky_solve(product.T, torch.linalg.cholesky(second)).T
+        return added, means - added @ mean if bias else None
 
 
-def least_squares(
-    inputs: Tensor, cross: Tensor, damp: float, mean: Tensor | None = None, means: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """What to add to a weight, and to its bias, so that least is missing.
+def best_fit(text: Missing, held: Missing, damp: float | None, *, bias: bool) -> tuple[Tensor, Tensor | None] | None:
+    """The fit on all text, damped as far as helps on the rows held back from it most.
 
     Args:
-        inputs: mean of x x^T [in, in].
-        cross: mean of r x^T [out, in].
-        damp: lambda, as a share of the mean of the diagonal of `inputs`.
-        mean: mean of x [in], where there is a bias; else None.
-        means: mean of r [out], then too.
+        text: of most rows.
+        held: of the others; no tokens where there are too few rows.
+        damp: what is taken in any case; None: found out.
+        bias: whether there is one.
 
     Returns:
-        [out, in] and [out], float64: argmin over A, b of mean |r - A x - b|^2 + lambda |A|^2.
+        What to add to the weight and the bias; None: whatever is fitted makes it worse on the rows held back.
     """
-    second, product = inputs.double(), cross.double()
-    if mean is not None and means is not None:
-        second, product = second - torch.outer(mean, mean), product - torch.outer(means, mean)
-    scale = float(second.diagonal().mean())
-    second.diagonal().add_(damp * scale if scale > 0 else 1.0)
-    added = torch.cholesky_solve(product.T, torch.linalg.cholesky(second)).T
-    return added, None if mean is None or means is None else means - added @ mean
+    if held.tokens and damp is None:
+        scores = {share: held.left(*text.fitted(share, bias=bias)) for share in DAMPS}
+        damp = min(DAMPS, key=lambda share: scores[share])
+        if not scores[damp] < held.size:
+            return None
+    return text.joined(held).fitted(damp or USUAL, bias=bias)
 
 
 def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> float:
@@ -116,11 +151,8 @@ def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, pl
         matrices = [m for m in group.matrices if m in plan.matrices]
         if not matrices:
             continue
-        found = fitter.missing(group, matrices, straight)
-        if not found.tokens:
-            continue
-        for matrix in matrices:
-            fitter.fit(found, matrix, groups)
+        for matrix, (text, held) in fitter.missing(group, matrices, straight).items():
+            fitter.fit(text, held, matrix, groups)
         trim()
     return before
 
@@ -135,21 +167,22 @@ def repair_head(head: Matrix, made: Made, hidden: Hidden, groups: GroupCompresso
     small, whole = hidden.model, hidden.original.model
     table = whole.anatomy.head
     assert table is not None
-    inputs = torch.zeros(head.shape[1], head.shape[1], device=small.device)
+    square = torch.zeros(head.shape[1], head.shape[1], device=small.device)
     cross = torch.zeros(table.shape[1], head.shape[1], device=small.device)
-    count = 0
     for tokens, state, original in zip(hidden.batches, hidden.states, hidden.originals, strict=False):
         x = small.head_input(tokens, state).reshape(-1, head.shape[1]).float()
         y = whole.head_input(tokens, original).reshape(-1, table.shape[1]).float()
-        inputs.addmm_(x.T, x)
+        square.addmm_(x.T, x)
         cross.addmm_(y.T, x)
-        count += len(x)
     rows, own = whole.weights.rows(table.key), small.weights.rows(head.key)
-    fitted = torch.empty(head.shape, dtype=head.dtype)
+    count, fitted = sum(batch.numel() for batch in hidden.batches), torch.empty(head.shape, dtype=head.dtype)
+    mean = torch.zeros(head.shape[1], device=small.device)
     for start in range(0, head.shape[0], HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         before, right = (get(part).float().to(small.device) for get in (own, rows))
-        added, _ = least_squares(inputs / count, (right @ cross - before @ inputs) / count, plan.damp)
+        rest = right @ cross - before @ square
+        sums = Missing(square, rest, mean, torch.zeros(len(rest), device=small.device), tokens=count)
+        added, _ = sums.fitted(plan.damp or USUAL, bias=False)
         fitted[part] = (before.double() + added).to(head.dtype).cpu()
     groups.replace(made, head, Dense(fitted))
 
@@ -208,11 +241,14 @@ class _Fitter:
         return factor if factor and off <= (STRAIGHT * factor) ** 2 * size else None
 
     @torch.no_grad()
-    def missing(self, group: Group, matrices: list[Matrix], straight: dict[Matrix, float]) -> Missing:
-        """What is missing of the outputs of a group's linears, over all batches."""
+    def missing(
+        self, group: Group, matrices: list[Matrix], straight: dict[Matrix, float]
+    ) -> dict[Matrix, tuple[Missing, Missing]]:
+        """What is missing of the outputs of a group's linears, over most batches, and over those held back."""
         hidden, index = self._hidden, self._block.index
         last = next(iter(straight), None)
-        found, seen = Missing.none(group, matrices, self._model.device), threading.local()
+        none = partial(Missing.none, device=self._model.device)
+        found, seen = {m: (none(m.shape), none(m.shape)) for m in matrices}, threading.local()
         others = [m for m in matrices if m is not last]
         self._model.load_block(index, self._made.decoded)
         if others:
@@ -239,7 +275,8 @@ class _Fitter:
                 rest = {m: self._rest(m, seen, straight, batch, out) for m in matrices}
                 x = getattr(seen, f"own {matrices[0].key}")[0]
                 with turns.turn(batch, group):  # sums that always round alike
-                    found.add(x.reshape(-1, x.shape[-1]).float(), rest)
+                    for matrix, sums in found.items():
+                        sums[batch % HELD == HELD - 1].add(x.reshape(-1, x.shape[-1]).float(), rest[matrix])
 
         hooks = {self._linear(m): keep(f"own {m.key}", m is matrices[-1] and last not in matrices) for m in matrices}
         hooks |= {self._twin(m): keep(f"right {m.key}", m is others[-1]) for m in others}
@@ -273,12 +310,15 @@ class _Fitter:
                 rest = rest + (self._original.seen(entered) - state) / straight[matrix]
         return rest.reshape(-1, matrix.shape[0]).float()
 
-    def fit(self, found: Missing, matrix: Matrix, groups: GroupCompressor) -> None:
+    def fit(self, text: Missing, held: Missing, matrix: Matrix, groups: GroupCompressor) -> None:
         """Take the fitted weight and bias of one linear over into what is to be written."""
         bias = self._plan.biases.get(matrix)
-        count = found.tokens
-        mean, means = (None, None) if bias is None else (found.mean / count, found.means[matrix] / count)
-        added, shift = least_squares(found.inputs / count, found.cross[matrix] / count, self._plan.damp, mean, means)
+        if not text.size or (found := best_fit(text, held, self._plan.damp, bias=bias is not None)) is None:
+            if text.size:
+                what = "what can be fitted makes it worse on rows held back: its weights stay as they were"
+                self._made.events.append(Event("not_repaired", what, matrix.name))
+            return
+        added, shift = found
         weight = self._made.decoded[matrix.key].weight().double().to(added.device)
         groups.replace(self._made, matrix, Dense((weight + added).to(matrix.dtype)))
         if bias is not None and shift is not None:

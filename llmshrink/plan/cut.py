@@ -259,6 +259,13 @@ class Cuts:
                 f"{type(self.model.model).__name__}: what is left does not fit together: {error}",
                 hint="The family ties its sizes or layers to each other in a way that llmshrink does not know.",
             ) from error
+        placeless = {surgery.tensors[key].key for key in small.anatomy.unused} - set(self.model.anatomy.unused)
+        if placeless:
+            raise PlanError(
+                f"{type(self.model.model).__name__}: its layers are not alike: no layer that is kept has a place for "
+                f"{min(placeless)}.",
+                hint="Keep that layer, and let others go (--layers 0,2,3).",
+            )
         inside = [m for block in small.anatomy.blocks for m in block.matrices]
         repair = self._repair(small, surgery) if self.spec.repair else None
         outside = [m for m in (small.anatomy.head,) if repair is not None and m in repair.matrices]

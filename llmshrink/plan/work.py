@@ -37,13 +37,13 @@ class Repair:
         matrices: Of the smaller model, those that are fitted.
         rows: Of those of which outputs are gone, the outputs of the original's linear that are left.
         biases: Keys of the biases that are fitted with them.
-        damp: How strongly weights are held to what they were.
+        damp: How strongly weights are held to what they were; None: found out.
     """
 
     matrices: frozenset[Matrix]
     rows: Mapping[Matrix, Tensor]
     biases: Mapping[Matrix, str]
-    damp: float
+    damp: float | None
 
 
 @dataclass

@@ -52,7 +52,12 @@ class CutSpec(Section):
         description="fit what writes to the states between layers, by least squares, to make up for what is gone; "
         "false: what is left stays as it was",
     )
-    damp: float = Field(0.01, gt=0, lt=1, description="how strongly fitted weights are held to what they were")
+    damp: float | None = Field(
+        None,
+        gt=0,
+        description="how strongly fitted weights are held to what they were, as a share of the mean square of what "
+        "they are multiplied by; null: what helps most on rows that are held back, or no fit where none does",
+    )
     round_to: int | None = Field(
         None,
         ge=1,

@@ -335,6 +335,15 @@ class CutStage(Section):
     cut: CutSpec = Field(description="what is kept, in place of a method that drops single weights")
     gate: Gate = GateSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_weights(cls, data: Any) -> Any:
+        others = [key for key in data if key in PruneStage.model_fields.keys() - cls.model_fields.keys()]
+        if others:
+            message = "`cut` takes out whole parts, and this is for single weights: prune the result in a second run"
+            raise refuse([fault((key,), message) for key in others])
+        return data
+
 
 class ExportStage(Section):
     """The codes that a model is stored in, written in another format."""

@@ -35,7 +35,7 @@ def eliminated(hessian: Tensor, weight: Tensor, unit: int, left: int, damp: floa
     Returns:
         int64 [in / unit], the best first.
     """
-    damped, left_over = hessian.double(), weight.double()
+    damped, left_over = (tensor.to(torch.float64, copy=True) for tensor in (hessian, weight))
     count = len(damped) // unit
     damped.diagonal().add_(damp * float(damped.diagonal().mean()) or 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))

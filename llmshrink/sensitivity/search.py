@@ -34,6 +34,7 @@ from llmshrink.progress import Progress
 from llmshrink.sensitivity.ranking import BY_COLUMN, eliminated, of_things
 from llmshrink.statistics import Gathered, Hessian, Moments, NoStatistic, Statistic
 
+DAMP = 0.01  # of the Hessians by which neurons and heads are ranked, as a share of their mean diagonal
 LENGTH = 256  # tokens of the few rows on which candidates are compared
 
 
@@ -170,7 +171,7 @@ class Search:
             hessian = found[Hessian]
             assert isinstance(hessian, Hessian)
             least = min(shape.counts[width.name] for shape in self._cuts.shapes)
-            return eliminated(hessian.matrix, weight, unit, least, self._spec.damp).cpu()
+            return eliminated(hessian.matrix, weight, unit, least, DAMP).cpu()
         moments = found[Moments]
         assert isinstance(moments, Moments)
         return of_things(BY_COLUMN[self._spec.criterion](moments.mean, moments.square, weight), unit).cpu()

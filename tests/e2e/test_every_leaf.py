@@ -30,7 +30,7 @@ from llmshrink.evaluate.reader import Found, ReadResult
 from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import apply_overrides, validate
-from llmshrink.recipe.schema import MatrixStage, MethodSpec, PruneStage, Recipe
+from llmshrink.recipe.schema import CutStage, MatrixStage, MethodSpec, PruneStage, Recipe
 from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform, transform_names
 
@@ -92,6 +92,11 @@ PRUNED = {
 }
 REFITTED = {name: {**context, "stages.0.method.refit": 5} for name, context in PRUNED.items()}
 SPARSE_W4 = {**PRUNED["sparsegpt"], "stages.0.method.bits": 4, "stages.0.method.group_size": 32}
+
+
+def cut(**what: Any) -> dict[str, Any]:
+    return {"model.id": "{wide_model}", "stages": [{"task": "prune", "cut": what}], "calibration.samples": 12}
+
 
 TRIALS = {
     "model.id": Trial("{other_model}"),
@@ -168,6 +173,18 @@ TRIALS = {
     "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
     "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
     "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),
+    "stages.prune.cut.neurons": Trial(64, cut(neurons=96)),
+    "stages.prune.cut.heads": Trial(2, cut(neurons=96)),
+    "stages.prune.cut.hidden": Trial(48, cut(neurons=96)),
+    "stages.prune.cut.layers": Trial([1], cut(neurons=96)),
+    "stages.prune.cut.params": Trial("70%", cut(params="80%")),
+    "stages.prune.cut.size": Trial("70%", cut(size="80%")),
+    "stages.prune.cut.criterion": Trial("magnitude", cut(neurons=96)),
+    "stages.prune.cut.layer_criterion": Trial("angular", cut(layers=1, layer_criterion="influence")),
+    "stages.prune.cut.repair": Trial(False, cut(neurons=96)),
+    "stages.prune.cut.damp": Trial(0.5, cut(neurons=96)),
+    "stages.prune.cut.round_to": Trial(5, cut(neurons="60%")),
+    "stages.prune.cut.rows": Trial(2, cut(params="80%", rows=1)),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),
@@ -220,7 +237,7 @@ def branches(annotation: Any) -> Iterator[type[BaseModel]]:
 def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
     """Paths of all that a recipe may say; a stage is named by its task, a setting by its method."""
     for name, info in model.model_fields.items():
-        if model is PruneStage and name in MatrixStage.model_fields.keys() - {"method"}:
+        if model in (PruneStage, CutStage) and name in MatrixStage.model_fields.keys() - {"method"}:
             continue  # the same as of quantize, and done by the same code
         below = list(branches(info.annotation))
         for branch in below:

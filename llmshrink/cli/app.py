@@ -101,6 +101,7 @@ def prune(
     model: opt.Model = None,
     recipe: opt.RecipeName = None,
     method: opt.Method = None,
+    preset: opt.Preset = None,
     sparsity: opt.Sparsity = None,
     pattern: opt.Pattern = None,
     bits: opt.KeptBits = None,

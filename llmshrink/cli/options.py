@@ -51,10 +51,22 @@ RECIPE_KEYS = {
     "resume": "run.resume",
     "output": "output",
 }
-PRESETS: dict[str, dict[str, Any]] = {  # what each effort means
-    "fast": {"method.name": "rtn", "reconstruct": None, "tune": None},
-    "balanced": {"reconstruct": None, "tune": None},
-    "best": {"reconstruct": {}, "tune": {"optional": True}},
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by what a stage does
+    "fast": {
+        "quantize": {"method.name": "rtn", "reconstruct": None, "tune": None},
+        "prune": {"method.name": "magnitude", "reconstruct": None},
+        "cut": {"cut.repair": False, "reconstruct": None},
+    },
+    "balanced": {
+        "quantize": {"reconstruct": None, "tune": None},
+        "prune": {"reconstruct": None},
+        "cut": {"reconstruct": None},
+    },
+    "best": {
+        "quantize": {"reconstruct": {}, "tune": {"optional": True}},
+        "prune": {"reconstruct": {}},
+        "cut": {"reconstruct": {}},
+    },
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
@@ -262,6 +274,32 @@ Verbose = Annotated[
 ]
 
 
+def _with_preset(data: dict[str, Any], preset: str, task: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data with what an effort means for the stage of this task.
+
+    Raises:
+        UsageError: there is no such preset, or the method that was typed is not its own.
+    """
+    from llmshrink.errors import UsageError
+    from llmshrink.recipe import load
+
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}", hint=f"choose {', '.join(PRESETS)}")
+    whole = any(stage.get("cut") for stage in data["stages"])
+    whole = whole or any(values.get(flag) is not None for flag, key in RECIPE_KEYS.items() if key.startswith("cut."))
+    wanted = PRESETS[preset]["cut" if task == "prune" and whole else task]
+    own = wanted.get("method.name")
+    if own is not None and values.get("method") not in (None, own):
+        raise UsageError(
+            f"--preset fast is method {own}, which looks at no text", hint="leave out --preset or --method"
+        )
+    told = {key for stage in data["stages"] for key in ("reconstruct", "tune") if stage.get(key)}
+    for key, value in wanted.items():
+        if value is None or key not in told:  # a recipe that learns already knows how long
+            data = load.override(data, key, value, task=task)
+    return data
+
+
 def _plain(flag: str, value: Any) -> Any:
     """A flag's value as a recipe has it."""
     if flag == "layers" and "," in value and all(part.strip().isdecimal() for part in value.split(",")):
@@ -288,15 +326,8 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     if task == "export" and not name:  # the same codes: nothing to measure unless it is asked for
         asked = any(values.get(flag) is not None for flag in QUALITY_GATES)
         data["evaluation"] = {"data": ["auto"] if asked else [], "speed": False}
-    preset = values.get("preset")
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"there is no preset {preset!r}", hint=f"choose {', '.join(PRESETS)}")
-    if preset == "fast" and values.get("method") not in (None, "rtn"):
-        raise UsageError("--preset fast is method rtn, which looks at no text", hint="leave out --preset or --method")
-    told = {key for stage in data["stages"] for key in ("reconstruct", "tune") if stage.get(key)}
-    for key, value in PRESETS[preset].items() if preset else ():
-        if value is None or key not in told:  # a recipe that learns already knows how long
-            data = load.override(data, key, value, task=task)
+    if values.get("preset") is not None:
+        data = _with_preset(data, values["preset"], task, values)
     for flag, other in (("target_size", "bpw"), ("target_bpw", "size")):  # of a recipe that asks otherwise
         if values.get(flag) is not None:
             data = load.override(data, f"allocate.{other}", None, task=task)

@@ -296,9 +296,9 @@ class Compressor:
         clock.lap("wait")
         learned: list[BlockReport] = []
         self._advance_originals(block)
+        off = None
         if self._work.repair is not None:
             off = repair(block, made, self._hidden, self._groups, self._work.repair)
-            learned = [BlockReport(block=block.index, error_before=off, error_after=off)]
             trim()
             clock.lap("repair")
         if self._work.reconstruct is not None:
@@ -306,8 +306,8 @@ class Compressor:
             trim()
             clock.lap("reconstruct")
         made.events += self._range(block, self._forward(block, made.decoded))
-        if self._work.repair is not None:
-            learned = [report.model_copy(update={"error_after": self._hidden.off()}) for report in learned]
+        if off is not None:
+            learned = [BlockReport(block=block.index, error_before=off, error_after=self._hidden.off())]
         clock.lap("forward")
         told = [found.model_dump(mode="json") for found in learned]
         entry = {**_entry(block, made, clock), "batches": batches, "reconstructed": told}
@@ -338,7 +338,7 @@ class Compressor:
     def _forward(self, block: Block, decoded: dict[str, Decoded]) -> float:
         """Take all states through a compressed block; the largest magnitude that comes out."""
         head, last = self._model.anatomy.head, block is self._model.anatomy.blocks[-1]
-        learns = self._work.tune is not None or self._work.repair is not None
+        learns = self._work.tune is not None or self._work.repair is not None  # or looks at where they end
         needed = learns or (head is not None and self._work.reads_data(head))
         if last and not needed:
             self._hidden.forget()  # nothing follows that calibration rows could calibrate

@@ -1,4 +1,4 @@
-"""Block reconstruction: the codes and scales of a block, learned together by gradient.
+"""Block reconstruction: the codes and scales of a block, or the weights that are kept, learned together by gradient.
 
 A method chooses the codes of one matrix after another, for its inputs alone. Here they all move until the block, given
 what comes out of the compressed blocks before it, gives what the original block gave on the original's own states: so
@@ -10,7 +10,8 @@ BRECQ (2102.05426) and SignRound (2309.05516) learn which neighbour of the plain
 latent starts within the code that the method chose, at the point next to the weight, and may go any number of steps:
 what GPTQ found is kept, and the codes that were nearly others turn first. Scales of one level are learned as factors,
 and rounded to what they are stored in at every step, so that what is learned is what is written. Zero points, minima
-and the nested scales of k-quants stay; where the embedding is compressed, both models start from it.
+and the nested scales of k-quants stay; where the embedding is compressed, both models start from it. Weights that are
+not rounded are learned as they are; what was dropped stays zero (after a pruning: arXiv 2510.14444).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from torch import Tensor
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Dense, Quantized, decode
+from llmshrink.forms import Dense, Form, Quantized, Sparse, combine, decode, filled, quantized
+from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import as_stored, straight_through
 from llmshrink.recipe.reconstruct import ReconstructSpec
@@ -37,13 +39,26 @@ PACES = (1.0, 0.25)  # the second where a block gets no better: one that is near
 BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
 
 
-class _Learned:
-    """One matrix as latents and factors of its scales."""
+class _Learned(Protocol):
+    """One matrix while it is learned."""
 
-    def __init__(self, form: Quantized, weight: Tensor) -> None:
-        """`weight` is the original, float32 [out, in]."""
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """What is learned of it, with its rates, as torch's optimizers take it."""
+
+    def weight(self) -> Tensor:
+        """What it means now, float32 [out, in]; gradients reach what is learned."""
+
+    def result(self) -> Form:
+        """What is to be stored."""
+
+
+class _Codes:
+    """One matrix as latents and factors of its scales; weights that a mask drops keep their code, which means zero."""
+
+    def __init__(self, form: Quantized, weight: Tensor, mask: Tensor | None) -> None:
+        """`weight` is the original, float32 [out, in]; `mask` is true where weights are kept, None: everywhere."""
         assert form.learnable and not isinstance(form.block, int)
-        self.form, self._group = form, form.block[1]
+        self.form, self._group, self._mask = form, form.block[1], mask
         codes = form.codes.float()
         self._low, self._high = (float(code) for code in torch.aminmax(codes))
         self._scale = decode(form.scale)
@@ -51,8 +66,14 @@ class _Learned:
         self._zero = 0.0 if form.zero is None else form.zero.float()[..., None]
         inverse = self._scale.reciprocal().nan_to_num_(0, 0, 0)[..., None]
         exact = ((self._groups(weight) + self._minimum) * inverse + self._zero).view(codes.shape)
-        self.latent = torch.clamp(exact, codes - CELL, codes + CELL).requires_grad_()
+        latent = torch.clamp(exact, codes - CELL, codes + CELL)
+        self.latent = (latent if mask is None else torch.where(mask, latent, codes)).requires_grad_()
         self.factor = torch.zeros_like(self._scale).requires_grad_(isinstance(form.scale, Dense))
+
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """Latents, and factors of scales."""
+        scales = [{"params": [self.factor], "lr": pace * spec.scale_rate}] if self.factor.requires_grad else []
+        return [{"params": [self.latent], "lr": pace * spec.rate_of(self.form.bits)}, *scales]
 
     def _groups(self, values: Tensor) -> Tensor:
         return values.view(len(values), -1, self._group)
@@ -60,11 +81,13 @@ class _Learned:
     @property
     def codes(self) -> Tensor:
         """Float32 [out, in]."""
-        return self.latent.detach().round().clamp_(self._low, self._high)
+        codes = self.latent.detach().round().clamp_(self._low, self._high)
+        return codes if self._mask is None else torch.where(self._mask, codes, self.form.codes.float())
 
     def weight(self) -> Tensor:
         """What the codes and the scales mean, float32 [out, in]; gradients reach latents and factors."""
-        codes = straight_through(self.latent, torch.round).clamp(self._low, self._high)
+        latent = self.latent if self._mask is None else torch.where(self._mask, self.latent, self.latent.detach())
+        codes = straight_through(latent, torch.round).clamp(self._low, self._high)
         steps = self._groups(codes) - self._zero
         return (steps * self._stored()[..., None] - self._minimum).view(codes.shape)
 
@@ -83,6 +106,46 @@ class _Learned:
         return replace(self.form, codes=codes, scale=Dense(self._stored().to(self.form.scale.weight.dtype)))
 
 
+class _Floats:
+    """One matrix of floats, each counted in the root mean square of those kept; what a mask drops stays zero."""
+
+    def __init__(self, form: Dense, mask: Tensor | None) -> None:
+        self.form, self._mask = form, mask
+        exact = form.weight.float()
+        count = int(mask.sum()) if mask is not None else exact.numel()
+        self._unit = float((exact.square().sum(dtype=torch.float64) / max(1, count)).sqrt()) or 1.0
+        self.latent = (exact / self._unit).requires_grad_()
+
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """The weights."""
+        return [{"params": [self.latent], "lr": pace * spec.weight_rate}]
+
+    def weight(self) -> Tensor:
+        """As they are stored, float32 [out, in]; gradients pass through the rounding."""
+        stored = as_stored(self.latent * self._unit, self.form.weight.dtype)
+        return stored if self._mask is None else stored * self._mask
+
+    @torch.no_grad()
+    def result(self) -> Dense:
+        """What is to be stored."""
+        return Dense(self.weight().to(self.form.weight.dtype))
+
+
+def _learned(form: Form, weight: Tensor) -> _Learned:
+    """A form while it is learned; `weight` is the original, float32 [out, in]."""
+    values, mask = (form.values, form.mask) if isinstance(form, Sparse) else (form, None)
+    if isinstance(values, Dense):
+        kept = values.weight != 0 if mask is None else mask
+        return _Floats(values, None if kept.all() else kept)
+    assert isinstance(values, Quantized)
+    return _Codes(values, weight, kept_before(weight) if mask is None else mask)
+
+
+def _can_be_learned(form: Form) -> bool:
+    values = filled(form)
+    return isinstance(values, Dense) or (isinstance(values, Quantized) and values.learnable)
+
+
 def reconstruct(
     block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, spec: ReconstructSpec, seed: int
 ) -> list[BlockReport]:
@@ -92,14 +155,14 @@ def reconstruct(
         What it gained; empty where nothing can be learned.
     """
     model = hidden.model
-    forms = {m: form for m, form in made.forms.items() if isinstance(form, Quantized) and form.learnable}
+    forms = {m: form for m, form in made.forms.items() if _can_be_learned(form)}
     # Experts that are one parameter are learned together, or not at all. One form was perhaps made on the CPU.
-    forms = {matrix: forms[matrix].to(model.device) for matrix in model.complete(forms)}
+    forms = {matrix: combine([forms[matrix]], lambda t: t[0].to(model.device)) for matrix in model.complete(forms)}
     if not forms:
         return []
     model.load_block(block.index, made.decoded)
     before = difference(block, hidden)
-    report = BlockReport(block=block.index, error_before=before, error_after=before, codes_changed=0.0)
+    report = BlockReport(block=block.index, error_before=before, error_after=before)
     for pace in PACES if before else ():
         learned = learn(block, forms, hidden, spec, pace=pace, seed=seed, scale=before)
         trial = made.copy()
@@ -109,25 +172,31 @@ def reconstruct(
         after = difference(block, hidden)  # of what would be written
         if after < before:
             made.tensors, made.decoded, made.layers = trial.tensors, trial.decoded, trial.layers
-            changed = sum(int((form.codes != forms[m].codes).sum()) for m, form in learned.items())
-            share = changed / sum(m.numel for m in learned)
-            report = report.model_copy(update={"error_after": after, "codes_changed": share})
+            report = report.model_copy(update={"error_after": after, "codes_changed": _changed(forms, learned)})
             break
     model.drop_block(block.index)
     return [report]
 
 
+def _changed(before: Mapping[Matrix, Form], after: Mapping[Matrix, Form]) -> float | None:
+    """The share of codes that are others; None: there are no codes."""
+    pairs = [(quantized(before[m]), quantized(form)) for m, form in after.items()]
+    codes = [(one.codes, other.codes) for one, other in pairs if one is not None and other is not None]
+    changed = sum(int((one != other).sum()) for one, other in codes)
+    return changed / sum(one.numel() for one, _ in codes) if codes else None
+
+
 def learn(
     block: Block,
-    forms: Mapping[Matrix, Quantized],
+    forms: Mapping[Matrix, Form],
     hidden: Hidden,
     spec: ReconstructSpec,
     *,
     pace: float = 1.0,
     seed: int,
     scale: float,
-) -> dict[Matrix, Quantized]:
-    """Other codes and scales for matrices of a compressed block; what is loaded of the others is taken as it is.
+) -> dict[Matrix, Form]:
+    """Other weights, or codes and scales, for matrices of a block; what is loaded of the others is taken as it is.
 
     Args:
         block: which one.
@@ -138,11 +207,8 @@ def learn(
         seed: of the order of batches.
         scale: what `difference` is before, more than zero; the loss is counted in it.
     """
-    learned = {m: _Learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
-    sets: list[dict[str, Any]] = [
-        {"params": [each.latent], "lr": pace * spec.rate_of(each.form.bits)} for each in learned.values()
-    ]
-    sets.append({"params": [each.factor for each in learned.values()], "lr": pace * spec.scale_rate})
+    learned = {m: _learned(form, hidden.model.read(m).float()) for m, form in forms.items()}
+    sets = [one for each in learned.values() for one in each.sets(spec, pace)]
     # What Adam does must not depend on how large states are: hence the scale, and an eps that is small.
     optimizer = torch.optim.Adam(sets, betas=BETAS, eps=1e-15)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, spec.steps)
@@ -153,7 +219,12 @@ def learn(
         _add_gradients(block, learned, hidden, _some(order, hidden, spec.tokens), scale)
         optimizer.step()
         schedule.step()
-    return {m: each.result() for m, each in learned.items()}
+    return {m: _as(forms[m], each.result()) for m, each in learned.items()}
+
+
+def _as(form: Form, values: Form) -> Form:
+    """Other values under the mask of a form, if it has one."""
+    return replace(form, values=values) if isinstance(form, Sparse) else values
 
 
 def difference(block: Block, hidden: Hidden) -> float:

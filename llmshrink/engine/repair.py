@@ -320,7 +320,10 @@ class _Fitter:
             return
         added, shift = found
         weight = self._made.decoded[matrix.key].weight().double().to(added.device)
-        groups.replace(self._made, matrix, Dense((weight + added).to(matrix.dtype)))
+        form = Dense((weight + added).to(matrix.dtype))
+        groups.replace(self._made, matrix, form)
+        if matrix in self._made.forms:  # it is learned afterwards
+            self._made.forms[matrix] = form
         if bias is not None and shift is not None:
             stored = self._made.tensors[bias]
             new = (stored.to(shift.device).double() + shift).to(stored.dtype).to(stored.device)

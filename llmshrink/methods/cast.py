@@ -26,6 +26,7 @@ class Cast(Method[CastConfig]):
     needs = NoStatistic
     by_row = True
     baseline = None
+    learnable = False  # it is as near as its dtype allows
     Config = CastConfig
 
     @property

@@ -61,6 +61,7 @@ class Cuts:
             PlanError: something cannot be, or the target cannot be met.
         """
         self.spec: CutSpec = stage.cut
+        self._stage = stage
         self.model, self._recipe = model, recipe
         if model.weights.compressed or model.source.gguf:
             raise PlanError(
@@ -272,7 +273,7 @@ class Cuts:
         methods: dict[Matrix, Method[Any]] = {m: Left(CutConfig()) for m in (*inside, *outside) if m is not None}
         work = lay_out(self._named(), small, load_format("dense"), methods, {}, {}, [])
         work.original = Original(self.model, surgery)
-        work.repair = repair
+        work.repair, work.reconstruct = repair, self._stage.reconstruct
         return work
 
     def _named(self) -> Recipe:

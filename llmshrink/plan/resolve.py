@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import CodeKind, Event, Layer, Quantized, Scheme, Sparse
+from llmshrink.forms import CodeKind, Dense, Event, Layer, Quantized, Scheme, Sparse, filled
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
@@ -150,7 +150,8 @@ def _propagated(recipe: Recipe, methods: dict[Matrix, Method[Any]], events: list
 
 
 def _learnable(layer: Layer) -> bool:
-    return isinstance(layer.weight, Quantized) and layer.weight.learnable
+    values = filled(layer.weight)
+    return isinstance(values, Dense) or (isinstance(values, Quantized) and values.learnable)
 
 
 def _first(error: ValidationError) -> str:

@@ -19,6 +19,12 @@ class ReconstructSpec(Section):
         description="how far a step of gradient moves a weight, in steps of its grid; null: 0.01 up to 3 bits, 0.005 "
         "with more; a quarter of it where a block gets no better",
     )
+    weight_rate: float = Field(
+        0.002,
+        gt=0,
+        le=1,
+        description="how far it moves a weight that has no grid, as a share of their root mean square",
+    )
     scale_rate: float = Field(0.002, ge=0, lt=1, description="by what share a step moves a scale")
 
     def rate_of(self, bits: int) -> float:

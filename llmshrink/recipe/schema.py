@@ -156,8 +156,8 @@ class MatrixStage(Section):
     )
     reconstruct: ReconstructSpec | None = Field(
         None,
-        description="learn the codes and scales of each block by gradient after the method, or {} with its defaults; "
-        "null: they stay as the method chose them",
+        description="learn the codes and scales of each block, or the weights a pruning kept, by gradient after the "
+        "method, or {} with its defaults; null: they stay as the method chose them",
     )
     tune: TuneSpec | None = Field(
         None,
@@ -333,6 +333,10 @@ class CutStage(Section):
 
     task: Literal["prune"] = Field(description="what this stage does")
     cut: CutSpec = Field(description="what is kept, in place of a method that drops single weights")
+    reconstruct: ReconstructSpec | None = Field(
+        None,
+        description="learn all linears of each block by gradient after that, or {} with its defaults; null: they stay",
+    )
     gate: Gate = GateSpec()
 
     @model_validator(mode="before")

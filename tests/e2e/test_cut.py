@@ -117,6 +117,20 @@ def test_repair_brings_it_nearer(deep: Path, other_text: Path, tmp_path: Path, c
 
 
 @reader
+@pytest.mark.parametrize("cut", [{"neurons": 96}, {"layers": 3}])
+def test_learning_brings_it_nearer_still(deep: Path, other_text: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
+    data = wanted(deep, tmp_path / "out", other_text, **cut).model_dump(mode="json")
+    data["calibration"] |= {"samples": 100}
+    left = {}
+    for steps in (None, 40):
+        data["stages"][0]["reconstruct"] = steps and {"steps": steps, "tokens": 384}
+        data["output"] = str(tmp_path / str(steps))
+        (stage,) = run.execute(validate(data), progress=Silent()).stages
+        left[steps] = sum(block.error_after for block in stage.blocks)
+    assert left[40] < 0.97 * left[None]
+
+
+@reader
 def test_all_that_is_left_untouched_is_the_originals(deep: Path, text_file: Path, tmp_path: Path) -> None:
     (stage,) = made(deep, tmp_path / "out", text_file, layers=[0, 1, 3], damp=0.1).stages
     assert stage.cut is not None and stage.cut.candidates[0].layers == [0, 1, 3]

@@ -152,6 +152,9 @@ TRIALS = {
     "stages.quantize.reconstruct.tokens": Trial(64, LEARNED),
     "stages.quantize.reconstruct.rate": Trial(0.05, LEARNED),
     "stages.quantize.reconstruct.scale_rate": Trial(0.01, LEARNED),
+    "stages.quantize.reconstruct.weight_rate": Trial(
+        0.01, {**PRUNED["magnitude"], "stages.0.reconstruct": {"steps": 8, "tokens": 32}, "calibration.samples": 12}
+    ),
     "stages.quantize.tune.steps": Trial(4, TUNED),
     "stages.quantize.tune.tokens": Trial(64, TUNED),
     "stages.quantize.tune.rate": Trial(0.01, TUNED),

@@ -128,6 +128,29 @@ def test_a_pruned_model_is_quantized_with_its_zeros(smallest: Path, text_file: P
     assert all((layer.zeros or 0) >= round(0.6 * layer.shape[1]) * layer.shape[0] for layer in treated)
 
 
+@pytest.mark.parametrize("stored", ["sparse", "dense"])
+def test_what_is_kept_is_learned_and_what_is_dropped_stays_so(
+    smallest: Path, text_file: Path, tmp_path: Path, stored: str
+) -> None:
+    stage = {"reconstruct": {"steps": 20, "tokens": 192}, "format": {"name": stored}}
+    (done,) = prune(smallest, tmp_path / "out", text_file, stage=stage, sparsity=0.6).stages
+    assert sum(block.error_after for block in done.blocks) < 0.95 * sum(block.error_before for block in done.blocks)
+    (plain,) = prune(smallest, tmp_path / "plain", text_file, stage={"format": {"name": stored}}, sparsity=0.6).stages
+    assert [layer.zeros for layer in done.layers] == [layer.zeros for layer in plain.layers]
+
+
+def test_zeros_survive_learned_codes(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(smallest, tmp_path / "pruned", text_file, sparsity=0.6)
+    stage = {"reconstruct": {"steps": 20, "tokens": 192}}
+    method = {"name": "gptq", "bits": 4, "group_size": 32}
+    (done,) = run.execute(
+        recipe(tmp_path / "pruned", tmp_path / "out", text_file, method, stage=stage), progress=Silent()
+    ).stages
+    assert any(block.error_after < block.error_before for block in done.blocks)
+    treated = [layer for layer in done.layers if layer.method]
+    assert all((layer.zeros or 0) >= round(0.6 * layer.shape[1]) * layer.shape[0] for layer in treated)
+
+
 def test_experts_are_written_dense_and_told(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -183,8 +206,6 @@ def test_what_cannot_be_is_refused(smallest: Path, text_file: Path, tmp_path: Pa
         plan(format={"name": "compressed-tensors"})
     with pytest.raises(PlanError, match="does not divide the width"):
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, pattern="3:7"))
-    with pytest.raises(PlanError, match="learns integer codes"):
-        plan(reconstruct={})
 
 
 def test_at_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

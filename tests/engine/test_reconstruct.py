@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
-from llmshrink.engine.reconstruct import _Learned, difference, learn
-from llmshrink.forms import Quantized, decode
+from llmshrink.engine.reconstruct import _as, _Codes, _Floats, _learned, difference, learn
+from llmshrink.forms import Dense, Form, Quantized, Sparse, decode
 from llmshrink.methods.base import Prepared
 from llmshrink.methods.rtn import Rtn, RtnConfig
 from llmshrink.model.anatomy import Matrix
@@ -43,7 +43,7 @@ def some_weights(rows: int = 8) -> Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_starts_from_what_is_stored(name: str) -> None:
     form = stored(some_weights(), CONFIGS[name], torch.bfloat16)
-    learned = _Learned(form, some_weights())
+    learned = _Codes(form, some_weights(), None)
     assert torch.equal(learned.weight(), decode(form))
     assert torch.equal(decode(learned.result()), decode(form)) and torch.equal(learned.result().codes, form.codes)
 
@@ -52,7 +52,7 @@ def test_it_starts_from_what_is_stored(name: str) -> None:
 def test_what_is_learned_is_what_is_written(name: str) -> None:
     """Wherever latents and factors go: scales keep their dtype, and codes their range."""
     form = stored(some_weights(), CONFIGS[name], torch.bfloat16)
-    learned, noise = _Learned(form, some_weights()), torch.Generator().manual_seed(4)
+    learned, noise = _Codes(form, some_weights(), None), torch.Generator().manual_seed(4)
     with torch.no_grad():
         learned.latent += 3 * torch.randn(learned.latent.shape, generator=noise)
         if learned.factor.requires_grad:
@@ -65,7 +65,7 @@ def test_what_is_learned_is_what_is_written(name: str) -> None:
 
 def test_gradients_are_those_of_weights_that_were_not_rounded() -> None:
     form = stored(some_weights(), CONFIGS["zero points"])
-    learned = _Learned(form, some_weights())
+    learned = _Codes(form, some_weights(), None)
     with torch.no_grad():
         learned.latent[1, 0] = 7.0  # far outside the range: no step changes its code
     upstream = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
@@ -76,6 +76,62 @@ def test_gradients_are_those_of_weights_that_were_not_rounded() -> None:
     torch.testing.assert_close(learned.latent.grad, expected)
     by_factor = (upstream * scale * (learned.codes - zero)).view(8, 4, 64).sum(2)
     torch.testing.assert_close(learned.factor.grad, by_factor)
+
+
+def some_mask() -> Tensor:
+    return torch.rand(8, 256, generator=torch.Generator().manual_seed(6)) < 0.5
+
+
+def moved(learned: _Codes | _Floats) -> None:
+    with torch.no_grad():
+        learned.latent += 3 * torch.randn(learned.latent.shape, generator=torch.Generator().manual_seed(4))
+
+
+def test_floats_are_learned_as_they_are_written() -> None:
+    weight = some_weights().bfloat16()
+    learned = _learned(Dense(weight), weight.float())
+    assert isinstance(learned, _Floats)
+    assert torch.equal(learned.weight(), weight.float())
+    assert torch.equal(learned.result().weight, weight)
+    moved(learned)
+    assert torch.equal(learned.weight(), learned.result().weight.float())
+    assert learned.result().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored_as", ["a mask", "zeros"])
+def test_dropped_floats_stay_zero(stored_as: str) -> None:
+    mask, weight = some_mask(), some_weights().bfloat16()
+    weight = torch.where(mask, weight, 0)
+    mask = weight != 0
+    form: Form = Dense(weight)
+    if stored_as == "a mask":
+        form = Sparse(mask, Dense(weight), int(mask.sum()))
+    learned = _learned(form, weight.float())
+    assert isinstance(learned, _Floats)
+    learned.weight().sum().backward()
+    assert learned.latent.grad is not None and not learned.latent.grad[~mask].any()
+    moved(learned)
+    result = _as(form, learned.result())
+    assert not decode(result)[~mask].any() and decode(result)[mask].all()
+    assert torch.equal(decode(result), learned.weight())
+
+
+@pytest.mark.parametrize("name", ["symmetric", "zero points"])
+def test_codes_of_dropped_weights_stay_zero(name: str) -> None:
+    """Whether the form has the mask, or only the pruned weight that is quantized says it."""
+    mask = some_mask()
+    weight = torch.where(mask, 0.02 + some_weights().abs(), 0)
+    values = stored(weight, CONFIGS[name])
+    assert not decode(values)[~mask].any()
+    for form in (values, Sparse(mask, values, int(mask.sum()))):
+        learned = _learned(form, weight)
+        assert isinstance(learned, _Codes)
+        learned.weight().sum().backward()
+        assert learned.latent.grad is not None and not learned.latent.grad[~mask].any()
+        moved(learned)
+        result = _as(form, learned.result())
+        assert not decode(result)[~mask].any()
+        assert torch.equal(decode(result), learned.weight().masked_fill(~mask, 0))
 
 
 # --- a block with weights that are lent to it
@@ -132,7 +188,7 @@ def test_the_block_comes_nearer_to_the_original(models_folder: Callable[..., Pat
     rest = [hidden.run(0, n).double() - state.double() for n, state in enumerate(hidden.originals)]
     assert torch.cat(rest).square().mean() == pytest.approx(after, rel=1e-5)
     again = learn(block, forms, prepared(models_folder("llama"))[0], SPEC, seed=0, scale=1.0)
-    assert all(torch.equal(again[m].codes, form.codes) for m, form in found.items())
+    assert all(torch.equal(decode(again[m]), decode(form)) for m, form in found.items())
 
 
 def test_forms_that_cannot_be_learned_say_so() -> None:

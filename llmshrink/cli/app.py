@@ -103,6 +103,7 @@ def prune(
     method: opt.Method = None,
     sparsity: opt.Sparsity = None,
     pattern: opt.Pattern = None,
+    ratios: opt.Ratios = None,
     bits: opt.KeptBits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,

@@ -223,7 +223,7 @@ class Job:
         economy, folder = guessed.economy, workspace.work
         found = shares.choose(ratios, rows, economy=economy, folder=folder, progress=self.progress)
         work, plan = self._planned_again(ratios.recipe(found.shares), guessed, needed)
-        work.events += found.events
+        work.events += [*ratios.events, *found.events]
         return work, plan, shares.told(ratios, found)
 
     def _planned_again(self, recipe: Recipe, guessed: Work, needed: int) -> tuple[Work, Plan]:

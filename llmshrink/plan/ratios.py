@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmshrink.errors import PlanError
+from llmshrink.forms import Event
 from llmshrink.methods import load_method
 from llmshrink.methods.sparsity import SparsityConfig
 from llmshrink.model.anatomy import Matrix
@@ -80,6 +81,12 @@ class Ratios:
     def settings(self) -> dict[str, Any]:
         """Of the method, with the share that all units drop together."""
         return dict(main_method(self.work.methods).config.model_dump(mode="json"))
+
+    @property
+    def events(self) -> list[Event]:
+        """What to tell of how shares are found."""
+        transforms = self.work.transforms
+        return [] if transforms is None else [Event("measured_before", f"shares were found before {transforms.words}")]
 
     def recipe(self, shares: Sequence[float]) -> Recipe:
         """The recipe that names the share of every unit, so that nothing is left to find."""

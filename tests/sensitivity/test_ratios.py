@@ -142,6 +142,17 @@ def test_experts_that_are_alike_share(models_folder: Callable[..., Path], text_f
     assert len(found(ratios, tmp_path).shares) == len(ratios.units)
 
 
+def test_an_expert_that_is_named_keeps_its_share(models_folder: Callable[..., Path], text_file: Path) -> None:
+    """Though what is said of the others matches it too."""
+    named = {r".*experts\.1\.up_proj": {"sparsity": 0.1}}
+    ratios = opened(models_folder("qwen3-moe"), text_file, {"name": "owl"}, layers=named)
+    (stage,) = ratios.recipe([0.5] * len(ratios.units)).stages
+    assert isinstance(stage, PruneStage)
+    for number, share in ((0, 0.5), (1, 0.1)):
+        spec = stage.method_for(f"model.layers.0.mlp.experts.{number}.up_proj", stage.method)
+        assert spec is not None and spec.settings["sparsity"] == share
+
+
 # --- what a layer can bear
 
 

@@ -41,21 +41,24 @@ from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
+from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.schema import EvalStage, MatrixStage
+from llmshrink.recipe.schema import EvalStage, MatrixStage, Recipe
 from llmshrink.report.schema import (
     AllocationReport,
     Check,
     CutReport,
     ModelMeasure,
+    RatiosReport,
     Report,
     SensitivityReport,
     StageReport,
 )
 from llmshrink.sensitivity import costs, cutting
+from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 
 ROWS = "calibration.json"  # in the folder of work
@@ -151,7 +154,8 @@ class Job:
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
-            rows = self._calibration(work, workspace) if work.needs_data or choices else None
+            needed = work.needs_data or (choices is not None and choices.needs_data)
+            rows = self._calibration(work, workspace) if needed else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
@@ -162,6 +166,9 @@ class Job:
                 chosen: dict[str, Any] = {}
                 if isinstance(choices, Choices):
                     work, plan, chosen["allocation"] = self._allocate(choices, work, plan.memory_bytes, rows, workspace)
+                elif isinstance(choices, Ratios):
+                    work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
+                    chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
@@ -205,14 +212,29 @@ class Job:
             cached=self.cached,
             progress=self.progress,
         )
-        self.recipe = choices.recipe(assignment)
-        self.facts = replace(self.facts, recipe=self.recipe)
-        work, plan, _ = plan_of(self.recipe, self.model)
-        check_size(plan)
-        plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
-        kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
-        work.events += [*kept, *events, *choices.events(work)]
+        work, plan = self._planned_again(choices.recipe(assignment), guessed, needed)
+        work.events += [*events, *choices.events(work)]
         return work, plan, costs.told(choices, assignment, found, choices.size(work))
+
+    def _share(
+        self, ratios: Ratios, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
+    ) -> tuple[Work, Plan, RatiosReport]:
+        """Find what share of every layer goes; from here on the recipe says it."""
+        economy, folder = guessed.economy, workspace.work
+        found = shares.choose(ratios, rows, economy=economy, folder=folder, progress=self.progress)
+        work, plan = self._planned_again(ratios.recipe(found.shares), guessed, needed)
+        work.events += [*ratios.events, *found.events]
+        return work, plan, shares.told(ratios, found)
+
+    def _planned_again(self, recipe: Recipe, guessed: Work, needed: int) -> tuple[Work, Plan]:
+        """The work of a recipe that says what was chosen; `needed` is the memory of the choosing."""
+        self.recipe = recipe
+        self.facts = replace(self.facts, recipe=recipe)
+        work, plan, _ = plan_of(recipe, self.model)
+        check_size(plan)
+        kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
+        work.events += kept
+        return work, plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
 
     def _cut(
         self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace

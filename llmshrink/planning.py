@@ -13,11 +13,12 @@ from llmshrink.plan.cut import Cuts
 from llmshrink.plan.describe import describe
 from llmshrink.plan.export import resolve_export
 from llmshrink.plan.layout import row_length
+from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import CutStage, ExportStage, MatrixStage, Recipe
+from llmshrink.recipe.schema import CutStage, ExportStage, MatrixStage, PruneStage, Recipe
 
 
 def open_model(recipe: Recipe) -> tuple[Source, bool]:
@@ -43,7 +44,7 @@ def writing_stage_of(recipe: Recipe) -> MatrixStage | CutStage | ExportStage | N
     return stages[0] if stages else None
 
 
-def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | Cuts | None]:
+def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | Cuts | Ratios | None]:
     """What is done; where something is found out by measuring first, one way that may come out, and all of them.
 
     Raises:
@@ -53,7 +54,7 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    choices: Choices | Cuts | None = None
+    choices: Choices | Cuts | Ratios | None = None
     if isinstance(stage, CutStage):
         choices = Cuts(recipe, stage, model)
         work = choices.work(choices.first(choices.shapes[0]))
@@ -61,6 +62,9 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         choices = Choices(recipe, stage, model)
         choices.check()
         work = choices.guessed()
+    elif isinstance(stage, PruneStage) and stage.ratios is not None:
+        choices = Ratios(recipe, stage, model)
+        work = choices.work
     elif isinstance(stage, MatrixStage):
         work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:
@@ -68,7 +72,7 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     return work, planned(recipe, model, work, choices), choices
 
 
-def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Choices | Cuts | None) -> Plan:
+def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Choices | Cuts | Ratios | None) -> Plan:
     """The plan of a work, which is told its economy: how it keeps within the memory there is."""
     work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")

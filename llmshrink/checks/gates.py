@@ -40,6 +40,7 @@ NOTICES = {
     "target_above",
     "target_below",
     "not_tuned",
+    "ratios_bounded",
 }
 
 

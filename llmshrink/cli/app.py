@@ -104,6 +104,7 @@ def prune(
     preset: opt.Preset = None,
     sparsity: opt.Sparsity = None,
     pattern: opt.Pattern = None,
+    ratios: opt.Ratios = None,
     bits: opt.KeptBits = None,
     group_size: opt.GroupSize = None,
     symmetric: opt.Symmetric = None,

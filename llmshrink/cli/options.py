@@ -19,6 +19,7 @@ RECIPE_KEYS = {
     "symmetric": "method.symmetric",
     "sparsity": "method.sparsity",
     "pattern": "method.pattern",
+    "ratios": "ratios.name",
     "neurons": "cut.neurons",
     "heads": "cut.heads",
     "hidden": "cut.hidden",
@@ -145,6 +146,14 @@ Sparsity = Annotated[
 Pattern = Annotated[
     str | None,
     typer.Option(help="Keep N weights of each M adjacent inputs, e.g. 2:4.", metavar="N:M", rich_help_panel=_WHAT),
+]
+Ratios = Annotated[
+    str | None,
+    typer.Option(
+        help="Find each layer's own sparsity: owl (by outliers), global (one magnitude for all).",
+        metavar="owl|global",
+        rich_help_panel=_WHAT,
+    ),
 ]
 KeptBits = Annotated[
     int | None,

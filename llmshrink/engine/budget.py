@@ -18,9 +18,10 @@ from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
+from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
-from llmshrink.statistics import Cross, Hessian
+from llmshrink.statistics import Cross, Hessian, Norm
 
 LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
@@ -35,12 +36,13 @@ COMPARED = 6  # stretches of logits: both models', both as logarithms, their dif
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
 SHORT = 256  # tokens of a row on which candidates are compared
+WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
 SOLVING = 3 * 2 + 1  # float32 matrices while targets are solved for: three in float64, and one
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
-def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | None = None) -> tuple[Economy, int]:
+def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | None = None) -> tuple[Economy, int]:
     """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
 
     Where layers' settings are chosen by measuring before it, that is done with the same economy.
@@ -51,6 +53,8 @@ def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | None 
         compressing = planned_memory(work, economy, rows=rows, subset=recipe.run.sequential == "subset")
         if isinstance(choices, Cuts):
             return max(compressing, planned_search(choices, work, economy, rows=rows))
+        if isinstance(choices, Ratios):
+            return max(compressing, planned_ratios(choices, economy, rows=rows))
         return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))
 
     return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
@@ -148,6 +152,26 @@ def planned_search(cuts: Cuts, work: Work, economy: Economy, *, rows: int) -> in
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     states = (0 if economy.on_disk else tokens) + 5 * few
     return FIXED + TWIN + states * model.hidden * FLOAT + max(loaded + ranking, loaded + trial, logits + head)
+
+
+def planned_ratios(ratios: Ratios, economy: Economy, *, rows: int) -> int:
+    """Bytes of finding what share of each layer goes, above the level after the imports.
+
+    Args:
+        ratios: what is open.
+        economy: how much is in memory at a time.
+        rows: calibration rows.
+    """
+    work, model = ratios.work, ratios.model
+    weighed = WEIGHED * FLOAT * max(m.numel for unit in ratios.units for m in unit.matrices)
+    if not ratios.needs_data:
+        return FIXED + TWIN + weighed
+    tokens = rows * work.length
+    batch = _batch(work, economy, tokens)
+    norms = max(sum(Norm.bytes(group.width) for group in block.groups) for block in model.anatomy.blocks)
+    loaded = max(_weights(model, block) + _forward(model, block, batch) for block in model.anatomy.blocks)
+    states = 0 if economy.on_disk else tokens * model.hidden * FLOAT
+    return FIXED + TWIN + states + norms + loaded + weighed
 
 
 def compress_scratch(work: Work, recipe: Recipe) -> int:

@@ -68,6 +68,8 @@ class Choices:
         sizes: For each unit the bytes of its tensors with each of its options.
     """
 
+    needs_data = True  # what is open is measured on calibration text
+
     def __init__(self, recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> None:
         """Find the units.
 

@@ -54,6 +54,8 @@ class Cuts:
         shapes: Of which one is chosen by measuring; one, where the recipe says it all.
     """
 
+    needs_data = True  # what is open is measured on calibration text
+
     def __init__(self, recipe: Recipe, stage: CutStage, model: StreamedModel) -> None:
         """Find what can be cut.
 

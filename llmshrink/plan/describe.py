@@ -15,13 +15,24 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.loading import stored
-from llmshrink.plan.schema import AllocationPlan, BlockPlan, CutPlan, LayerPlan, LoadPlan, Plan, PlanEvent, TensorPlan
+from llmshrink.plan.ratios import Ratios
+from llmshrink.plan.schema import (
+    AllocationPlan,
+    BlockPlan,
+    CutPlan,
+    LayerPlan,
+    LoadPlan,
+    Plan,
+    PlanEvent,
+    RatiosPlan,
+    TensorPlan,
+)
 from llmshrink.plan.work import Work, main_method
 
 
 def describe(
     work: Work,
-    choices: Choices | Cuts | None = None,
+    choices: Choices | Cuts | Ratios | None = None,
     *,
     memory_bytes: int,
     evaluation_bytes: int,
@@ -40,8 +51,8 @@ def describe(
     """
     model, infos = work.model, work.model.weights.infos
     sizes = work.tensor_bytes
-    allocated = choices if isinstance(choices, Choices) else None
-    open_ = {m for unit in allocated.units for m in unit.matrices} if allocated is not None else set()
+    units = choices.units if isinstance(choices, Choices | Ratios) else []
+    open_ = {m for unit in units for m in unit.matrices}
     whole = model if work.original is None else work.original.model
     blocks = [
         BlockPlan(index=block.index, layers=[_layer_plan(work, m, m in open_) for m in block.matrices])
@@ -64,7 +75,8 @@ def describe(
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,
-        allocation=None if allocated is None else _allocation(allocated),
+        allocation=_allocation(choices) if isinstance(choices, Choices) else None,
+        ratios=_ratios(choices) if isinstance(choices, Ratios) else None,
         cut=_cut(work, choices) if isinstance(choices, Cuts) else None,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         tuning_steps=0 if work.tune is None else work.tune.steps,
@@ -102,6 +114,10 @@ def _allocation(choices: Choices) -> AllocationPlan:
         smallest_bytes=choices.smallest,
         largest_bytes=choices.largest,
     )
+
+
+def _ratios(ratios: Ratios) -> RatiosPlan:
+    return RatiosPlan(name=ratios.spec.name, sparsity=ratios.sparsity, units=len(ratios.units))
 
 
 def _cut(work: Work, cuts: Cuts) -> CutPlan:

@@ -41,6 +41,17 @@ class AllocationPlan(_Part):
     largest_bytes: int
 
 
+class RatiosPlan(_Part):
+    """How the sparsity of each layer is found by measuring.
+
+    The bytes of the plan are those of equal shares, which differ from what is found by rounding alone.
+    """
+
+    name: str
+    sparsity: float  # of all weights for which it is found
+    units: int  # that get a share of their own
+
+
 class CutPlan(_Part):
     """What is cut out of a model; where it is found out by measuring, the first of what is tried."""
 
@@ -96,6 +107,7 @@ class Plan(_Part):
     transforms: str | None  # what is done to weights before they are compressed; None: nothing
     allocation: AllocationPlan | None  # None: every layer's settings are known
     cut: CutPlan | None = None  # None: no part is cut out
+    ratios: RatiosPlan | None = None  # None: each layer's sparsity is known
     learning_steps: int  # of gradient for each block after the method; 0: none
     tuning_steps: int  # of gradient through the whole model after that; 0: none
     blocks: list[BlockPlan]

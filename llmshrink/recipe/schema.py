@@ -31,6 +31,7 @@ from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
+from llmshrink.recipe.ratios import RatioSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.recipe.transform import TransformSpec
@@ -305,6 +306,11 @@ class PruneStage(MatrixStage):
         default_factory=lambda: MethodSpec(name=DEFAULT_PRUNING),
         description="the algorithm and its settings; sparsegpt, which drops half of the weights, where it has no name",
     )
+    ratios: RatioSpec | None = Field(
+        None,
+        description="find the sparsity of each layer that `layers` does not name before the pruning, the method's over "
+        "all of them; null: each gets the method's",
+    )
 
     @field_validator("method", mode="before")
     @classmethod
@@ -326,6 +332,22 @@ class PruneStage(MatrixStage):
         if inputs is not None:
             raise refuse([fault((), "pruning rounds no inputs: quantize the result", inputs)])
         return inputs
+
+    @model_validator(mode="after")
+    def _check_ratios(self) -> Self:
+        if self.ratios is None:
+            return self
+        faults, pattern = [], self.method.settings.get("pattern")
+        if pattern is not None:
+            faults.append(fault(("ratios",), f"the pattern {pattern} drops the same share everywhere", pattern))
+        if self.allocate is not None:
+            faults.append(fault(("ratios",), "`allocate` chooses the sparsities: leave out one or the other"))
+        if self.ratios.name == "global" and self.method.name != "magnitude":
+            message = f"one threshold for all matrices is for method magnitude: the scores of {self.method.name} differ"
+            faults.append(fault(("ratios", "name"), f"{message} in scale from layer to layer", "global"))
+        if faults:
+            raise refuse(faults)
+        return self
 
 
 class CutStage(Section):

@@ -19,6 +19,7 @@ from llmshrink.report.schema import (
     GateReport,
     ModelInfo,
     ModelMeasure,
+    RatiosReport,
     Report,
     StageReport,
     TextScore,
@@ -234,6 +235,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_transformed(stage.transforms))
     if stage.allocation is not None:
         lines += _allocated(stage.allocation)
+    if stage.ratios is not None:
+        lines.append(_shares(stage.ratios))
     if stage.blocks:
         lines.append(_learned(stage.blocks, fitted=stage.cut is not None))
     if stage.tuned is not None:
@@ -280,6 +283,14 @@ def _allocated(found: AllocationReport) -> list[str]:
     counts = [f"{candidate_words(keys)} x {chosen[i]}" for i, keys in enumerate(found.candidates) if chosen[i]]
     how = "" if found.predicted is None else f"; the costs measured add up to {found.predicted:.5f} ({found.score})"
     return [*lines, f"chosen for {count(len(found.units), 'unit')} of layers: {', '.join(counts)}{how}"]
+
+
+def _shares(found: RatiosReport) -> str:
+    """Between which shares the layers lie that got their own, and of what the extremes are."""
+    order = sorted(found.units, key=lambda unit: unit.sparsity)
+    ends = (f"{unit.sparsity:.1%} ({unit.layers.partition(', ')[0]})" for unit in (order[0], order[-1]))
+    edge = "" if found.threshold is None else f", all weights below {found.threshold:.3g}"
+    return f"{found.name}: {count(len(order), 'share')} from {' to '.join(ends)}{edge}"
 
 
 def sizes(before: Mapping[str, int], kept: Mapping[str, int]) -> list[str]:

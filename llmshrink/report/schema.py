@@ -150,6 +150,23 @@ class CutReport(Record):
     candidates: list[CandidateReport] = Field(description="the chosen one first")
 
 
+class RatioReport(Record):
+    """Layers that drop the same share of their weights."""
+
+    layers: str
+    sparsity: float
+    outliers: float | None = Field(description="share of their weights that stand out; None: not looked at")
+
+
+class RatiosReport(Record):
+    """What share of its weights each layer drops, found before any was dropped."""
+
+    name: str = Field(description="how: owl or global")
+    sparsity: float = Field(description="of all of them together")
+    threshold: float | None = Field(description="the magnitude below which weights go; None: there is none for all")
+    units: list[RatioReport] = Field(description="what gets a share of its own, in the order of the forward pass")
+
+
 class SensitivityReport(Record):
     """What each candidate costs in each unit of a model, all else being the original's."""
 
@@ -248,6 +265,7 @@ class StageReport(Record):
     blocks: list[BlockReport] = Field(default_factory=list, description="those that were reconstructed")
     allocation: AllocationReport | None = Field(default=None, description="None: no size was asked for")
     cut: CutReport | None = Field(default=None, description="None: no part was cut out")
+    ratios: RatiosReport | None = Field(default=None, description="None: no layer's share was found by measuring")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
@@ -323,6 +341,8 @@ __all__ = [
     "MemoryReport",
     "ModelInfo",
     "ModelMeasure",
+    "RatioReport",
+    "RatiosReport",
     "Record",
     "Report",
     "RuntimeSupport",

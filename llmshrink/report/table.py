@@ -30,7 +30,7 @@ from llmshrink.report.rows import (
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
 if TYPE_CHECKING:
-    from llmshrink.plan.schema import AllocationPlan, CutPlan, LayerPlan, Plan, TensorPlan
+    from llmshrink.plan.schema import AllocationPlan, CutPlan, LayerPlan, Plan, RatiosPlan, TensorPlan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -86,6 +86,8 @@ def render_plan(plan: Plan) -> Group:
         lines.insert(1, f"before that their weights are rewritten: {plan.transforms}")
     if plan.allocation is not None:
         lines[:0] = _allocation(plan.allocation, plan.parameters)
+    if plan.ratios is not None:
+        lines.insert(0, _ratios(plan.ratios))
     if plan.max_bytes is not None:
         size = sum(plan.file_bytes.values())
         verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"
@@ -126,6 +128,12 @@ def _allocation(found: AllocationPlan, parameters: int) -> list[str]:
         f"{count(found.units, 'unit')} of layers are measured with each of {words}; the least costly choice is taken",
         f"{asked} of {found.counted} are asked for; there is {low} to {high}. Below is one choice of that size",
     ]
+
+
+def _ratios(found: RatiosPlan) -> str:
+    """What is found by measuring, and what the sizes below are of."""
+    words = f"{found.name} finds {count(found.units, 'share')} of weights to drop, {share(found.sparsity)} of all"
+    return f"{words}; sizes below are those of equal shares, which differ by rounding alone"
 
 
 def _plan_table(plan: Plan) -> Table:

@@ -91,6 +91,7 @@ PRUNED = {
     for name in ("magnitude", "random", "wanda", "sparsegpt")
 }
 REFITTED = {name: {**context, "stages.0.method.refit": 5} for name, context in PRUNED.items()}
+SHARED = {name: {**PRUNED["magnitude"], "stages.0.ratios": {"name": name}} for name in ("owl", "global")}
 SPARSE_W4 = {**PRUNED["sparsegpt"], "stages.0.method.bits": 4, "stages.0.method.group_size": 32}
 
 
@@ -173,6 +174,9 @@ TRIALS = {
     "stages.prune.method.random.per": Trial("matrix", PRUNED["random"]),
     "stages.prune.method.random.seed": Trial(1, PRUNED["random"]),
     "stages.prune.method.wanda.per": Trial("matrix", PRUNED["wanda"]),
+    "stages.prune.ratios.name": Trial("owl", SHARED["global"]),
+    "stages.prune.ratios.threshold": Trial(2.0, SHARED["owl"]),
+    "stages.prune.ratios.spread": Trial(0.2, SHARED["owl"]),
     "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
     "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
     "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),

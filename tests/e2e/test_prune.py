@@ -189,6 +189,65 @@ def test_shares_are_allocated_to_a_size(smallest: Path, text_file: Path, tmp_pat
     assert len({(layer.zeros or 0) / layer.parameters for layer in done.layers if layer.method}) > 1
 
 
+def shares_of(report: Report) -> dict[str, float]:
+    return {layer.name: (layer.zeros or 0) / layer.parameters for layer in report.stages[0].layers if layer.method}
+
+
+def test_blocks_with_more_outliers_keep_more(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {
+        "ratios": {"name": "owl", "threshold": 2, "spread": 0.1},
+        "layers": {r".*1\.mlp\.down_proj": {"sparsity": 0.25}},
+    }
+    report = prune(smallest, tmp_path / "out", text_file, stage=stage, sparsity=0.6, per="matrix")
+    (done,) = report.stages
+    found, shares = done.ratios, shares_of(report)
+    assert found is not None and [unit.outliers is not None for unit in found.units] == [True, True]
+    assert shares.pop("model.layers.1.mlp.down_proj") == 0.25
+    for number, unit in enumerate(found.units):
+        own = [share for name, share in shares.items() if f"layers.{number}." in name]
+        assert own == pytest.approx([unit.sparsity] * len(own), abs=1e-3)  # but for whole weights
+    first, second = found.units
+    assert abs(first.sparsity - second.sparsity) == pytest.approx(0.2)
+    assert (first.sparsity < second.sparsity) == ((first.outliers or 0) > (second.outliers or 0))
+    sizes = {layer.name: layer.parameters for layer in done.layers}
+    gone = sum(share * sizes[name] for name, share in shares.items())
+    assert gone == pytest.approx(0.6 * sum(sizes[name] for name in shares), abs=len(shares))
+    assert done.method["sparsity"] == 0.6 and "owl" in " ".join(stage_lines(done))
+    assert done.bytes_after == done.planned_bytes_after
+    assert "sparsity: 0.25" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_the_smallest_weights_of_all_go(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    """Without any text."""
+    report = prune(smallest, tmp_path / "out", text_file, "magnitude", {"ratios": {"name": "global"}}, sparsity=0.4)
+    (done,) = report.stages
+    assert report.calibration is None and done.ratios is not None and done.ratios.threshold is not None
+    total = sum(layer.parameters for layer in done.layers if layer.method)
+    assert sum(layer.zeros or 0 for layer in done.layers) == pytest.approx(0.4 * total, abs=len(done.layers))
+    kept, whole = decoded_model(tmp_path / "out", smallest), load(smallest)[0]
+    pruned = [name for name, weight in kept.named_parameters() if name.removesuffix(".weight") in shares_of(report)]
+    assert len(pruned) == len(shares_of(report)) and len(set(shares_of(report).values())) > 2
+    for name in pruned:
+        before, after = whole.get_parameter(name).detach().abs(), kept.get_parameter(name).detach()
+        edge, slack = done.ratios.threshold, 1.01  # of a small matrix a share is whole weights
+        assert float(before[after == 0].max()) <= edge * slack and float(before[after != 0].min()) * slack >= edge
+
+
+@pytest.mark.parametrize("step", ["find", "compress"])
+def test_a_run_stopped_while_shares_are_found_or_used_gives_the_same_bytes(
+    smallest: Path, text_file: Path, tmp_path: Path, step: str
+) -> None:
+    stage = {"ratios": {"name": "owl", "threshold": 2}}
+    prune(smallest, tmp_path / "whole", text_file, stage=stage)
+    with pytest.raises(InterruptedRun):
+        run.execute(
+            wanted(smallest, tmp_path / "out", text_file, stage=stage), progress=Stopping(step=step, note="block")
+        )
+    report = prune(smallest, tmp_path / "out", text_file, stage=stage)
+    assert report.stages[0].resumed_blocks == (step == "compress")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_what_cannot_be_is_refused(smallest: Path, text_file: Path, tmp_path: Path) -> None:
     def plan(**stage: Any) -> None:
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, stage=stage))
@@ -212,6 +271,10 @@ def test_at_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["prune", "--method", "magnitude", "--sparsity", "0.3", "--plan", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["method"] == "magnitude" and plan["format"] == "sparse"
+    assert main(["prune", "--ratios", "owl", "--plan"]) == 0
+    assert "owl finds" in capsys.readouterr().out
+    assert main(["prune", "--ratios", "global", "--plan"]) == 3
+    assert "for method magnitude" in capsys.readouterr().err
     assert main(["prune", "--sparsity", "1.5", "--plan"]) == 3
     assert "less than 1" in capsys.readouterr().err
     assert main(["prune", "-r", "gptq-w4g128", "--plan"]) == 2

@@ -1,0 +1,97 @@
+"""What is open where layers are pruned by shares of their own: which of them share one, and the recipe that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llmshrink.errors import PlanError
+from llmshrink.forms import Event
+from llmshrink.methods import load_method
+from llmshrink.methods.sparsity import SparsityConfig
+from llmshrink.model.anatomy import Matrix
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.choices import Unit
+from llmshrink.plan.resolve import resolve
+from llmshrink.plan.transform import changeable
+from llmshrink.plan.work import main_method
+from llmshrink.recipe.ratios import RatioSpec
+from llmshrink.recipe.schema import PruneStage, Recipe
+
+MOST = 0.99  # of a layer that may go
+
+
+class Ratios:
+    """All that a pruning leaves open of how much of each layer goes.
+
+    Attributes:
+        spec: How that is found.
+        sparsity: Share of the weights of all units together that goes.
+        units: What gets one share: the matrices of a block; by magnitude each alone, experts that are alike together.
+        work: The work in which every unit drops the same share: its bytes are those of any, but for the rounding of
+            shares to whole weights.
+    """
+
+    def __init__(self, recipe: Recipe, stage: PruneStage, model: StreamedModel) -> None:
+        """Find the units.
+
+        Raises:
+            PlanError: `layers` and `ignore` say it all, more is to go than may, or the recipe cannot be carried out.
+        """
+        assert stage.ratios is not None
+        self.spec: RatioSpec = stage.ratios
+        self.model = model
+        config = load_method(str(stage.method.name)).Config(**stage.method.settings)
+        assert isinstance(config, SparsityConfig)
+        self.sparsity = config.share
+        if self.sparsity > MOST:
+            raise PlanError(
+                f"`ratios` leave at least {1 - MOST:.0%} of each layer, and {self.sparsity:g} of all weights are to go."
+            )
+        self._stage = stage.model_copy(update={"ratios": None})
+        self.units = [Unit(matrices, ()) for matrices in self._alike(model)]
+        if not self.units:
+            raise PlanError("`ratios` has nothing to find: `layers` and `ignore` say what every layer gets.")
+        self.work = resolve(recipe, self._stage, changeable(stage.transform, model) if stage.transform else model)
+        if recipe.output is None:
+            self.work.output = self.work.output.with_name(f"{self.work.output.name}-{self.spec.name}")
+        self._recipe = recipe.model_copy(update={"output": str(self.work.output)})
+
+    def _alike(self, model: StreamedModel) -> Iterator[tuple[Matrix, ...]]:
+        """The matrices that are open, in the order of the forward pass, those together that get one share."""
+        for block in model.anatomy.blocks:
+            found = [m for m in block.matrices if not self._stage.names(m.name)]
+            alike: dict[Any, list[Matrix]] = {}
+            for matrix in found:
+                key = block.index if self.spec.name == "owl" else Unit((matrix,), ()).patterns
+                alike.setdefault(key, []).append(matrix)
+            yield from map(tuple, alike.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether finding the shares takes calibration text."""
+        return self.spec.name == "owl"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Weights of each unit."""
+        return [sum(m.numel for m in unit.matrices) for unit in self.units]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method, with the share that all units drop together."""
+        return dict(main_method(self.work.methods).config.model_dump(mode="json"))
+
+    @property
+    def events(self) -> list[Event]:
+        """What to tell of how shares are found."""
+        transforms = self.work.transforms
+        return [] if transforms is None else [Event("measured_before", f"shares were found before {transforms.words}")]
+
+    def recipe(self, shares: Sequence[float]) -> Recipe:
+        """The recipe that names the share of every unit, so that nothing is left to find."""
+        pairs = zip(self.units, shares, strict=True)
+        layers = {pattern: {"sparsity": share} for unit, share in pairs for pattern in unit.patterns}
+        stage = self._stage.model_copy(update={"layers": {**layers, **self._stage.layers}})
+        stages = [stage if isinstance(old, PruneStage) else old for old in self._recipe.stages]
+        return self._recipe.model_copy(update={"stages": stages})

@@ -1,0 +1,26 @@
+"""How a recipe says that layers are pruned by shares of their own, found before the pruning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmshrink.recipe.section import Section
+
+RatioName = Literal["owl", "global"]
+
+
+class RatioSpec(Section):
+    """Find the sparsity of each layer; together they drop the share that the method says."""
+
+    name: RatioName = Field(
+        description="owl: blocks in which more weights stand out keep more, by a pass over the calibration text; "
+        "global: each matrix drops what lies below one magnitude for all (method magnitude), no text"
+    )
+    threshold: float = Field(
+        5.0, gt=0, description="owl: a weight stands out whose score is so many times the mean of its block's"
+    )
+    spread: float = Field(
+        0.08, ge=0, lt=1, description="owl: the sparsities of any two blocks differ by twice this at most"
+    )

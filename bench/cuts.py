@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 TEXTS = ("tinystories", "gsm8k", "wikitext2")
+LAYERS = ("influence", "angular", "divergence")
 PLAIN = {"repair": "false", "criterion": "magnitude"}
 GROUPS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "neurons 496 of 768": [
@@ -27,8 +28,8 @@ GROUPS: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("obs, repaired", {"neurons": "496"}),
     ],
     "layers 6 of 8": [
-        *((c, {"layers": "6", "layer_criterion": c, "repair": "false"}) for c in ("influence", "angular", "divergence")),
-        *((f"{c}, repaired", {"layers": "6", "layer_criterion": c}) for c in ("influence", "angular", "divergence")),
+        *((c, {"layers": "6", "layer_criterion": c, "repair": "false"}) for c in LAYERS),
+        *((f"{c}, repaired", {"layers": "6", "layer_criterion": c}) for c in LAYERS),
         ("search, repaired", {"layers": "6"}),
     ],
     "hidden 208 of 256": [("sliced", {"hidden": "208", "repair": "false"}), ("repaired", {"hidden": "208"})],

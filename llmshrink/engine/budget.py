@@ -150,7 +150,7 @@ def planned_search(cuts: Cuts, work: Work, economy: Economy, *, rows: int) -> in
     trial = max(_repairing(work, block, batch) for block in work.model.anatomy.blocks)
     logits = 4 * min(economy.logits, max(economy.batch_tokens, SHORT) * model.width * FLOAT)
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
-    states = (0 if economy.on_disk else tokens) + 5 * few
+    states = (0 if economy.on_disk else tokens) + 6 * few  # fitted: three streams; measured: one, its end, a trial's
     return FIXED + TWIN + states * model.hidden * FLOAT + max(loaded + ranking, loaded + trial, logits + head)
 
 

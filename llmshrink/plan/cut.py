@@ -158,12 +158,12 @@ class Cuts:
             for counts in self._narrower():
                 if (shape := self._widest(Shape(counts, depth, known))) is not None:
                     yield shape
-                    if (
-                        shape.counts.get("neurons") == self.widths["neurons"].total
-                        if "neurons" in self.widths
-                        else True
-                    ):
+                    if self._all_neurons(shape):
                         return  # shallower ones would only be smaller than asked for
+
+    def _all_neurons(self, shape: Shape) -> bool:
+        width = self.widths.get("neurons")
+        return width is None or shape.counts.get("neurons") == width.total
 
     def _narrower(self) -> Iterator[dict[str, int]]:
         """Counts of the widths but for neurons: what the recipe says, or all and one group of heads less."""
@@ -224,7 +224,7 @@ class Cuts:
             name: (width.total if shape is None else shape.counts[name]) * width.each
             for name, width in self.widths.items()
         }
-        return {"layers": self.layers if shape is None else shape.layers, **widths}
+        return {**widths, "layers": self.layers if shape is None else shape.layers}
 
     def sizes_of(self, chosen: Chosen) -> dict[str, int]:
         """The same of what was chosen."""

@@ -63,7 +63,9 @@ class CutSpec(Section):
         ge=1,
         description="widths from shares and targets are multiples of this; null: 256, or less in small models",
     )
-    rows: int = Field(16, ge=1, description="calibration rows on which candidates and layers are compared")
+    rows: int = Field(
+        16, ge=1, description="calibration rows on which candidates and layers are compared; as many others fit them"
+    )
 
     @property
     def aimed(self) -> bool:

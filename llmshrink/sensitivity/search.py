@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,9 +87,13 @@ class Search:
         # Of its own, because blocks of the original are loaded while those of candidates are.
         self._model = StreamedModel(cuts.model.source, cuts.model.device)
         self._rows, self._folder = rows, folder if economy.on_disk else None
-        few = rows.first(self._spec.rows, LENGTH)
-        self._few = few.batches(economy.batch_tokens)
+        few = rows.first(2 * self._spec.rows, LENGTH)
+        half = max(1, len(few.tokens) // 2)
+        # What is fitted must not be judged by the rows that it was fitted to.
+        self._few = replace(few, tokens=few.tokens[:half]).batches(economy.batch_tokens)
+        self._fit = replace(few, tokens=few.tokens[half:] or few.tokens).batches(economy.batch_tokens)
         self._ends: list[Tensor] = []
+        self._known: dict[tuple[int, ...], dict[int, float]] = {}  # divergences, by the layers that are gone
 
     def run(self) -> list[Tried]:
         """All candidates with their costs, the chosen one first."""
@@ -210,12 +214,12 @@ class Search:
         if ranks.channels is not None:
             order = ranks.channels.argsort(descending=True, stable=True)
             channels = order[: shape.counts["hidden"]].sort().values
-        words = ", ".join(f"{count} {name}" for name, count in shape.counts.items())
+        words = [f"{count} {name}" for name, count in self._cuts.sizes(shape).items()]
         seen: set[tuple[int, ...]] = set()
         for why, layers in self._layers(shape, ranks):
             if layers not in seen:
                 seen.add(layers)
-                yield Tried(Chosen(layers, inside, channels), f"{words}; layers by {why}" if why else words)
+                yield Tried(Chosen(layers, inside, channels), ", ".join(words) + (f" by {why}" if why else ""))
 
     def _layers(self, shape: Shape, ranks: _Ranks) -> Iterator[tuple[str, tuple[int, ...]]]:
         total, asked = self._cuts.layers, self._spec.layer_criterion
@@ -244,9 +248,11 @@ class Search:
 
     def _divergences(self, gone: Sequence[int]) -> dict[int, float]:
         """What the model without each layer costs, those that are gone already left out too."""
+        if (known := self._known.get(tuple(sorted(gone)))) is not None:
+            return known
         hidden = Hidden(self._model, self._few)
         left = [block for block in self._model.anatomy.blocks if block.index not in gone]
-        found = {}
+        found = self._known.setdefault(tuple(sorted(gone)), {})
         for number, block in enumerate(left):
             streams = [[state.clone() for state in hidden.states]]
             for later in left[number + 1 :]:
@@ -262,9 +268,10 @@ class Search:
         trim()
 
     def _cost(self, work: Work) -> float:
-        """What a candidate costs, made and repaired on the few rows."""
+        """What a candidate costs, made, and repaired on other rows than it is measured on."""
         model, original = work.model, None if work.repair is None else work.original
-        hidden = Hidden(model, self._few, originals=original is not None, original=original)
+        hidden = Hidden(model, self._fit, originals=original is not None, original=original)
+        measured = Hidden(model, self._few)
         groups = GroupCompressor(work)
         for block in model.anatomy.blocks:
             made = Made()
@@ -279,9 +286,10 @@ class Search:
                 repair(block, made, hidden, groups, work.repair)
             model.load_block(block.index, made.decoded)
             hidden.advance(block.index)
+            measured.advance(block.index)
             model.drop_block(block.index)
             trim()
-        return self._compared(model, hidden.states)
+        return self._compared(model, measured.states)
 
     def _compared(self, model: StreamedModel, states: list[Tensor]) -> float:
         """How far what states end in, through the head of their model, is from the original's."""

@@ -75,9 +75,22 @@ class Cuts:
         self.widths = {name: width_of(model, name) for name in asked}
         if self.spec.aimed:
             self._add_free_widths()
+        for name in self.widths.keys() - {"hidden"}:
+            self._refuse_several(name)
         self.shapes = list(self._aimed()) if self.spec.aimed else [self._said()]
         if len(self.shapes) == 1 and self._whole(self.shapes[0]):
             raise PlanError("All of the model is kept as the recipe says it: nothing would be cut.")
+
+    def _refuse_several(self, name: str) -> None:
+        """Nothing is known of what is worth most where several linears of a block read the same things."""
+        for block in self.model.anatomy.blocks:
+            readers = [m for m in block.matrices if (m.key, 0 if m.transposed else 1) in self.widths[name].axes]
+            if len(readers) > 1:
+                raise PlanError(
+                    f"{type(self.model.model).__name__}: its {name} cannot be cut: several linears of a block read "
+                    f"them ({readers[0].name}, {readers[1].name}).",
+                    hint="--layers can be cut.",
+                )
 
     def _whole(self, shape: Shape) -> bool:
         return shape.layers == self.layers and all(n == self.widths[w].total for w, n in shape.counts.items())

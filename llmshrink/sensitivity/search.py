@@ -20,6 +20,7 @@ from llmshrink.engine.gather import gather
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.repair import repair
+from llmshrink.errors import InputError
 from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.evaluate.texts import compare_batch, score_batch
@@ -107,9 +108,14 @@ class Search:
         tried = []
         for one in candidates:
             cost = self._cost(self._cuts.work(one.chosen))
-            tried.append(Tried(one.chosen, one.why, cost))
+            tried.append(Tried(one.chosen, one.why, cost if math.isfinite(cost) else None))
             self._progress.advance(1, f"{one.why}: {cost:.4g}")
         self._progress.finish()
+        if all(one.cost is None for one in tried):
+            raise InputError(
+                f"{self._model.source.id}: whatever is cut, what is left gives infinite or undefined output.",
+                hint="Keep more, or calibrate on other text.",
+            )
         return sorted(tried, key=lambda one: one.cost if one.cost is not None else math.inf)
 
     # --- ranks

@@ -190,7 +190,7 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
 
 def _streams(work: Work) -> int:
     """Of hidden states: those between the compressed blocks, and where they are looked at, the original's."""
-    return 1 + work.needs_originals + (work.repair is not None)
+    return 1 + work.needs_originals * (1 + (work.original is not None))
 
 
 def evaluation_states(model: StreamedModel, rows: int, length: int) -> int:

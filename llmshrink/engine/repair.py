@@ -35,8 +35,9 @@ from llmshrink.plan.work import Repair
 
 DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0)  # lambdas that are tried, as shares of the mean diagonal
 USUAL = 0.01  # where there is nothing to try them on
-HELD = 8  # one batch of so many is held back to try them on
+HELD = 8  # one batch of so many, or of those there are, is held back to try them on
 STRAIGHT = 1e-3  # how far what comes out may be from what was added, as a share of it
+ROUNDINGS = 4  # of the compute dtype, by which it may be off besides
 TRIED = 64  # tokens on which that is tried
 
 
@@ -146,6 +147,12 @@ def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, pl
     model.load_block(block.index, made.decoded)
     before = difference(block, hidden)
     straight = fitter.straight()
+    if not straight and len(hidden.batches):
+        what = "none of its linears writes straight to the states: what is fitted makes up for its own layer alone"
+        made.events.append(Event("repair_limited", what, block.prefix))
+    if len(hidden.batches) == 1:
+        what = "there is one batch of calibration text, and none to hold back: whether a fit helps was not tried"
+        made.events.append(Event("not_held_back", what, block.prefix))
     model.drop_block(block.index)
     for group in block.groups:
         matrices = [m for m in group.matrices if m in plan.matrices]
@@ -175,7 +182,10 @@ def repair_head(head: Matrix, made: Made, hidden: Hidden, groups: GroupCompresso
         square.addmm_(x.T, x)
         cross.addmm_(y.T, x)
     rows, own = whole.weights.rows(table.key), small.weights.rows(head.key)
-    count, fitted = sum(batch.numel() for batch in hidden.batches), torch.empty(head.shape, dtype=head.dtype)
+    count, fitted = (
+        sum(batch.numel() for batch in hidden.batches),
+        torch.empty(head.shape, dtype=head.dtype, device=small.device),
+    )
     mean = torch.zeros(head.shape[1], device=small.device)
     for start in range(0, head.shape[0], HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
@@ -183,7 +193,7 @@ def repair_head(head: Matrix, made: Made, hidden: Hidden, groups: GroupCompresso
         rest = right @ cross - before @ square
         sums = Missing(square, rest, mean, torch.zeros(len(rest), device=small.device), tokens=count)
         added, _ = sums.fitted(plan.damp or USUAL, bias=False)
-        fitted[part] = (before.double() + added).to(head.dtype).cpu()
+        fitted[part] = (before.double() + added).to(head.dtype)
     groups.replace(made, head, Dense(fitted))
 
 
@@ -221,24 +231,25 @@ class _Fitter:
     @torch.no_grad()
     def _factor(self, matrix: Matrix, silent: list[Matrix]) -> float | None:
         """What something added to a linear's output is multiplied by where it leaves the block; None: it is changed."""
-        pushed: list[Tensor] = []
+        change = torch.empty(0)
 
         def push(_: nn.Module, __: object, out: Tensor) -> Tensor:
-            generator = torch.Generator().manual_seed(0)
-            change = torch.randn(out.shape, generator=generator).to(out.device, out.dtype) * out.std()
-            pushed.append(change)
-            return out + change
+            return out + change.to(out.dtype).view(out.shape)
 
         with _hooked({self._linear(m): lambda _m, _a, out: torch.zeros_like(out) for m in silent}):
             plain = self._hidden.run(self._block.index, 0)
+            # As large as the states themselves: what is added must not drown in their rounding.
+            generator = torch.Generator().manual_seed(0)
+            change = torch.randn(plain.shape, generator=generator).to(plain.device) * plain.float().std()
             with _hooked({self._linear(matrix): push}):
                 moved = self._hidden.run(self._block.index, 0)
-        change, seen = pushed[0].flatten()[: TRIED * self._model.hidden].double(), (moved - plain).double().flatten()
-        seen = seen[: len(change)]
-        size = float(change.square().sum())
-        factor = float(change @ seen) / size if size else 0.0
-        off = float((seen - factor * change).square().sum())
-        return factor if factor and off <= (STRAIGHT * factor) ** 2 * size else None
+        pushed, seen = (t.double().flatten()[: TRIED * self._model.hidden] for t in (change.to(plain.dtype), moved))
+        seen = seen - plain.double().flatten()[: len(seen)]
+        size = float(pushed.square().sum())
+        factor = float(pushed @ seen) / size if size else 0.0
+        off = float((seen - factor * pushed).square().sum())
+        allowed = STRAIGHT + ROUNDINGS * torch.finfo(plain.dtype).eps
+        return factor if factor and off <= (allowed * factor) ** 2 * size else None
 
     @torch.no_grad()
     def missing(
@@ -262,7 +273,7 @@ class _Fitter:
 
             return look
 
-        turns = Turns(len(hidden.batches))
+        turns, every = Turns(len(hidden.batches)), min(HELD, len(hidden.batches))
 
         def job(batch: int) -> None:
             with turns.taking_part(batch):
@@ -276,7 +287,9 @@ class _Fitter:
                 x = getattr(seen, f"own {matrices[0].key}")[0]
                 with turns.turn(batch, group):  # sums that always round alike
                     for matrix, sums in found.items():
-                        sums[batch % HELD == HELD - 1].add(x.reshape(-1, x.shape[-1]).float(), rest[matrix])
+                        sums[every > 1 and batch % every == every - 1].add(
+                            x.reshape(-1, x.shape[-1]).float(), rest[matrix]
+                        )
 
         hooks = {self._linear(m): keep(f"own {m.key}", m is matrices[-1] and last not in matrices) for m in matrices}
         hooks |= {self._twin(m): keep(f"right {m.key}", m is others[-1]) for m in others}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from llmshrink.errors import InputError
 from llmshrink.formats.base import Rows
 from llmshrink.io.safetensors import Checkpoint, TensorInfo
 from llmshrink.model.source import Source, forget_kernels
@@ -76,7 +77,11 @@ class Cut(Source):
     @cached_property
     def config(self) -> PretrainedConfig:
         """The same, as transformers understands it."""
-        return reconfigured(self.whole.config, self.surgery.config)
+        try:
+            return reconfigured(self.whole.config, self.surgery.config)
+        except Exception as error:  # noqa: BLE001 - constructors of 400 families, given other numbers
+            reason = str(error).strip().rpartition("\n")[2].strip()
+            raise InputError(f"its configuration does not take the smaller sizes ({reason})") from error
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -200,7 +200,12 @@ def changed_config(source: Source, changes: Mapping[str, Any]) -> dict[str, Any]
     """config.json with other values, under the names that it has them by already."""
     data = deepcopy(source.config_dict)
     text = _text(source)
-    place = data if text is source.config else next(v for v in data.values() if isinstance(v, dict) and _is(v, text))
+    place = data
+    if text is not source.config:
+        name = next((name for name in source.config.sub_configs if getattr(source.config, name, None) is text), None)
+        if name is None or not isinstance(data.get(name), dict):
+            raise PlanError(f"{source.id}: config.json does not say the sizes of its text model in one place.")
+        place = data[name]
     for key, value in changes.items():
         spelled = text.attribute_map.get(key, key)
         others = [name for name, real in text.attribute_map.items() if real == spelled]
@@ -208,10 +213,6 @@ def changed_config(source: Source, changes: Mapping[str, Any]) -> dict[str, Any]
         for name in there or [spelled]:
             place[name] = value
     return data
-
-
-def _is(value: Mapping[str, Any], text: Any) -> bool:
-    return bool(value.get("model_type") == text.model_type)
 
 
 def operate(model: StreamedModel, widths: Iterable[Width], chosen: Chosen) -> Surgery:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmshrink.errors import InputError, PlanError
 from llmshrink.formats import load_format
+from llmshrink.forms import Event
 from llmshrink.methods.base import Method
 from llmshrink.methods.cut import Cut as Left
 from llmshrink.methods.cut import CutConfig
@@ -221,7 +222,7 @@ class Cuts:
         homes = {key: block.index for block in self.model.anatomy.blocks for key in block.keys}
         total = 0
         for key, info in self.model.weights.infos.items():
-            if homes.get(key, min(kept)) not in kept or key in self.model.anatomy.unused:
+            if homes.get(key, min(kept)) not in kept or (key in self.model.anatomy.unused and not bytes_each):
                 continue
             sizes = list(info.shape)
             for name, count in shape.counts.items():
@@ -242,6 +243,10 @@ class Cuts:
     def sizes_of(self, chosen: Chosen) -> dict[str, int]:
         """The same of what was chosen."""
         return self.sizes(self._shape_of(chosen))
+
+    def fits(self, chosen: Chosen) -> bool:
+        """Whether what was chosen meets the target, if there is one."""
+        return not self.spec.aimed or self.weight(self._shape_of(chosen)) <= self.limit
 
     def parameters(self, chosen: Chosen) -> int:
         """Weights of what was chosen."""
@@ -289,7 +294,19 @@ class Cuts:
         work = lay_out(self._named(), small, load_format("dense"), methods, {}, {}, [])
         work.original = Original(self.model, surgery)
         work.repair, work.reconstruct = repair, self._stage.reconstruct
+        work.events += self._partly()
         return work
+
+    def _partly(self) -> list[Event]:
+        """Widths that only some blocks have."""
+        found = []
+        for name in self.widths.keys() - {"hidden"}:
+            keys = {key for key, _ in self.widths[name].axes}
+            without = sum(not keys.intersection(block.keys) for block in self.model.anatomy.blocks)
+            if without:
+                message = f"{without} of {self.layers} layers have none of these {name}: they stay as they were"
+                found.append(Event("partly_cut", message))
+        return found
 
     def _named(self) -> Recipe:
         output = self._recipe.output or str(default_output(self.model.source.id, self.words))

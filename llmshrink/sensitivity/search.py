@@ -20,10 +20,11 @@ from llmshrink.engine.gather import gather
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.repair import repair
-from llmshrink.errors import InputError
+from llmshrink.errors import InputError, PlanError
 from llmshrink.evaluate.agreement import Agreement
 from llmshrink.evaluate.metrics import Scores
 from llmshrink.evaluate.texts import compare_batch, score_batch
+from llmshrink.forms import Event
 from llmshrink.memory import trim
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import StreamedModel
@@ -102,12 +103,21 @@ class Search:
         ranks = self._rank()
         self._progress.finish()
         candidates = [one for shape in self._cuts.shapes for one in self._of(shape, ranks)]
+        if not candidates:
+            raise PlanError(
+                f"{self._model.source.id}: the layers that cost least to lose leave more than the target allows.",
+                hint="Name the layers to keep (--layers 0,1,4), or a smaller target.",
+            )
         if len(candidates) == 1:
             return candidates
         self._progress.start("compare candidates", len(candidates))
         tried = []
         for one in candidates:
-            cost = self._cost(self._cuts.work(one.chosen))
+            try:
+                cost = self._cost(self._cuts.work(one.chosen))
+            except (InputError, PlanError) as error:  # of this candidate: others may well do
+                self._progress.event(Event("not_tried", f"{one.why}: {error}"))
+                cost = math.inf
             tried.append(Tried(one.chosen, one.why, cost if math.isfinite(cost) else None))
             self._progress.advance(1, f"{one.why}: {cost:.4g}")
         self._progress.finish()
@@ -225,7 +235,10 @@ class Search:
         for why, layers in self._layers(shape, ranks):
             if layers not in seen:
                 seen.add(layers)
-                yield Tried(Chosen(layers, inside, channels), ", ".join(words) + (f" by {why}" if why else ""))
+                chosen = Chosen(layers, inside, channels)
+                if not self._cuts.fits(chosen):  # layers are not alike, and these are larger than the first
+                    continue
+                yield Tried(chosen, ", ".join(words) + (f" by {why}" if why else ""))
 
     def _layers(self, shape: Shape, ranks: _Ranks) -> Iterator[tuple[str, tuple[int, ...]]]:
         total, asked = self._cuts.layers, self._spec.layer_criterion
@@ -263,7 +276,8 @@ class Search:
             streams = [[state.clone() for state in hidden.states]]
             for later in left[number + 1 :]:
                 self._through(later, hidden, streams)
-            found[block.index] = self._compared(self._model, streams[0])
+            cost = self._compared(self._model, streams[0])
+            found[block.index] = cost if math.isfinite(cost) else math.inf
             self._through(block, hidden, [hidden.states])
         return found
 

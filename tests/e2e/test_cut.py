@@ -279,3 +279,14 @@ def test_the_flags(deep: Path, text_file: Path, tmp_path: Path, capsys: pytest.C
 def test_smoke_is_for_methods(deep: Path) -> None:
     with pytest.raises(UsageError, match="--plan"):
         run.smoke(wanted(deep, deep / "out", deep, neurons=64), progress=Silent())
+
+
+@reader
+def test_what_limits_a_cut_is_told(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    def kinds(family: str, **cut: Any) -> set[str]:
+        events = made(models_folder(family), tmp_path / f"{family}{len(cut)}", text_file, **cut).events
+        return {event.kind for event in events}
+
+    assert "partly_cut" in kinds("qwen3-moe", neurons=64)
+    assert "repair_limited" in kinds("gemma2", neurons=96)
+    assert not kinds("llama", neurons=96) & {"partly_cut", "repair_limited", "not_held_back"}

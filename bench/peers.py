@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -81,10 +82,10 @@ def run_peer(
 
 
 def run_ours(
-    model: Path, out: Path, setting: str, preset: str, facts: dict[str, Any], shared: Path
+    model: Path, out: Path, options: list[str], preset: str, facts: dict[str, Any], shared: Path
 ) -> dict[str, float]:
     """The command as a user types it, without evaluation."""
-    command = [sys.executable, "-m", "llmshrink", "quantize", str(model), *arguments(setting)[1], "-o", str(out)]
+    command = [sys.executable, "-m", "llmshrink", "quantize", str(model), *options, "-o", str(out)]
     command += ["--preset", preset]
     command += ["--samples", str(facts["rows"]), "--length", str(facts["length"]), "--quiet"]
     command += ["--calibration", str(shared / "data" / f"{facts['calibration']}.json")]
@@ -107,16 +108,24 @@ def load(folder: Path, base: Path) -> Any:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
-    bits = int(config["bits"])
+    minus_one = config.get("checkpoint_format", "gptq") == "gptq"
     state = {
         k: v.float() for k, v in tensors.items() if k.rpartition(".")[2] not in ("qweight", "qzeros", "scales", "g_idx")
     }
     for key in [k for k in tensors if k.endswith(".qweight")]:
         name = key.removesuffix(".qweight")
-        state[name + ".weight"] = gptq_matrix(tensors, name, bits, config.get("checkpoint_format", "gptq") == "gptq")
+        state[name + ".weight"] = gptq_matrix(tensors, name, layer_bits(config, name), minus_one)
+    assert not dict(model.named_parameters()).keys() - state.keys()  # nothing is the original's for want of a name
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model
+
+
+def layer_bits(config: dict[str, Any], name: str) -> int:
+    """A layer's bits: AutoRound names each that differs, or gives an expression. Scales tell the size of groups."""
+    extra = config.get("extra_config") or {}
+    found = next((extra[key] for key in extra if re.search(key, name)), {})
+    return int(extra.get(name, found).get("bits", config["bits"]))
 
 
 def gptq_matrix(tensors: dict[str, Tensor], name: str, bits: int, minus_one: bool) -> Tensor:
@@ -135,6 +144,22 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     flat = stream.flatten(1)
     count = flat.shape[1] // bits
     return (flat[:, : count * bits].view(len(flat), count, bits) << torch.arange(bits)).sum(-1)
+
+
+def evaluation(model: str, shared: Path, tokenizer: Any) -> dict[str, Rows]:
+    """The rows of each text that the bench's model is scored on."""
+    facts = MODELS[model]
+    return {
+        name: tokenize(
+            documents(str(shared / "data" / f"{name}.json"), seed=0, split="test"),
+            tokenizer,
+            rows=EVALUATION_ROWS[model],
+            length=facts["length"],
+            packed=not facts.get("each"),
+            data=name,
+        )
+        for name in facts["texts"]
+    }
 
 
 @torch.no_grad()
@@ -184,7 +209,7 @@ def measure(
                 if tool in PEERS:
                     times = run_peer(getattr(args, tool), shared / "bench", PEERS[tool], source, out, setting, facts)
                 else:
-                    times = run_ours(source, out, setting, tool, facts, shared)
+                    times = run_ours(source, out, arguments(setting)[1], tool, facts, shared)
                 one = found.setdefault(tool, Measured())
                 one.times.append(times)
                 if turn == 0:
@@ -225,20 +250,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    facts, source = MODELS[args.model], args.shared.resolve() / "models" / args.model
+    source = args.shared.resolve() / "models" / args.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    texts = {
-        name: tokenize(
-            documents(str(args.shared.resolve() / "data" / f"{name}.json"), seed=0, split="test"),
-            tokenizer,
-            rows=EVALUATION_ROWS[args.model],
-            length=facts["length"],
-            packed=not facts.get("each"),
-            data=name,
-        )
-        for name in facts["texts"]
-    }
+    texts = evaluation(args.model, args.shared.resolve(), tokenizer)
     kept: dict[str, Any] = {}
     for setting in args.settings:
         print(f"\n{args.model} {setting}", flush=True)

@@ -312,7 +312,7 @@ def plan(blocks: int = 3) -> Any:
         return SimpleNamespace(
             name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None,
             group_size=128, type=None, bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
-            open=False,
+            shape_before=None, open=False,
         )  # fmt: skip
 
     def outside(name: str, size: int) -> SimpleNamespace:

@@ -312,7 +312,7 @@ def plan(blocks: int = 3) -> Any:
         return SimpleNamespace(
             name=name, shape=(768, 256), parameters=196608, method=method, bits=4 if method else None,
             group_size=128, type=None, bytes_before=393216, bytes_after=101392 if method else 393216, reason=reason,
-            open=False,
+            shape_before=None, open=False,
         )  # fmt: skip
 
     def outside(name: str, size: int) -> SimpleNamespace:
@@ -328,7 +328,7 @@ def plan(blocks: int = 3) -> Any:
     ]  # fmt: skip
     return SimpleNamespace(
         model="someone/moe\x1b[31m", method="gptq", format="compressed-tensors", type=None,
-        transforms=None, allocation=None, learning_steps=0, tuning_steps=0,
+        transforms=None, allocation=None, cut=None, ratios=None, learning_steps=0, tuning_steps=0,
         blocks=found, layers=[layer for block in found for layer in block.layers],
         others=[
             outside("model.embed_tokens.weight", 2_000_000),

@@ -111,6 +111,7 @@ def prune(
     neurons: opt.Neurons = None,
     heads: opt.Heads = None,
     hidden: opt.HiddenWidth = None,
+    experts: opt.Experts = None,
     layers: opt.Layers = None,
     target_params: opt.TargetParams = None,
     format: opt.Format = None,  # noqa: A002 - the option's name

@@ -23,6 +23,7 @@ RECIPE_KEYS = {
     "neurons": "cut.neurons",
     "heads": "cut.heads",
     "hidden": "cut.hidden",
+    "experts": "cut.experts",
     "layers": "cut.layers",
     "target_params": "cut.params",
     "inputs": "inputs.type",
@@ -168,6 +169,9 @@ Heads = Annotated[
 HiddenWidth = Annotated[
     str | None,
     typer.Option("--hidden", help="Channels between layers to keep.", metavar="N|75%", rich_help_panel=_PARTS),
+]
+Experts = Annotated[
+    str | None, typer.Option(help="Experts of each layer to keep.", metavar="N|75%", rich_help_panel=_PARTS)
 ]
 Layers = Annotated[
     str | None,

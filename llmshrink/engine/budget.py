@@ -151,7 +151,14 @@ def planned_search(cuts: Cuts, work: Work, economy: Economy, *, rows: int) -> in
     logits = 4 * min(economy.logits, max(economy.batch_tokens, SHORT) * model.width * FLOAT)
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     states = (0 if economy.on_disk else tokens) + 6 * few  # fitted: three streams; measured: one, its end, a trial's
-    return FIXED + TWIN + states * model.hidden * FLOAT + max(loaded + ranking, loaded + trial, logits + head)
+    searching = states * model.hidden * FLOAT + max(loaded + ranking, loaded + trial, logits + head)
+    if cuts.spec.criterion != "taylor":
+        return FIXED + TWIN + searching
+    between = 0 if economy.on_disk else (len(model.anatomy.blocks) + 3) * few * model.hidden * FLOAT
+    learning = max(
+        _weights(model, b) + _forward(model, b, batch) + _learning(model, b, batch) for b in model.anatomy.blocks
+    )
+    return FIXED + TWIN + max(searching, between + max(learning, logits + head))
 
 
 def planned_ratios(ratios: Ratios, economy: Economy, *, rows: int) -> int:

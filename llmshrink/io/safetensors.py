@@ -165,6 +165,10 @@ class Checkpoint:
         """One tensor as stored, mapped from its file: do not write to it."""
         return self._file(self.infos[name].file).get_tensor(name)  # type: ignore[no-any-return]
 
+    def copied(self, name: str) -> bool:
+        """Whether `get` makes a copy, and `rows` none of the whole."""
+        return False
+
     def rows(self, name: str) -> Callable[[Tensor | slice], Tensor]:
         """What gives rows of a tensor as stored."""
         weight = self.get(name)

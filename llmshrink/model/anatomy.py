@@ -261,7 +261,7 @@ def _matrices(
             kind = "experts" if experts else _kind(owner)
             rows, cols = info.shape
             shape = (cols, rows) if kind == "conv1d" else (rows, cols)
-            site = Site(owner_name, _expert_index(key), leaf) if experts else Site(owner_name)
+            site = Site(owner_name, expert_index(key), leaf) if experts else Site(owner_name)
             module = key.removesuffix(".weight") if experts else owner_name
             found.append(Matrix(key, parameter, site, shape, info.dtype, kind, module))
     return found, left
@@ -281,7 +281,7 @@ def _kind(linear: nn.Module) -> Kind:
     return "linear" if type(linear) is nn.Linear else "subclass"
 
 
-def _expert_index(key: str) -> int:
+def expert_index(key: str) -> int:
     """The expert's number in a key such as model.layers.0.mlp.experts.3.up_proj.weight."""
     return int(re.findall(r"\.(\d+)(?=\.)", key)[-1])
 

@@ -102,11 +102,12 @@ def build(
 def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Fused experts one after another, the way the eager implementation does it.
 
-    `self.observer` sees the inputs of each, `self.rounder` gives what the linear multiplies in their place.
+    `self.observer` sees the inputs of each, `self.rounder` gives what the linear multiplies in their place, and
+    `self.witness` sees what each adds.
 
     hidden [tokens, H]; top_k_index and top_k_weights [tokens, k]. Registered with transformers under `EXPERTS`.
     """
-    observer, rounder = getattr(self, "observer", None), getattr(self, "rounder", None)
+    observer, rounder, witness = (getattr(self, name, None) for name in ("observer", "rounder", "witness"))
     first = "gate_up_proj" if self.has_gate else "up_proj"
     activate: Any = self._apply_gate if self.has_gate else self.act_fn
     out = torch.zeros_like(hidden)
@@ -126,6 +127,8 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
         if rounder:
             x = rounder(expert, "down_proj", x)
         x = nn.functional.linear(x, self.down_proj[expert]) * top_k_weights[token, slot, None]  # type: ignore[index]
+        if witness:
+            witness(expert, x)
         out.index_add_(0, token, x.to(out.dtype))
     return out
 

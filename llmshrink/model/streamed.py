@@ -297,7 +297,7 @@ class StreamedModel:
             key, owner = self.map.origins[name].keys[0], self.model.get_submodule(name.rpartition(".")[0])
             if owner not in by_row.get(key, []):  # a table that scales what is looked up has a tied head that does not
                 self._set(name, replaced)
-            elif key in self.weights.compressed or key in self._replaced:
+            elif key in self.weights.compressed or key in self._replaced or self.weights.copied(key):
                 shape = self.model.get_parameter(name).shape
                 set_parameter(self.model, name, torch.full((), torch.nan).expand(shape))  # nothing but rows is read
             else:

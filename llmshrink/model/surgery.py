@@ -143,10 +143,15 @@ class _Parts(Checkpoint):
         taken = self._tensors[name]
         return taken.of(self._whole.get(taken.key))
 
+    def copied(self, name: str) -> bool:
+        """Whether it is some columns of a matrix."""
+        taken = self._tensors[name]
+        return bool(taken.kept) and 0 not in taken.kept
+
     def rows(self, name: str) -> Callable[[Rows], Tensor]:
         """What gives rows of a matrix: of a large one, of which columns are gone, never all at once."""
         taken = self._tensors[name]
-        if 0 in taken.kept:
+        if not self.copied(name):
             return super().rows(name)
         weight = self._whole.get(taken.key)
         return lambda rows: taken.of(weight[rows])

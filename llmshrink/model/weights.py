@@ -107,6 +107,11 @@ class Weights:
         with self._reading(key):
             return self.format.reader(self._slot(key), self._checkpoint.get, self._config)
 
+    def copied(self, key: str) -> bool:
+        """Whether a tensor as a whole would be a copy, where rows of it need not be: parts of larger ones."""
+        mapped = self._checkpoint
+        return key not in self.edits and isinstance(mapped, Checkpoint) and mapped.copied(key)
+
     @property
     def rounds_inputs(self) -> bool:
         """Whether the inputs of any matrix are rounded."""

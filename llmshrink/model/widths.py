@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import LlmshrinkError, PlanError
+from llmshrink.model.anatomy import expert_index
 from llmshrink.model.families import family_of
 from llmshrink.model.skeleton import build
 from llmshrink.model.source import Source
@@ -25,6 +27,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.surgery import Surgery, Taken, reconfigured, stretches
 
 NEURONS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim")  # what families call it
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_LAYER = re.compile(r"layer_types$|^no_rope_layers$|^mlp_layer_types$|^layers_block_type$")  # one entry for each
 NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers")  # lists of layers' numbers
 FIRST = ("max_window_layers", "first_k_dense_replace")  # how many layers, from the first on, are of a kind
@@ -44,6 +47,7 @@ class Width:
         fixed: Keys that must be written out, as they would follow the size otherwise.
         axes: Where the things lie: the entries of each, for every stretch of the dimension that holds all of them.
         possible: Counts that the configuration takes; none: any.
+        members: Tensors that belong to one thing as a whole, by name on disk: which.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Width:
     fixed: Mapping[str, int]
     axes: Mapping[Axis, tuple[int, ...]]
     possible: tuple[int, ...] = ()
+    members: Mapping[str, int] = field(default_factory=dict)
 
     def changes(self, kept: int) -> dict[str, int]:
         """What a configuration says with so many things."""
@@ -80,7 +85,7 @@ def width_of(model: StreamedModel, name: str) -> Width:
     Raises:
         PlanError: the family's configuration cannot say it, or nothing is known of how it lies in a tensor.
     """
-    return {"neurons": _neurons, "heads": _heads, "hidden": _hidden}[name](model)
+    return {"neurons": _neurons, "heads": _heads, "hidden": _hidden, "experts": _experts}[name](model)
 
 
 def _neurons(model: StreamedModel) -> Width:
@@ -89,7 +94,7 @@ def _neurons(model: StreamedModel) -> Width:
         total = getattr(config, key) or 4 * config.hidden_size  # GPT-2 may leave it out
         axes, joined = _smaller(model, {key: max(1, total // 2)}, total, max(1, total // 2))
         if joined:
-            raise _cannot(model, "neurons", "its MLPs are experts", "--layers can be")
+            raise _cannot(model, "neurons", "its MLPs are experts", "--experts and --layers can be")
         if axes:
             halves = {1: (1,), 2: (1, 1)} if _halves(model) else {1: (1,)}
             return Width("neurons", total, 1, {key: 1}, {}, _laid_out(model, "neurons", axes, halves))
@@ -147,6 +152,25 @@ def _hidden(model: StreamedModel) -> Width:
         what = (both or joined or [key for (key, _), unit in axes.items() if unit != 1])[0]
         raise _cannot(model, "hidden", f"more than the states would shrink with it: {what}", "--neurons can be")
     return Width("hidden", total, 1, {"hidden_size": 1}, {"head_dim": size}, dict.fromkeys(axes, (1,)))
+
+
+def _experts(model: StreamedModel) -> Width:
+    config = _text(model.source)
+    key = next((key for key in EXPERTS if getattr(config, key, None)), None)
+    if key is None:
+        raise _cannot(model, "experts", "it has none", "--neurons and --layers can be")
+    total, used = getattr(config, key), getattr(config, "num_experts_per_tok", None) or 1
+    if (getattr(config, "n_group", None) or 1) > 1:
+        raise _cannot(model, "experts", "its router chooses among groups of them", "--layers can be")
+    axes, joined = _smaller(model, {key: used}, total, used) if used < total else ({}, [])
+    keys = [key for name in joined for key in model.map.origins[name].keys]
+    members = {key: expert_index(key) for key in keys}
+    if not axes or set(members.values()) != set(range(total)):
+        raise _cannot(
+            model, "experts", f"nothing is known of how they lie, or each token has all {total}", "--layers can be"
+        )
+    places = _laid_out(model, "experts", axes, {1: (1,)})
+    return Width("experts", total, 1, {key: 1}, {}, places, tuple(range(used, total + 1)), members)
 
 
 def _cannot(model: StreamedModel, name: str, why: str, hint: str) -> PlanError:
@@ -231,15 +255,21 @@ def operate(model: StreamedModel, widths: Iterable[Width], chosen: Chosen) -> Su
         home = homes.get(key)
         if home is not None and home not in number:
             continue
-        kept_along: dict[int, Tensor] = {}
+        name, kept_along = key, dict[int, Tensor]()
         for width in widths:
+            if (number_of := width.members.get(key)) is not None:
+                left = chosen.inside[width.name][home or 0].tolist()
+                if number_of not in left:
+                    break
+                name = _as_expert(key, left.index(number_of))
             for axis in range(len(info.shape)):
                 if units := width.axes.get((key, axis)):
                     things = chosen.channels if width.name == "hidden" else chosen.inside[width.name][home or 0]
                     assert things is not None
                     kept_along[axis] = stretches(units, width.total, things)
-        name = key if home is None or home == number[home] else _renumbered(key, home, number[home])
-        tensors[name] = Taken(key, kept_along)
+        else:
+            name = name if home is None or home == number[home] else _renumbered(name, home, number[home])
+            tensors[name] = Taken(key, kept_along)
     return Surgery(changed_config(model.source, changes), tensors, chosen.blocks, chosen.channels)
 
 
@@ -266,6 +296,12 @@ def _renumbered(key: str, old: int, new: int) -> str:
     return f"{key[: match.start()]}{new}{key[match.end() :]}"
 
 
+def _as_expert(key: str, number: int) -> str:
+    """The name of what belongs to an expert, with another number: the last one in it."""
+    before, _, after = re.fullmatch(r"(.*\.)(\d+)(\..*)", key).groups()  # type: ignore[union-attr]
+    return f"{before}{number}{after}"
+
+
 def _of_layers(model: StreamedModel, kept: tuple[int, ...]) -> dict[str, Any]:
     """What the configuration says of fewer layers: their number, and all that it says of each."""
     config, total = _text(model.source), len(model.anatomy.blocks)
@@ -278,6 +314,34 @@ def _of_layers(model: StreamedModel, kept: tuple[int, ...]) -> dict[str, Any]:
         elif key in FIRST and isinstance(value, int):
             changes[key] = sum(i < value for i in kept)
     return changes
+
+
+def other_constant(whole: StreamedModel, small: StreamedModel, blocks: Iterable[int]) -> str | None:
+    """A number, switch or word that no weight holds, and that the smaller model has otherwise; None: there is none.
+
+    Some families make them of the width or of a layer's number: factors of embeddings, scales of attention.
+
+    Args:
+        whole: the original.
+        small: what is left of it.
+        blocks: for each block of the latter its number in the original.
+    """
+    ends = [block.prefix for block in small.anatomy.blocks]
+    homes = {whole.anatomy.blocks[old].prefix: end for old, end in zip(blocks, ends, strict=True)}
+    apart = tuple(f"{block.prefix}." for block in whole.anatomy.blocks)
+    known = dict(small.model.named_modules())
+    for name, module in whole.model.named_modules():
+        home = next((home for home in homes if name == home or name.startswith(f"{home}.")), None)
+        if home is None and f"{name}.".startswith(apart):
+            continue
+        twin = known.get(name if home is None else f"{homes[home]}{name.removeprefix(home)}")
+        if twin is None or isinstance(module, PreTrainedModel):  # these have names of folders, and no such numbers
+            continue
+        for key, value in vars(module).items():
+            other = vars(twin).get(key, value)
+            if isinstance(value, float | bool | str) and value != other:
+                return f"{key} of {name} would be {other}, and is {value}"
+    return None
 
 
 def all_of(model: StreamedModel, widths: Iterable[Width], counts: Mapping[str, int], blocks: int) -> Chosen:

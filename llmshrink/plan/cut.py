@@ -17,7 +17,7 @@ from llmshrink.methods.cut import CutConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.surgery import Cut, Original, Surgery
-from llmshrink.model.widths import Chosen, Width, all_of, operate, width_of
+from llmshrink.model.widths import Chosen, Width, all_of, operate, other_constant, width_of
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.work import Repair, Work
 from llmshrink.recipe.cut import WIDTHS, CutSpec
@@ -71,6 +71,11 @@ class Cuts:
                 f"{model.source.id} is stored as {model.weights.format.name}: tensors of codes cannot be cut.",
                 hint="`llmshrink export --to dense` writes it without codes; cut that, and quantize the result.",
             )
+        if self.spec.criterion == "taylor" and not model.task.causal:
+            raise PlanError(
+                f"{type(model.model).__name__}: there is no next token whose loss the criterion taylor could look at.",
+                hint="obs, wanda, activation, fluctuation and magnitude need none.",
+            )
         self.layers = len(model.anatomy.blocks)
         asked = [name for name in WIDTHS if getattr(self.spec, name) is not None]
         self.widths = {name: width_of(model, name) for name in asked}
@@ -97,8 +102,8 @@ class Cuts:
         return shape.layers == self.layers and all(n == self.widths[w].total for w, n in shape.counts.items())
 
     def _add_free_widths(self) -> None:
-        """Sizes that a target may make smaller: neurons, and heads, where they can be."""
-        for name in ("neurons", "heads"):
+        """Sizes that a target may make smaller: neurons or experts, and heads, where they can be."""
+        for name in ("neurons", "experts", "heads"):
             if name not in self.widths:
                 try:
                     self.widths[name] = width_of(self.model, name)
@@ -120,7 +125,7 @@ class Cuts:
     def _count(self, name: str) -> int:
         width, amount = self.widths[name], getattr(self.spec, name)
         whole = width.total * width.each
-        wanted = amount.of(whole, width.each * (1 if name == "heads" else self._step(width)))
+        wanted = amount.of(whole, width.each * self._step(width))
         allowed = [count * width.each for count in width.possible]
         if amount.share is not None and allowed:
             wanted = min(allowed, key=lambda count: abs(count - wanted))
@@ -144,6 +149,8 @@ class Cuts:
         return count, tuple(range(self.layers)) if count == self.layers else None
 
     def _step(self, width: Width) -> int:
+        if width.name in ("heads", "experts"):
+            return 1
         return self.spec.round_to or next((step for step in STEPS if width.total // step >= FEWEST), 1)
 
     def _aimed(self) -> Iterator[Shape]:
@@ -154,7 +161,7 @@ class Cuts:
         """
         found = list(self._fitting())
         if not found:
-            least = {w: max(1, math.ceil(LEAST * self.widths[w].total)) for w in self.widths}
+            least = {w: max([math.ceil(LEAST * of.total), *of.possible[:1], 1]) for w, of in self.widths.items()}
             smallest = self.weight(Shape(least, max(1, math.ceil(LEAST * self.layers))))
             unit = "parameters" if self.spec.params is not None else "bytes"
             raise PlanError(
@@ -172,16 +179,19 @@ class Cuts:
             for counts in self._narrower():
                 if (shape := self._widest(Shape(counts, depth, known))) is not None:
                     yield shape
-                    if self._all_neurons(shape):
+                    if self._fine is None or shape.counts[self._fine.name] == self._fine.total:
                         return  # shallower ones would only be smaller than asked for
 
-    def _all_neurons(self, shape: Shape) -> bool:
-        width = self.widths.get("neurons")
-        return width is None or shape.counts.get("neurons") == width.total
+    @property
+    def _fine(self) -> Width | None:
+        """The width that a target is met by."""
+        return self.widths.get("neurons") or self.widths.get("experts")
 
     def _narrower(self) -> Iterator[dict[str, int]]:
-        """Counts of the widths but for neurons: what the recipe says, or all and one group of heads less."""
-        fixed = {w: self._count(w) for w in self.widths if getattr(self.spec, w) is not None and w != "neurons"}
+        """Counts of the widths but for that one: what the recipe says, or all and one group of heads less."""
+        others = [name for name, width in self.widths.items() if width is not self._fine]
+        fixed = {name: self._count(name) for name in others if getattr(self.spec, name) is not None}
+        fixed |= {name: self.widths[name].total for name in others if name == "experts" and name not in fixed}
         heads = self.widths.get("heads")
         if heads is None or "heads" in fixed:
             yield fixed
@@ -190,16 +200,16 @@ class Cuts:
             yield {**fixed, "heads": count}
 
     def _widest(self, shape: Shape) -> Shape | None:
-        """The shape with as many neurons as the target allows; None: it would need fewer than a quarter."""
-        width = self.widths.get("neurons")
-        if width is None or self.spec.neurons is not None:
-            counts = dict(shape.counts) if width is None else {**shape.counts, "neurons": self._count("neurons")}
+        """The shape with as many neurons, or experts, as the target allows; None: it would need less than a quarter."""
+        width = self._fine
+        if width is None or getattr(self.spec, width.name) is not None:
+            counts = dict(shape.counts) if width is None else {**shape.counts, width.name: self._count(width.name)}
             full = Shape(counts, shape.layers, shape.named)
             return full if self.weight(full) <= self.limit else None
-        step = self._step(width)
-        options = [width.total, *range(width.total // step * step, int(LEAST * width.total), -step)]
+        step, least = self._step(width), max([int(LEAST * width.total) + 1, *width.possible[:1]])
+        options = [width.total, *range(width.total // step * step, least - 1, -step)]
         for count in dict.fromkeys(options):
-            full = Shape({**shape.counts, "neurons": count}, shape.layers, shape.named)
+            full = Shape({**shape.counts, width.name: count}, shape.layers, shape.named)
             if self.weight(full) <= self.limit:
                 return full
         return None
@@ -227,6 +237,8 @@ class Cuts:
             sizes = list(info.shape)
             for name, count in shape.counts.items():
                 width = self.widths[name]
+                if width.members.get(key, 0) >= count:
+                    sizes = [0]
                 for axis in (axis for axis in range(len(sizes)) if (key, axis) in width.axes):
                     sizes[axis] = sizes[axis] // width.total * count
             total += math.prod(sizes) * (info.dtype.itemsize if bytes_each else 1)
@@ -287,6 +299,11 @@ class Cuts:
                 f"{min(placeless)}.",
                 hint="Keep that layer, and let others go (--layers 0,2,3).",
             )
+        if (why := other_constant(self.model, small, chosen.blocks)) is not None:
+            raise PlanError(
+                f"{type(self.model.model).__name__}: {why}.",
+                hint="It follows from the width, or from the number of a layer: that one cannot be cut.",
+            )
         inside = [m for block in small.anatomy.blocks for m in block.matrices]
         repair = self._repair(small, surgery) if self.spec.repair else None
         outside = [m for m in (small.anatomy.head,) if repair is not None and m in repair.matrices]
@@ -300,7 +317,7 @@ class Cuts:
     def _partly(self) -> list[Event]:
         """Widths that only some blocks have."""
         found = []
-        for name in self.widths.keys() - {"hidden"}:
+        for name in sorted(self.widths.keys() - {"hidden"}):
             keys = {key for key, _ in self.widths[name].axes}
             without = sum(not keys.intersection(block.keys) for block in self.model.anatomy.blocks)
             if without:

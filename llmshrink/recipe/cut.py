@@ -9,13 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.units import Amount, SizeLimit
 
-Criterion = Literal["obs", "wanda", "activation", "fluctuation", "magnitude"]
+Criterion = Literal["obs", "wanda", "activation", "fluctuation", "taylor", "magnitude"]
 LayerCriterion = Literal["search", "divergence", "influence", "angular"]
-WIDTHS = ("neurons", "heads", "hidden")
+WIDTHS = ("neurons", "heads", "hidden", "experts")
 
 
 class CutSpec(Section):
-    """Whole neurons, heads, channels or layers are taken out; every size says what is kept."""
+    """Whole neurons, heads, channels, experts or layers are taken out; every size says what is kept."""
 
     neurons: Amount | None = Field(
         None, description="inner channels of each MLP that are kept: a number, or 75%; null: all"
@@ -25,6 +25,10 @@ class CutSpec(Section):
     )
     hidden: Amount | None = Field(
         None, description="channels of the states between layers that are kept, the same everywhere; null: all"
+    )
+    experts: Amount | None = Field(
+        None,
+        description="experts of each layer that are kept: those that add most to the tokens they get (REAP); null: all",
     )
     layers: Amount | list[int] | None = Field(
         None, description="layers that are kept: how many, 75%, or a list of their numbers; null: all"
@@ -39,7 +43,8 @@ class CutSpec(Section):
         "obs",
         description="what a neuron or a head is worth: obs, the error that is left without it once the others make up "
         "for it; wanda, activation norm times weight norm; activation, its norm alone; fluctuation, its variance times "
-        "the weight norm; magnitude of weights, which looks at no text",
+        "the weight norm; taylor, the change to first order of the loss without it, by gradients on `rows`; magnitude "
+        "of weights, which looks at no text",
     )
     layer_criterion: LayerCriterion = Field(
         "search",
@@ -86,5 +91,5 @@ class CutSpec(Section):
         if self.params is not None and self.size is not None:
             raise refuse([fault(("size",), "the parameters say it already: leave out one or the other", self.size)])
         if not self.aimed and all(getattr(self, name) is None for name in (*WIDTHS, "layers")):
-            raise refuse([fault((), "say what is kept: neurons, heads, hidden, layers, params or size")])
+            raise refuse([fault((), "say what is kept: neurons, heads, hidden, experts, layers, params or size")])
         return self

@@ -351,7 +351,7 @@ class PruneStage(MatrixStage):
 
 
 class CutStage(Section):
-    """Smaller tensors: whole neurons, heads, channels or layers less."""
+    """Smaller tensors: whole neurons, heads, channels, experts or layers less."""
 
     task: Literal["prune"] = Field(description="what this stage does")
     cut: CutSpec = Field(description="what is kept, in place of a method that drops single weights")

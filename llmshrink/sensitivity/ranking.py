@@ -10,6 +10,8 @@ fluctuation  var x |w|^2 (An et al. 2024, FLAP, arXiv 2312.11983)
 obs          what error is left without them once the other columns make up for it, w^T [H^-1]_pp^-1 w (Hassibi and
              Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580, section 3); the worst go first, a few at a time,
              and the rest is worth something else from then on
+
+Gradients (`taylor.py`) and experts (`routed.py`) have modules of their own.
 """
 
 from __future__ import annotations
@@ -67,9 +69,14 @@ def _losses(inverse: Tensor, weight: Tensor, unit: int) -> Tensor:
     return losses
 
 
+def in_order(worth: Tensor) -> Tensor:
+    """The order of things by what they are worth [things], best first."""
+    return worth.argsort(descending=True, stable=True)
+
+
 def of_things(scores: Tensor, unit: int) -> Tensor:
     """The order of things by the sums of their columns' scores [in]."""
-    return scores.view(-1, unit).sum(1).argsort(descending=True, stable=True)
+    return in_order(scores.view(-1, unit).sum(1))
 
 
 BY_COLUMN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

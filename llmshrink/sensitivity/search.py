@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.engine.gather import gather
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.repair import repair
@@ -26,17 +24,16 @@ from llmshrink.evaluate.metrics import Scores
 from llmshrink.evaluate.texts import compare_batch, score_batch
 from llmshrink.forms import Event
 from llmshrink.memory import trim
-from llmshrink.model.anatomy import Block, Group, Matrix
+from llmshrink.model.anatomy import Block, Group
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.model.widths import Chosen, Width
+from llmshrink.model.widths import Chosen
 from llmshrink.plan.cut import Cuts, Shape
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.sensitivity.ranking import BY_COLUMN, eliminated, of_things
-from llmshrink.statistics import Gathered, Hessian, Moments, NoStatistic, Statistic
+from llmshrink.sensitivity.ranks import Ranker, Ranks
+from llmshrink.statistics import Gathered, NoStatistic
 
-DAMP = 0.01  # of the Hessians by which neurons and heads are ranked, as a share of their mean diagonal
 LENGTH = 256  # tokens of the few rows on which candidates are compared
 
 
@@ -53,23 +50,6 @@ class Tried:
     chosen: Chosen
     why: str
     cost: float | None = None
-
-
-@dataclass
-class _Ranks:
-    """What one pass found.
-
-    Attributes:
-        orders: Of each width of blocks the order of its things in each block of the original, best first.
-        channels: Worth of each channel of the states between blocks.
-        influence: 1 less the cosine between what enters a block and what leaves it, of each.
-        turned: Angles, as shares of half a circle, between the states at any two boundaries of blocks.
-    """
-
-    orders: dict[str, list[Tensor]]
-    channels: Tensor | None
-    influence: list[float]
-    turned: Tensor
 
 
 class Search:
@@ -99,9 +79,8 @@ class Search:
 
     def run(self) -> list[Tried]:
         """All candidates with their costs, the chosen one first."""
-        self._progress.start("rank what can be cut", len(self._model.anatomy.blocks))
-        ranks = self._rank()
-        self._progress.finish()
+        ranker = Ranker(self._cuts, self._model, folder=self._folder, progress=self._progress)
+        ranks = ranker.run(self._rows.batches(self._economy.batch_tokens), self._fit, self._economy.logits)
         candidates = [one for shape in self._cuts.shapes for one in self._of(shape, ranks)]
         if not candidates:
             raise PlanError(
@@ -111,116 +90,26 @@ class Search:
         if len(candidates) == 1:
             return candidates
         self._progress.start("compare candidates", len(candidates))
-        tried = []
+        tried, why = [], "what is left gives infinite or undefined output."
         for one in candidates:
             try:
                 cost = self._cost(self._cuts.work(one.chosen))
             except (InputError, PlanError) as error:  # of this candidate: others may well do
                 self._progress.event(Event("not_tried", f"{one.why}: {error}"))
-                cost = math.inf
+                cost, why = math.inf, str(error)
             tried.append(Tried(one.chosen, one.why, cost if math.isfinite(cost) else None))
             self._progress.advance(1, f"{one.why}: {cost:.4g}")
         self._progress.finish()
         if all(one.cost is None for one in tried):
             raise InputError(
-                f"{self._model.source.id}: whatever is cut, what is left gives infinite or undefined output.",
-                hint="Keep more, or calibrate on other text.",
+                f"{self._model.source.id}: none of {len(tried)} candidates can be made. {why}",
+                hint="Keep more, cut something else, or name the layers to keep.",
             )
         return sorted(tried, key=lambda one: one.cost if one.cost is not None else math.inf)
 
-    # --- ranks
-
-    def _rank(self) -> _Ranks:
-        hidden = Hidden(self._model, self._rows.batches(self._economy.batch_tokens), folder=self._folder)
-        widths = [width for name, width in self._cuts.widths.items() if name != "hidden"]
-        orders: dict[str, list[Tensor]] = {width.name: [] for width in widths}
-        whole = self._cuts.widths.get("hidden")
-        channels = None if whole is None else torch.zeros(whole.total, dtype=torch.float64)
-        influence: list[float] = []
-        lasts = [_last_tokens(hidden)]
-        for block in self._model.anatomy.blocks:
-            readers = {width.name: _readers(width, block) for width in widths}
-            kinds = self._kinds(block, [m for found in readers.values() for m in found], whole)
-            self._model.load_block(block.index)
-            gathered = gather(self._model, block, list(kinds), kinds, hidden) if kinds else {}
-            for width in widths:
-                orders[width.name].append(self._order(width, block, readers[width.name], gathered))
-            if whole is not None and channels is not None:
-                for group, found in gathered.items():
-                    if any((m.key, _inputs(m)) in whole.axes for m in group.matrices):
-                        square = found[Moments]
-                        assert isinstance(square, Moments)
-                        channels += square.square.double().cpu().sqrt()
-            influence.append(self._advance(block, hidden))
-            lasts.append(_last_tokens(hidden))
-            self._progress.advance(1, f"block {block.index}: influence {influence[-1]:.3f}")
-        angles = torch.stack([torch.stack([_angle(a, b) for b in lasts]) for a in lasts])
-        return _Ranks(orders, channels, influence, angles)
-
-    def _kinds(
-        self, block: Block, readers: list[Matrix], whole: Width | None
-    ) -> dict[Group, tuple[type[Statistic], ...]]:
-        kinds: dict[Group, tuple[type[Statistic], ...]] = {}
-        for group in block.groups:
-            wanted: list[type[Statistic]] = []
-            if any(m in readers for m in group.matrices):
-                wanted += [Hessian] if self._spec.criterion == "obs" else [Moments]
-            if whole is not None and any((m.key, _inputs(m)) in whole.axes for m in group.matrices):
-                wanted.append(Moments)
-            if wanted:
-                kinds[group] = (NoStatistic, *dict.fromkeys(wanted))
-        return kinds
-
-    def _order(
-        self,
-        width: Width,
-        block: Block,
-        readers: list[Matrix],
-        gathered: dict[Group, Gathered],
-    ) -> Tensor:
-        """The things of one width in one block, best first; all in order where the block has none of them."""
-        if not readers:
-            return torch.arange(width.total)
-        (matrix,) = readers
-        unit = matrix.shape[1] // width.total
-        if self._spec.criterion == "magnitude":
-            return of_things(self._magnitude(width, block), 1)
-        found = next(of for group, of in gathered.items() if matrix in group.matrices)
-        weight = self._model.read(matrix).float()
-        if self._spec.criterion == "obs":
-            hessian = found[Hessian]
-            assert isinstance(hessian, Hessian)
-            least = min(shape.counts[width.name] for shape in self._cuts.shapes)
-            return eliminated(hessian.matrix, weight, unit, least, DAMP).cpu()
-        moments = found[Moments]
-        assert isinstance(moments, Moments)
-        return of_things(BY_COLUMN[self._spec.criterion](moments.mean, moments.square, weight), unit).cpu()
-
-    def _magnitude(self, width: Width, block: Block) -> Tensor:
-        """The sum of squares of all weights that belong to each thing of a block."""
-        total = torch.zeros(width.total, dtype=torch.float64)
-        for (key, axis), units in width.axes.items():
-            if key in block.keys:
-                tensor, start = self._model.weights.get(key).double().movedim(axis, 0).flatten(1), 0
-                for unit in units:
-                    stretch = tensor[start : start + unit * width.total].square().sum(1)
-                    total += stretch.view(width.total, unit).sum(1)
-                    start += unit * width.total
-        return total
-
-    def _advance(self, block: Block, hidden: Hidden) -> float:
-        """Take the states through a block; 1 less the mean cosine of what entered and what leaves (Men et al. 2024)."""
-        before = [state.clone() for state in hidden.states[: len(self._few)]]
-        hidden.advance(block.index)
-        self._model.drop_block(block.index)
-        trim()
-        pairs = zip(before, hidden.states, strict=False)
-        cosines = [nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).flatten() for a, b in pairs]
-        return 1 - float(torch.cat(cosines).mean())
-
     # --- candidates
 
-    def _of(self, shape: Shape, ranks: _Ranks) -> Iterator[Tried]:
+    def _of(self, shape: Shape, ranks: Ranks) -> Iterator[Tried]:
         """The candidates of a shape: one for each set of layers that a criterion finds."""
         inside = {
             name: tuple(order[: shape.counts[name]].sort().values for order in found)
@@ -240,7 +129,7 @@ class Search:
                     continue
                 yield Tried(chosen, ", ".join(words) + (f" by {why}" if why else ""))
 
-    def _layers(self, shape: Shape, ranks: _Ranks) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _layers(self, shape: Shape, ranks: Ranks) -> Iterator[tuple[str, tuple[int, ...]]]:
         total, asked = self._cuts.layers, self._spec.layer_criterion
         if shape.named is not None or shape.layers == total:
             yield "", shape.named or tuple(range(total))
@@ -330,26 +219,5 @@ class Search:
         return (agreement.kl if model.distribution else (agreement.relative_error or 0.0) ** 2) or 0.0
 
 
-def _readers(width: Width, block: Block) -> list[Matrix]:
-    """The matrices of a block whose inputs are things of this width."""
-    return [m for m in block.matrices if (m.key, _inputs(m)) in width.axes]
-
-
-def _inputs(matrix: Matrix) -> int:
-    """The dimension, on disk, of a matrix's inputs."""
-    return 0 if matrix.transposed else 1
-
-
 def _without(total: int, gone: Sequence[int] | range) -> tuple[int, ...]:
     return tuple(i for i in range(total) if i not in gone)
-
-
-def _last_tokens(hidden: Hidden) -> Tensor:
-    """The states of the last token of each row [rows, hidden], float64."""
-    return torch.cat([state[:, -1].double().cpu() for state in hidden.states])
-
-
-def _angle(one: Tensor, other: Tensor) -> Tensor:
-    """The mean angle between states, as a share of half a circle (Gromov et al. 2024, arXiv 2403.17887)."""
-    cosine = nn.functional.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
-    return torch.arccos(cosine).mean() / math.pi

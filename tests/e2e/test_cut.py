@@ -74,7 +74,8 @@ assert model.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 3
         ("gemma2", {"neurons": 96, "layers": [1]}),
         ("opt", {"neurons": "50%"}),
         ("qwen2", {"heads": 2, "layers": 1}),
-        ("mixtral", {"heads": 2}),
+        ("mixtral", {"heads": 2, "experts": 3}),
+        ("qwen3-moe", {"experts": "50%"}),
     ],
 )
 def test_plain_transformers_loads_what_is_left(
@@ -184,7 +185,7 @@ def test_a_search_is_no_worse_than_any_criterion(text_file: Path, tmp_path: Path
 
 
 @reader
-@pytest.mark.parametrize("criterion", ["obs", "wanda", "activation", "fluctuation", "magnitude"])
+@pytest.mark.parametrize("criterion", ["obs", "wanda", "activation", "fluctuation", "taylor", "magnitude"])
 def test_each_criterion_keeps_others(deep: Path, text_file: Path, tmp_path: Path, criterion: str) -> None:
     made(deep, tmp_path / "out", text_file, neurons=64, criterion=criterion, repair=False)
     whole = load(deep)[0].model.layers[1].mlp
@@ -249,9 +250,30 @@ def test_refused_before_any_compute(
     refused(deep, "cannot be met; with a quarter", "Quantize", params="5%")
     refused(models_folder("gpt2"), "heads cannot be cut", "--neurons and --layers can be", heads="50%")
     refused(models_folder("bloom"), "neurons cannot be cut", "--layers can be", neurons="50%")
+    refused(models_folder("mixtral"), "1 experts cannot be kept of 4", "2, 3, 4", experts=1)
+    refused(models_folder("gemma2"), "scalar_embed_scale of .* would be", "follows from the width", hidden=48)
+    refused(models_folder("bert"), "no next token", "obs", neurons="50%", criterion="taylor")
     refused(models_folder("modernbert"), "layers are not alike", "Keep that layer", layers=[1])
     with pytest.raises(RecipeError, match="say what is kept"):
         wanted(deep, tmp_path / "out", text_file)
+
+
+@reader
+def test_what_follows_from_a_layers_number_is_not_lost(text_file: Path, tmp_path: Path) -> None:
+    build_model(tmp_path / "gpt2", config("gpt2", num_hidden_layers=3, scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(PlanError, match=r"scaling of transformer.h.2.attn would be"):
+        run.make_plan(wanted(tmp_path / "gpt2", tmp_path / "out", text_file, layers=[0, 2]))
+    made(tmp_path / "gpt2", tmp_path / "out", text_file, layers=[0, 1])  # these keep their numbers
+
+
+@reader
+def test_a_target_is_met_by_experts(models_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+    (stage,) = made(models_folder("mixtral"), tmp_path / "out", text_file, params="80%", rows=4).stages
+    assert stage.cut is not None and stage.cut.candidates[0].cost is not None
+    assert any(candidate.kept["experts"] < 4 for candidate in stage.cut.candidates)
+    assert stage.cut.candidates[0].parameters <= 0.8 * sum(
+        p.numel() for p in load(models_folder("mixtral"))[0].parameters()
+    )
 
 
 def test_a_quantized_model_is_not_cut(deep: Path, text_file: Path, tmp_path: Path) -> None:

@@ -105,6 +105,38 @@ def test_what_is_left_does_what_the_masked_model_does(
     assert float((right - logits(load(folder)[0])).abs().max()) > 1e-2  # something was cut
 
 
+@pytest.mark.parametrize(("family", "blocks"), [("mixtral", 2), ("qwen3-moe", 1)])
+def test_experts_go_with_their_rows_of_the_router(
+    models_folder: Callable[..., Path], tmp_path: Path, family: str, blocks: int
+) -> None:
+    model = opened(models_folder(family))
+    width = width_of(model, "experts")
+    assert (width.total, width.possible) == (4, (2, 3, 4))
+    left = (torch.tensor([0, 1, 3]), torch.tensor([1, 2, 3]))
+    small = StreamedModel(
+        Cut.of(model.source, operate(model, [width], Chosen((0, 1), {"experts": left}))), model.device
+    )
+    found, whole = written(small, tmp_path / "cut"), load(models_folder(family))[0]
+    assert logits(found).isfinite().all()
+    seen = 0
+    for name, value in found.named_parameters():
+        before, index = whole.get_parameter(name), left[int(name.split(".")[2])] if "layers" in name else None
+        if value.shape != before.shape:
+            assert index is not None and torch.equal(value, before[index]), name
+            seen += 1
+        else:
+            assert torch.equal(value, before)
+    assert seen == 3 * blocks  # the router, two fused matrices
+
+
+def test_experts_that_cannot_be_cut(models_folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="it has none"):
+        width_of(opened(models_folder("llama")), "experts")
+    build_model(tmp_path / "all", config("mixtral", num_experts_per_tok=4))
+    with pytest.raises(PlanError, match="each token has all 4"):
+        width_of(opened(tmp_path / "all"), "experts")
+
+
 @pytest.mark.parametrize("family", [name for name in EVERY if name not in ("qwen3-moe", "modernbert")])
 def test_layers_are_taken_out_of_every_family(models_folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
     folder = models_folder(family)

@@ -17,6 +17,7 @@ from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, qu
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared, method_name
+from llmshrink.methods.sparsity import PRUNED
 from llmshrink.model.anatomy import Group, Matrix
 from llmshrink.model.streamed import Decoded
 from llmshrink.plan.work import Work
@@ -24,6 +25,8 @@ from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import Gathered, NoStatistic, Range
 
 STACK = 1 << 22  # weights compressed in one call, where rows do not depend on each other
+STAY = 0.99  # of the zeros of a pruned matrix, or it is told
+LOST = "zeros_lost"
 SMALL = 1024  # width of a group, and the side of the square its matrices fill, up to which two are done at a time
 
 
@@ -103,6 +106,7 @@ class GroupCompressor:
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
                 packed, error, zeros = self._store(made, matrix, part, weight)
+                made.events += self._lost(made, matrix)
                 if self._work.reconstruct is not None and used.learnable:
                     made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
@@ -121,10 +125,25 @@ class GroupCompressor:
         decoded = made.decoded[matrix.key].weight()
         return packed, relative_error(weight, decoded), decoded.numel() - int(decoded.count_nonzero())
 
+    def _lost(self, made: Made, matrix: Matrix) -> list[Event]:
+        """What to tell where weights that somebody pruned away are there again."""
+        stored = matrix.seen(self._model.weights.unchanged(matrix.key))
+        if (pruned := stored.numel() - int(stored.count_nonzero())) < PRUNED * stored.numel():
+            return []
+        decoded = made.decoded[matrix.key].weight()
+        stayed = int(((stored.to(decoded.device) == 0) & (decoded == 0)).sum())
+        if stayed >= STAY * pruned:
+            return []
+        why = "a rotation spreads them, or what is written has no exact zero; integers without an offset have one"
+        return [
+            Event(LOST, f"{1 - stayed / pruned:.0%} of its pruned weights are not zero any more: {why}", matrix.name)
+        ]
+
     def replace(self, made: Made, matrix: Matrix, form: Form) -> None:
         """Write another form of a matrix that is compressed; nobody minimised the method's own error with it."""
         layer = Layer(form, input=made.decoded[matrix.key].input)
         _, error, zeros = self._store(made, matrix, layer, self._model.read(matrix))
+        made.events = [e for e in made.events if (e.kind, e.layer) != (LOST, matrix.name)] + self._lost(made, matrix)
         number = next(i for i, report in enumerate(made.layers) if report.name == matrix.name)
         changes = {"relative_error": error, "zeros": zeros, "objective": None, "reconstructed": True}
         made.layers[number] = made.layers[number].model_copy(update=changes)

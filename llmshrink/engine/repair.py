@@ -29,12 +29,14 @@ from llmshrink.engine.lanes import Turns, side_by_side
 from llmshrink.engine.reconstruct import difference
 from llmshrink.forms import Dense, Event
 from llmshrink.memory import trim
+from llmshrink.methods.sparsity import kept_before, refit
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import HEAD_ROWS, Decoded
 from llmshrink.plan.work import Repair
 
 DAMPS = (0.001, 0.01, 0.1, 1.0, 10.0)  # lambdas that are tried, as shares of the mean diagonal
 USUAL = 0.01  # where there is nothing to try them on
+STEPS = 100  # of conjugate gradients at most, where a mask says which weights there are
 HELD = 8  # one batch of so many, or of those there are, is held back to try them on
 STRAIGHT = 1e-3  # how far what comes out may be from what was added, as a share of it
 ROUNDINGS = 4  # of the compute dtype, by which it may be off besides
@@ -93,11 +95,12 @@ class Missing:
             found += float(shift @ (self.tokens * shift - 2 * self.means + 2 * (added @ self.mean.double())))
         return found
 
-    def fitted(self, damp: float, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    def fitted(self, damp: float, *, bias: bool, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What to add to a weight [out, in], and to its bias [out], so that least is missing; float64.
 
         argmin over A, b of mean |r - A x - b|^2 + lambda |A|^2, with lambda `damp` of the mean diagonal of the second
-        moment of x; without a bias b is zero.
+        moment of x; without a bias b is zero. Of a pruned weight, A is zero where the `mask` [out, in] is false: the
+        bowl around the free solution has its lowest such point where `refit` finds it.
         """
         second, product = self.square.double() / self.tokens, self.cross.double() / self.tokens
         mean, means = self.mean.double() / self.tokens, self.means.double() / self.tokens
@@ -106,10 +109,14 @@ class Missing:
         scale = float(second.diagonal().mean())
         second.diagonal().add_(damp * scale if scale > 0 else 1.0)
         added = torch.cholesky_solve(product.T, torch.linalg.cholesky(second)).T
+        if mask is not None:
+            added = refit(added, added * mask, mask, second, 0.0, STEPS)
         return added, means - added @ mean if bias else None
 
 
-def best_fit(text: Missing, held: Missing, damp: float | None, *, bias: bool) -> tuple[Tensor, Tensor | None] | None:
+def best_fit(
+    text: Missing, held: Missing, damp: float | None, *, bias: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None] | None:
     """The fit on all text, damped as far as helps on the rows held back from it most.
 
     Args:
@@ -117,16 +124,17 @@ def best_fit(text: Missing, held: Missing, damp: float | None, *, bias: bool) ->
         held: of the others; no tokens where there are too few rows.
         damp: what is taken in any case; None: found out.
         bias: whether there is one.
+        mask: bool [out, in], where a pruned weight is not zero and may change; None: everywhere.
 
     Returns:
         What to add to the weight and the bias; None: whatever is fitted makes it worse on the rows held back.
     """
     if held.tokens and damp is None:
-        scores = {share: held.left(*text.fitted(share, bias=bias)) for share in DAMPS}
+        scores = {share: held.left(*text.fitted(share, bias=bias, mask=mask)) for share in DAMPS}
         damp = min(DAMPS, key=lambda share: scores[share])
         if not scores[damp] < held.size:
             return None
-    return text.joined(held).fitted(damp or USUAL, bias=bias)
+    return text.joined(held).fitted(damp or USUAL, bias=bias, mask=mask)
 
 
 def repair(block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, plan: Repair) -> float:
@@ -326,14 +334,15 @@ class _Fitter:
     def fit(self, text: Missing, held: Missing, matrix: Matrix, groups: GroupCompressor) -> None:
         """Take the fitted weight and bias of one linear over into what is to be written."""
         bias = self._plan.biases.get(matrix)
-        if not text.size or (found := best_fit(text, held, self._plan.damp, bias=bias is not None)) is None:
+        weight = self._made.decoded[matrix.key].weight().to(self._model.device)
+        mask, damp = kept_before(weight), self._plan.damp
+        if not text.size or (found := best_fit(text, held, damp, bias=bias is not None, mask=mask)) is None:
             if text.size:
                 what = "what can be fitted makes it worse on rows held back: its weights stay as they were"
                 self._made.events.append(Event("not_repaired", what, matrix.name))
             return
         added, shift = found
-        weight = self._made.decoded[matrix.key].weight().double().to(added.device)
-        form = Dense((weight + added).to(matrix.dtype))
+        form = Dense((weight.double() + added).to(matrix.dtype))
         groups.replace(self._made, matrix, form)
         if matrix in self._made.forms:  # it is learned afterwards
             self._made.forms[matrix] = form

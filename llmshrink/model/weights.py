@@ -155,11 +155,15 @@ class Weights:
 
     def get(self, key: str) -> Tensor:
         """A tensor as stored, or decoded to float32 where it is compressed, with its changes."""
+        return self._edited(key, self.unchanged(key))
+
+    def unchanged(self, key: str) -> Tensor:
+        """The same without its changes."""
         if key not in self.compressed:
-            return self._edited(key, self._checkpoint.get(key))
+            return self._checkpoint.get(key)
         with self._reading(key):
             weight = decode(self.form(key))
-        return self._edited(key, weight.T if key in self._transposed else weight)
+        return weight.T if key in self._transposed else weight
 
     def _edited(self, key: str, tensor: Tensor) -> Tensor:
         if key not in self.edits:

@@ -132,6 +132,28 @@ def test_learning_brings_it_nearer_still(deep: Path, other_text: Path, tmp_path:
 
 
 @reader
+def test_what_was_pruned_stays_zero(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = [
+        "prune",
+        str(deep),
+        "--method",
+        "magnitude",
+        "--format",
+        "dense",
+        "-o",
+        str(tmp_path / "half"),
+        "--quiet",
+    ]
+    assert main([*arguments, "--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]) == 0
+    report = made(tmp_path / "half", tmp_path / "out", text_file, neurons=96, layers=3)
+    assert "zeros_lost" not in {event.kind for event in report.events}
+    assert any(layer.reconstructed for layer in report.stages[0].layers)
+    for layer in load(tmp_path / "out")[0].model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            assert 0.4 < float((linear.weight == 0).float().mean()) < 0.6
+
+
+@reader
 def test_all_that_is_left_untouched_is_the_originals(deep: Path, text_file: Path, tmp_path: Path) -> None:
     (stage,) = made(deep, tmp_path / "out", text_file, layers=[0, 1, 3], damp=0.1).stages
     assert stage.cut is not None and stage.cut.candidates[0].layers == [0, 1, 3]

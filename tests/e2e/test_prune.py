@@ -151,6 +151,28 @@ def test_zeros_survive_learned_codes(smallest: Path, text_file: Path, tmp_path: 
     assert all((layer.zeros or 0) >= round(0.6 * layer.shape[1]) * layer.shape[0] for layer in treated)
 
 
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [
+        ({"method": {"name": "rtn", "bits": 4, "group_size": 32}}, True),
+        ({"method": {"name": "gptq"}, "format": {"name": "gguf", "type": "Q4_0"}}, True),
+        ({"method": {"name": "gptq"}, "format": {"name": "gguf", "type": "Q4_1"}}, False),
+        ({"method": {"name": "rtn", "bits": 4, "group_size": 32}, "transform": [{"name": "hadamard"}]}, False),
+    ],
+)
+def test_zeros_stay_or_it_is_told(
+    smallest: Path, text_file: Path, tmp_path: Path, stage: dict[str, Any], kept: bool
+) -> None:
+    prune(smallest, tmp_path / "pruned", text_file, "magnitude", stage={"format": {"name": "dense"}}, sparsity=0.6)
+    report = run.execute(recipe(tmp_path / "pruned", tmp_path / "out", text_file, stage=stage), progress=Silent())
+    told = {event.layer for event in report.events if event.kind == "zeros_lost"}
+    treated = [layer for layer in report.stages[0].layers if layer.method]
+    inside = [layer for layer in treated if ".layers." in layer.name]
+    lost = {layer.name for layer in inside if (layer.zeros or 0) < 0.59 * layer.parameters}
+    assert lost <= told
+    assert bool(told) is not kept
+
+
 def test_experts_are_written_dense_and_told(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,21 @@ def test_the_fit_against_lstsq(bias: bool) -> None:
     assert found.left(added, shift) == pytest.approx(float(rest.square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_mask_stays_and_what_is_left_is_the_best(bias: bool) -> None:
+    x, r = (tensor.double() for tensor in problem(90, 5))
+    mask = torch.rand(4, 7, generator=torch.Generator().manual_seed(6)) < 0.5
+    added, shift = sums(x, r).fitted(0.05, bias=bias, mask=mask)
+    centred, rest = (t - t.mean(0) if bias else t for t in (x, r))
+    damp = 0.05 * float((centred.T @ centred / 90).diagonal().mean())
+    for row, kept, own in zip(rest.T, mask, added, strict=True):
+        some = centred[:, kept]
+        right = torch.linalg.solve(some.T @ some / 90 + damp * torch.eye(some.shape[1]).double(), some.T @ row / 90)
+        assert torch.allclose(own[kept], right, atol=1e-3)
+        assert not own[~kept].any()
+    assert shift is None or torch.allclose(shift, (r - x @ added.T).mean(0), atol=1e-4)
+
+
 def test_the_damping_is_what_helps_on_rows_held_back() -> None:
     (x, r), (other, rest) = problem(20, 4), problem(4000, 4)  # r has nothing to do with x but for its mean
     scores = {}

@@ -92,7 +92,7 @@ def main() -> None:
         for preset in args.presets:
             out = folder / f"{preset}-{size}"
             if not out.exists():
-                run_ours(model, out, ["--target-size", str(size)], preset, MODELS[MODEL], shared)
+                run_ours(model, out, ["quantize", "--target-size", str(size)], preset, MODELS[MODEL], shared)
             for name, mine, other in zip(texts, measured(f"llmshrink {preset}", out), peer, strict=True):
                 ratio, low, high = bootstrap_ratio(mine.kl_rows, other.kl_rows)
                 print(f"    {name} {ratio:.3f} ({low:.3f} to {high:.3f})", flush=True)

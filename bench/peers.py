@@ -7,8 +7,9 @@ Each PYTHON is the interpreter of an environment with that tool (they exclude ea
 a process of its own with `--shared`'s script; its time is its own stopwatch from load to saved file, ours the compress
 stage; whole-process time is given beside it. All outputs are then scored here by one function, row by row: KL to the
 original in nats per token, and the ratio to each peer with a paired bootstrap over rows. A setting is bits:group, or a
-scheme that rounds inputs too: ours is then the recipe of that name, and only llm-compressor has it. `bench.plot` draws
-what `--json` keeps.
+scheme that rounds inputs too: ours is then the recipe of that name; or a method of pruning with a percentage or a
+pattern (wanda:50, sparsegpt:2:4), written dense. Only llm-compressor has these two. `bench.plot` draws what `--json`
+keeps.
 """
 
 from __future__ import annotations
@@ -53,15 +54,23 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 SCHEMES = ("w8a8", "fp8")
+PRUNING = ("wanda", "sparsegpt")
 EVALUATION_ROWS = {"lab8m": 64, "stories260K": 200}
 
 
 def arguments(setting: str) -> tuple[list[str], list[str]]:
     """What the shared scripts are told of a setting, and what our command is."""
     if setting in SCHEMES:
-        return ["--bits", "8", "--method", setting], ["-r", setting]
+        return ["--bits", "8", "--method", setting], ["quantize", "-r", setting]
+    method, _, what = setting.partition(":")
+    if method in PRUNING:
+        ours = ["prune", "--method", method, "--format", "dense"]
+        if ":" in what:
+            return ["--method", method, "--pattern", what], [*ours, "--pattern", what]
+        share = str(int(what) / 100)
+        return ["--method", method, "--pattern", "0:0", "--sparsity", share], [*ours, "--sparsity", share]
     bits, group = setting.split(":")
-    ours = ["--bits", bits, "--set", f"method.group_size={group}", "--set", "on_indivisible=channel"]
+    ours = ["quantize", "--bits", bits, "--set", f"method.group_size={group}", "--set", "on_indivisible=channel"]
     return ["--bits", bits, "--group", group], ours
 
 
@@ -85,7 +94,7 @@ def run_ours(
     model: Path, out: Path, options: list[str], preset: str, facts: dict[str, Any], shared: Path
 ) -> dict[str, float]:
     """The command as a user types it, without evaluation."""
-    command = [sys.executable, "-m", "llmshrink", "quantize", str(model), *options, "-o", str(out)]
+    command = [sys.executable, "-m", "llmshrink", options[0], str(model), *options[1:], "-o", str(out)]
     command += ["--preset", preset]
     command += ["--samples", str(facts["rows"]), "--length", str(facts["length"]), "--quiet"]
     command += ["--calibration", str(shared / "data" / f"{facts['calibration']}.json")]
@@ -202,7 +211,8 @@ def measure(
     found: dict[str, Measured] = {}
     for turn in range(args.repeat):
         for tool in (*PEERS, *args.presets):
-            if tool in PEERS and (getattr(args, tool) is None or (setting in SCHEMES and tool != "llm-compressor")):
+            alone = setting in SCHEMES or setting.startswith(PRUNING)
+            if tool in PEERS and (getattr(args, tool) is None or (alone and tool != "llm-compressor")):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / tool

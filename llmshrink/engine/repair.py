@@ -182,27 +182,51 @@ def repair_head(head: Matrix, made: Made, hidden: Hidden, groups: GroupCompresso
     small, whole = hidden.model, hidden.original.model
     table = whole.anatomy.head
     assert table is not None
-    square = torch.zeros(head.shape[1], head.shape[1], device=small.device)
-    cross = torch.zeros(table.shape[1], head.shape[1], device=small.device)
-    for tokens, state, original in zip(hidden.batches, hidden.states, hidden.originals, strict=False):
-        x = small.head_input(tokens, state).reshape(-1, head.shape[1]).float()
-        y = whole.head_input(tokens, original).reshape(-1, table.shape[1]).float()
-        square.addmm_(x.T, x)
-        cross.addmm_(y.T, x)
+    zeros, width = partial(torch.zeros, device=small.device), head.shape[1]
+    sums = [
+        _Seen(zeros(width, width), zeros(table.shape[1], width)) for _ in range(2)
+    ]  # of most rows, of those held back
+    every = min(HELD, len(hidden.batches))
+    for batch, tokens in enumerate(hidden.batches):
+        x = small.head_input(tokens, hidden.states[batch]).reshape(-1, width).float()
+        y = whole.head_input(tokens, hidden.originals[batch]).reshape(-1, table.shape[1]).float()
+        sums[every > 1 and batch % every == every - 1].add(x, y)
     rows, own = whole.weights.rows(table.key), small.weights.rows(head.key)
-    count, fitted = (
-        sum(batch.numel() for batch in hidden.batches),
-        torch.empty(head.shape, dtype=head.dtype, device=small.device),
-    )
-    mean = torch.zeros(head.shape[1], device=small.device)
+    fitted = torch.empty(head.shape, dtype=head.dtype, device=small.device)
+    helped = False
     for start in range(0, head.shape[0], HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         before, right = (get(part).float().to(small.device) for get in (own, rows))
-        rest = right @ cross - before @ square
-        sums = Missing(square, rest, mean, torch.zeros(len(rest), device=small.device), tokens=count)
-        added, _ = sums.fitted(plan.damp or USUAL, bias=False)
-        fitted[part] = (before.double() + added).to(head.dtype)
+        text, held = (one.missing(before, right) for one in sums)
+        found = best_fit(text, held, plan.damp, bias=False)
+        fitted[part] = (before if found is None else before.double() + found[0]).to(head.dtype)
+        helped |= found is not None
+    if not helped:
+        what = "what can be fitted makes it worse on rows held back: its weights stay as they were"
+        made.events.append(Event("not_repaired", what, head.name))
+        return
     groups.replace(made, head, Dense(fitted))
+
+
+@dataclass
+class _Seen:
+    """Sums over tokens of the inputs x of a head and y of the original's; float32."""
+
+    square: Tensor  # of x x^T [in, in]
+    cross: Tensor  # of y x^T [whole in, in]
+    tokens: int = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add a batch [tokens, in] and [tokens, whole in]."""
+        self.tokens += len(x)
+        self.square.addmm_(x.T, x)
+        self.cross.addmm_(y.T, x)
+
+    def missing(self, own: Tensor, right: Tensor) -> Missing:
+        """What is missing of some outputs, by their rows of both heads; its size, which no fit changes, is left out."""
+        rest = right @ self.cross - own @ self.square
+        mean, means = (torch.zeros(n, device=own.device) for n in (own.shape[1], len(own)))
+        return Missing(self.square, rest, mean, means, tokens=self.tokens)
 
 
 class _Fitter:

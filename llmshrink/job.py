@@ -240,7 +240,6 @@ class Job:
         self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
     ) -> tuple[Work, Plan, CutReport]:
         """Find out what is cut, and plan that."""
-        assert rows is not None
         tried = cutting.choose(cuts, rows, economy=guessed.economy, folder=workspace.work, progress=self.progress)
         work = cuts.work(tried[0].chosen)
         plan = planned(self.recipe, self.model, work, cuts)

@@ -142,6 +142,8 @@ def planned_search(cuts: Cuts, work: Work, economy: Economy, *, rows: int) -> in
         rows: calibration rows.
     """
     model, tokens = cuts.model, rows * work.length
+    if not cuts.needs_data:
+        return FIXED + TWIN
     few = min(cuts.spec.rows, rows) * min(SHORT, work.length)
     batch = _batch(work, economy, tokens)
     widest = max(m.shape[1] for block in model.anatomy.blocks for m in block.matrices)

@@ -55,8 +55,6 @@ class Cuts:
         shapes: Of which one is chosen by measuring; one, where the recipe says it all.
     """
 
-    needs_data = True  # what is open is measured on calibration text
-
     def __init__(self, recipe: Recipe, stage: CutStage, model: StreamedModel) -> None:
         """Find what can be cut.
 
@@ -86,6 +84,12 @@ class Cuts:
         self.shapes = list(self._aimed()) if self.spec.aimed else [self._said()]
         if len(self.shapes) == 1 and self._whole(self.shapes[0]):
             raise PlanError("All of the model is kept as the recipe says it: nothing would be cut.")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether what is open is measured on calibration text: all but magnitudes, and layers that are named."""
+        by_text = self.widths.keys() if self.spec.criterion != "magnitude" else self.widths.keys() & {"hidden"}
+        return bool(by_text) or len(self.shapes) > 1 or self.shapes[0].named is None
 
     def _refuse_several(self, name: str) -> None:
         """Nothing is known of what is worth most where several linears of a block read the same things."""

@@ -20,12 +20,12 @@ from llmshrink.sensitivity.search import Search, Tried
 CHOSEN = "cut.json"  # in the folder of work
 
 
-def choose(cuts: Cuts, rows: Rows, *, economy: Economy, folder: Path, progress: Progress) -> list[Tried]:
+def choose(cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, progress: Progress) -> list[Tried]:
     """All that was tried, the chosen one first; a run that goes on keeps to what it chose: parts are done so.
 
     Args:
         cuts: what is open.
-        rows: calibration text.
+        rows: calibration text; None: nothing is measured.
         economy: how much is in memory at a time.
         folder: of the run's work, which holds it once it is found.
         progress: told of the steps.

@@ -90,6 +90,14 @@ class Ranker:
         self._progress.finish()
         return ranks
 
+    def by_weights(self) -> Ranks:
+        """The ranks of what is within blocks by magnitude, without any text."""
+        orders: dict[str, list[Tensor]] = {width.name: [] for width in self._widths}
+        for block in self._model.anatomy.blocks:
+            for width in self._widths:
+                orders[width.name].append(in_order(self._magnitude(width, block)))
+        return Ranks(orders, None, [], torch.zeros(0))
+
     def _look(self, block: Block, hidden: Hidden, ranks: Ranks, slopes: dict[tuple[int, str], Tensor]) -> None:
         """Rank what is in one block; it is loaded afterwards."""
         readers = {width.name: _readers(width, block) for width in self._widths}

@@ -55,12 +55,12 @@ class Tried:
 class Search:
     """Decides what is cut out."""
 
-    def __init__(self, cuts: Cuts, rows: Rows, *, economy: Economy, folder: Path, progress: Progress) -> None:
+    def __init__(self, cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, progress: Progress) -> None:
         """Begin; nothing is computed yet.
 
         Args:
             cuts: what is open.
-            rows: calibration text.
+            rows: calibration text; None: weights alone say what goes.
             economy: how much is in memory at a time.
             folder: for hidden states, where the economy keeps them on disk.
             progress: told of the steps.
@@ -69,18 +69,24 @@ class Search:
         # Of its own, because blocks of the original are loaded while those of candidates are.
         self._model = StreamedModel(cuts.model.source, cuts.model.device)
         self._rows, self._folder = rows, folder if economy.on_disk else None
-        few = rows.first(2 * self._spec.rows, LENGTH)
-        half = max(1, len(few.tokens) // 2)
-        # What is fitted must not be judged by the rows that it was fitted to.
-        self._few = replace(few, tokens=few.tokens[:half]).batches(economy.batch_tokens)
-        self._fit = replace(few, tokens=few.tokens[half:] or few.tokens).batches(economy.batch_tokens)
+        self._few, self._fit = ([], []) if rows is None else self._halves(rows, economy.batch_tokens)
         self._ends: list[Tensor] = []
         self._known: dict[tuple[int, ...], dict[int, float]] = {}  # divergences, by the layers that are gone
+
+    def _halves(self, rows: Rows, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Batches of a few rows that judge, and of others that are fitted to: none are both, if there are two."""
+        few = rows.first(2 * self._spec.rows, LENGTH)
+        half = max(1, len(few.tokens) // 2)
+        judged, fitted = few.tokens[:half], few.tokens[half:] or few.tokens
+        return replace(few, tokens=judged).batches(tokens), replace(few, tokens=fitted).batches(tokens)
 
     def run(self) -> list[Tried]:
         """All candidates with their costs, the chosen one first."""
         ranker = Ranker(self._cuts, self._model, folder=self._folder, progress=self._progress)
-        ranks = ranker.run(self._rows.batches(self._economy.batch_tokens), self._fit, self._economy.logits)
+        if self._rows is None:
+            ranks = ranker.by_weights()
+        else:
+            ranks = ranker.run(self._rows.batches(self._economy.batch_tokens), self._fit, self._economy.logits)
         candidates = [one for shape in self._cuts.shapes for one in self._of(shape, ranks)]
         if not candidates:
             raise PlanError(

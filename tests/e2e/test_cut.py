@@ -17,7 +17,7 @@ from tiny import build_model, config
 
 from llmshrink import run
 from llmshrink.cli import main
-from llmshrink.errors import InterruptedRun, PlanError, RecipeError, UsageError
+from llmshrink.errors import InterruptedRun, LlmshrinkError, PlanError, RecipeError, UsageError
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
@@ -296,6 +296,21 @@ def test_a_target_is_met_by_experts(models_folder: Callable[..., Path], text_fil
     assert stage.cut.candidates[0].parameters <= 0.8 * sum(
         p.numel() for p in load(models_folder("mixtral"))[0].parameters()
     )
+
+
+@reader
+@pytest.mark.parametrize("cut", [{"layers": [0, 2, 3]}, {"neurons": 64, "heads": 2, "criterion": "magnitude"}])
+def test_weights_alone_need_no_text(deep: Path, text_file: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
+    made(deep, tmp_path / "right", text_file, **cut, repair=False)
+    for path in deep.glob("token*"):
+        path.unlink()
+    report = made(deep, tmp_path / "out", tmp_path / "missing.txt", **cut, repair=False)
+    assert report.calibration is None
+    assert sorted(content(tmp_path / "out").items()) == sorted(
+        (name, data) for name, data in content(tmp_path / "right").items() if not name.startswith("token")
+    )
+    with pytest.raises(LlmshrinkError):
+        made(deep, tmp_path / "other", tmp_path / "missing.txt", **cut)  # what is fitted needs some
 
 
 def test_a_quantized_model_is_not_cut(deep: Path, text_file: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def main() -> None:
             out = Path(folder) / name.replace(" ", "-")
             command = [sys.executable, "-m", "llmshrink", "prune", str(source), *options, "-o", str(out), "--quiet"]
             command += ["--set", "cut.repair=false", "--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]
-            subprocess.run([*command, "--samples", "2", "--length", "64"], check=True)
+            subprocess.run(command, check=True)
             left = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
             timed(left), timed(whole)
             pairs = [(timed(whole), timed(left)) for _ in range(args.repeat)]

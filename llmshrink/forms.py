@@ -85,7 +85,21 @@ class Sparse:
     pattern: tuple[int, int] | None = None  # (n, m): n weights of each m adjacent inputs are kept; None: any
 
 
-Form = Dense | Quantized | Sparse
+@dataclass(frozen=True)
+class Codebook:
+    """Codes into tables of values, which stretches of rows have in common."""
+
+    codes: Tensor  # uint8 [out, in], below 2^bits
+    table: Tensor  # [groups, 2^bits], as stored; the first out / groups rows share the first table
+    bits: int
+
+    def values(self) -> Tensor:
+        """What the codes mean, float32 [out, in]."""
+        groups = len(self.table)
+        return self.table.float().gather(1, self.codes.view(groups, -1).long()).view(self.codes.shape)
+
+
+Form = Dense | Quantized | Sparse | Codebook
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,8 @@ def decode(form: Form) -> Tensor:
         return form.weight.float()
     if isinstance(form, Sparse):
         return decode(form.values).masked_fill(~form.mask, 0)
+    if isinstance(form, Codebook):
+        return form.values()
     scale = decode(form.scale)
     values = form.codes.float() if form.levels is None else form.levels.float()[form.codes.int()]
     if isinstance(form.block, int):
@@ -218,6 +234,10 @@ def decode(form: Form) -> Tensor:
 def check_blocks(form: Form) -> None:
     """Raise ValueError where the scales of a form, its zero points or its minima, do not cover its codes."""
     if isinstance(form, Dense):
+        return
+    if isinstance(form, Codebook):
+        if len(form.codes) % len(form.table):
+            raise ValueError(f"{len(form.table)} tables do not share {len(form.codes)} rows")
         return
     if isinstance(form, Sparse):
         if _shape(form.values) != form.mask.shape:
@@ -242,13 +262,19 @@ def check_blocks(form: Form) -> None:
 def _shape(form: Form) -> torch.Size:
     if isinstance(form, Sparse):
         return form.mask.shape
-    return form.codes.shape if isinstance(form, Quantized) else form.weight.shape
+    return form.codes.shape if isinstance(form, Quantized | Codebook) else form.weight.shape
 
 
 def quantized(form: Form) -> Quantized | None:
     """The codes that a form is made of, all of them or those that are kept; None: it has none."""
     inner = form.values if isinstance(form, Sparse) else form
     return inner if isinstance(inner, Quantized) else None
+
+
+def code_bits(form: Form) -> int | None:
+    """Bits of the codes that a form is made of; None: it has none."""
+    inner = form.values if isinstance(form, Sparse) else form
+    return inner.bits if isinstance(inner, Quantized | Codebook) else None
 
 
 def filled(form: Form) -> Form:
@@ -269,6 +295,9 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
         mask = how([form.mask for form in parts])
         kept = sum(form.kept for form in parts) if mask.is_meta else int(mask.sum())
         return replace(first, mask=mask, values=combine([form.values for form in parts], how), kept=kept)
+    if isinstance(first, Codebook):
+        books = [form for form in forms if isinstance(form, Codebook)]
+        return replace(first, codes=how([f.codes for f in books]), table=how([f.table for f in books]))
     alike = [form for form in forms if isinstance(form, Quantized)]
     zeros = [form.zero for form in alike if form.zero is not None]
     minima = [form.minimum for form in alike if form.minimum is not None]
@@ -317,6 +346,8 @@ def _by_row(form: Form) -> bool:
         return True
     if isinstance(form, Sparse):
         return _by_row(form.values)
+    if isinstance(form, Codebook):
+        return False  # tables belong to stretches
     own = not isinstance(form.block, int) and form.block[0] == 1
     return own and _by_row(form.scale) and (form.minimum is None or _by_row(form.minimum))
 
@@ -347,6 +378,7 @@ def relative_error_of(stretches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 __all__ = [
     "check_blocks",
+    "Codebook",
     "combine",
     "Dense",
     "Event",
@@ -357,6 +389,7 @@ __all__ = [
     "Quantized",
     "Scheme",
     "Sparse",
+    "code_bits",
     "decode",
     "filled",
     "join_rows",

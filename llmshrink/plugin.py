@@ -16,14 +16,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmshrink.formats import format_of
-from llmshrink.formats.base import Format, Slot
-from llmshrink.formats.sparse import meta
+from llmshrink.formats.base import Slot
+from llmshrink.formats.own import METHOD, OwnFormat
 from llmshrink.forms import decode
 
 if TYPE_CHECKING:  # it is only being imported when this module is
     from transformers import PreTrainedModel
-
-METHOD = "llmshrink"
 
 
 @register_quantization_config(METHOD)
@@ -53,9 +51,9 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config.to_dict()
         fmt = format_of(config)
-        if fmt is None or (why := fmt.cannot_read(config)):
-            name = config.get("format")
-            raise ValueError(f"This llmshrink cannot read the format {name!r}: {why if fmt else 'it is not known'}.")
+        why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
+        if why or not isinstance(fmt, OwnFormat):
+            raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
             model.set_submodule(entry["module"], Packed(name, entry, fmt, config, getattr(old, "bias", None)))
@@ -90,7 +88,7 @@ class Packed(nn.Module):
     """
 
     def __init__(
-        self, name: str, entry: dict[str, Any], fmt: Format, config: dict[str, Any], bias: Tensor | None
+        self, name: str, entry: dict[str, Any], fmt: OwnFormat, config: dict[str, Any], bias: Tensor | None
     ) -> None:
         """A module for the matrix `name` (on disk), with buffers of the shapes that its `entry` says."""
         super().__init__()
@@ -98,7 +96,7 @@ class Packed(nn.Module):
         self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
         self._format, self._config = fmt, config
         self.out_features, self.in_features = self._slot.shape
-        for key, tensor in fmt.pack(self._slot, meta(entry)).items():
+        for key, tensor in fmt.pack(self._slot, fmt.meta(entry)).items():
             leaf = key.removeprefix(f"{name}.")
             self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)

@@ -58,11 +58,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "quantize": {"method.name": "rtn", "reconstruct": None, "tune": None},
         "prune": {"method.name": "magnitude", "reconstruct": None},
         "cut": {"cut.repair": False, "reconstruct": None},
+        "cluster": {"method.weighting": "none"},
     },
     "balanced": {
         "quantize": {"reconstruct": None, "tune": None},
         "prune": {"reconstruct": None},
         "cut": {"reconstruct": None},
+        "cluster": {},
     },
     "best": {
         "quantize": {"reconstruct": {}, "tune": {"optional": True}},
@@ -135,6 +137,9 @@ Preset = Annotated[
     ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=_WHAT)]
+CodeBits = Annotated[
+    int | None, typer.Option("--bits", help="Bits of a code, 1 to 8: 2^bits values.", rich_help_panel=_WHAT)
+]
 GroupSize = Annotated[
     int | None, typer.Option(help="Weights that share a scale; -1: a whole row.", rich_help_panel=_WHAT)
 ]
@@ -350,7 +355,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
             data = load.override(data, key, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in ("quantize", "prune", "export") if name in tasks), "eval")
+    command = next((name for name in ("quantize", "prune", "cluster", "export") if name in tasks), "eval")
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

@@ -246,7 +246,9 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
             methods = [work.methods[m] for m in group.matrices if m in work.methods]
             factors = _factors(work, group)
             matrices = [m.numel for m in group.matrices]
-            sweep = SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.by_row for m in methods) else max(matrices))
+            sweep = (
+                SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.in_stretches for m in methods) else max(matrices))
+            )
             lanes = lanes_of(work.model.device) if is_small(group) else 1
             phases.append(kept + lanes * max(factors, factors // 3 + sweep))
             kept -= size

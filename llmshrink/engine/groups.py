@@ -13,7 +13,18 @@ from torch import Tensor
 
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Event, Form, Layer, Quantized, decode, join_rows, quantized, relative_error, split_rows
+from llmshrink.forms import (
+    Event,
+    Form,
+    Layer,
+    Quantized,
+    code_bits,
+    decode,
+    join_rows,
+    quantized,
+    relative_error,
+    split_rows,
+)
 from llmshrink.memory import memory_error, release, trim
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, Prepared, method_name
@@ -229,7 +240,7 @@ def _report(
         method=method_name(method),
         form=type(form).__name__,
         format=stored_as.name,
-        bits=None if codes is None else codes.bits,
+        bits=code_bits(form),
         group_size=_group_size(codes, matrix.shape[1]),
         type=stored_as.type_of(layer),
         inputs=None if layer.input is None else layer.input.words,

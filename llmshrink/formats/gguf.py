@@ -17,7 +17,7 @@ from llmshrink.block_types import BLOCK_TYPES
 from llmshrink.errors import InputError
 from llmshrink.formats import ggml
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Form, Layer, Sparse
+from llmshrink.forms import Dense, Form, Layer, Quantized
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -49,7 +49,7 @@ class Gguf(Format):
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """One tensor, named after its type."""
         form = layer.weight
-        assert not isinstance(form, Sparse)
+        assert isinstance(form, Dense | Quantized)
         stored = form.weight if isinstance(form, Dense) else ggml.pack(form)
         return {f"{slot.key}.{_type_of(form)}": stored}
 

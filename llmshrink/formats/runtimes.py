@@ -18,7 +18,7 @@ from llmshrink.forms import Scheme
 Support = Literal["native", "plugin", "dense-only", "no"]
 Runtime = Literal["transformers", "vllm", "llama.cpp"]
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "sparse", "dense")
+FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "sparse", "codebook", "dense")
 # What transformers needs to read each, beside itself, by its names on PyPI.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "bnb": ("accelerate", "bitsandbytes"),
     "gguf": ("gguf",),
     "sparse": ("llmshrink",),
+    "codebook": ("llmshrink",),
     "dense": (),
     "bitnet": ("accelerate",),
 }
@@ -163,6 +164,14 @@ def _vllm_rules(conv1d: str, fused: str, head: str) -> tuple[Entry, ...]:
         Entry("no", FUSED, fused, lambda s: not s.fused_alike),
         Entry("no", "no compressed head", head, lambda s: s.head),
         Entry("no", UNTRIED, BERT, _not_causal),
+    )
+
+
+def _own(tried: str) -> tuple[Entry, ...]:
+    """How transformers takes a format of llmshrink's own."""
+    return (
+        Entry("plugin", "needs `import llmshrink`; decodes a layer whenever it is used", tried),
+        Entry("no", "it fuses experts into one parameter, for which there is no module", tried, _with("experts")),
     )
 
 
@@ -315,11 +324,10 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
         Entry("native", "its own format", LLAMACPP),
         Entry("no", NO_NAMES, LLAMACPP, _no_gguf),
     ),
-    ("sparse", "transformers"): (
-        Entry("plugin", "needs `import llmshrink`; decodes a layer whenever it is used", PLUGIN),
-        Entry("no", "it fuses experts into one parameter, for which there is no module", PLUGIN, _with("experts")),
-    ),
+    ("sparse", "transformers"): _own(PLUGIN),
     ("sparse", "vllm"): (Entry("no", "it removed sparse formats", "vLLM PR 36799"),),
+    ("codebook", "transformers"): _own("tests/e2e/test_cluster.py"),
+    ("codebook", "vllm"): (Entry("no", "it has no kernels for tables of values", "vLLM PR 7971"),),
     **{
         (name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),)
         for name in FORMATS

@@ -9,26 +9,24 @@ an N:M pattern each stretch of M inputs names which of the C(M, N) choices it is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from llmshrink.formats import bits as bitpack
-from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.base import Slot
+from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
 from llmshrink.forms import Dense, Form, Layer, Quantized, Sparse
 
-VERSION = 1
 
-
-class SparseFormat(Format):
+class SparseFormat(OwnFormat):
     """Bitmask or pattern, and the kept values."""
 
     name: ClassVar[str] = "sparse"
-    quant_method: ClassVar[str | None] = "llmshrink"
     parts: ClassVar[tuple[str, ...]] = (".weight", ".weight_mask", ".weight_scale", ".weight_zero")
     marks: ClassVar[tuple[str, ...]] = (".weight_mask",)
     holds_sparse: ClassVar[bool] = True
@@ -58,91 +56,53 @@ class SparseFormat(Format):
                 tensors[f"{slot.key}_zero"] = form.values.zero
         return tensors
 
-    def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
+    def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
         """The mask and the values under it."""
-        entry, (out, width) = _entry(config, slot.name), slot.shape
+        out, width = (int(n) for n in entry["shape"])
         kept, pattern, bits = int(entry["kept"]), _pattern(entry), entry.get("bits")
-        mask = _unpacked_mask(get(f"{slot.key}_mask"), slot.shape, pattern)
-        stored = get(slot.key).clone()
+        mask = _unpacked_mask(get(f"{key}_mask"), (out, width), pattern)
+        stored = get(key).clone()
         if bits is None:
             own = stored.view(getattr(torch, entry["dtype"]))
             values: Form = Dense(own.new_zeros(out, width).masked_scatter_(mask, own[:kept]))
         else:
-            zero = get(f"{slot.key}_zero") if not entry["symmetric"] else None
+            zero = get(f"{key}_zero") if not entry["symmetric"] else None
             codes = bitpack.signed(bitpack.unpack(stored.view(torch.int32)[None], bits, kept)[0], bits)
             size = entry["group_size"] or width
             dropped = torch.zeros(out, width, dtype=torch.int8) if zero is None else zero.repeat_interleave(size, 1)
             values = Quantized(
-                dropped.masked_scatter(mask, codes), Dense(get(f"{slot.key}_scale")), zero, None, (1, size), bits
+                dropped.masked_scatter(mask, codes), Dense(get(f"{key}_scale")), zero, None, (1, size), bits
             )
         return Sparse(mask, values, kept, pattern)
 
-    def config(
-        self, layers: Iterable[tuple[Slot, Layer]], left: Iterable[str], dtype: torch.dtype
-    ) -> dict[str, Any] | None:
-        """What each matrix needs to be decoded, by its name on disk."""
-        return {
-            "quant_method": self.quant_method,
-            "format": self.name,
-            "format_version": VERSION,
-            "layers": {slot.name: _described(slot, layer) for slot, layer in layers},
-        }
-
-    def owns(self, config: dict[str, Any]) -> bool:
-        """Whether a `quantization_config` is of this format."""
-        return super().owns(config) and config.get("format") == self.name
-
-    def cannot_read(self, config: dict[str, Any] | None) -> str | None:
-        """Why it cannot be decoded here, or None."""
-        version = (config or {}).get("format_version")
-        return None if version == VERSION else f"version {version!r} is not known"
-
-    def dense_info(
-        self, key: str, get: Callable[[str], Tensor], config: dict[str, Any] | None
-    ) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype as the settings say them."""
-        entry = _entry(config, key.removesuffix(".weight"))
-        return tuple(entry["shape"]), getattr(torch, entry["dtype"])
-
-
-def meta(entry: dict[str, Any]) -> Layer:
-    """The structure of a matrix on the `meta` device, from its entry in the settings."""
-    out, width = (int(n) for n in entry["shape"])
-    dtype, bits = getattr(torch, entry["dtype"]), entry.get("bits")
-
-    def empty(kind: torch.dtype, columns: int = width) -> Tensor:
-        return torch.empty(out, columns, dtype=kind, device="meta")
-
-    values: Form = Dense(empty(dtype))
-    if bits is not None:
-        size = entry["group_size"] or width
-        zero = None if entry["symmetric"] else empty(torch.int8, width // size)
-        scale = Dense(empty(getattr(torch, entry["scales"]), width // size))
-        values = Quantized(empty(torch.int8), scale, zero, None, (1, size), bits)
-    return Layer(Sparse(empty(torch.bool), values, int(entry["kept"]), _pattern(entry)))
-
-
-def _described(slot: Slot, layer: Layer) -> dict[str, Any]:
-    form = layer.weight
-    assert isinstance(form, Sparse)
-    entry: dict[str, Any] = {"module": slot.module, "shape": list(slot.shape), "kept": form.kept}
-    entry["pattern"] = None if form.pattern is None else "{}:{}".format(*form.pattern)
-    entry["dtype"] = str(slot.dtype).removeprefix("torch.")
-    if isinstance(form.values, Quantized):
+    def describe(self, layer: Layer) -> Entry:
+        """How many weights are kept and where, and how they are stored."""
+        form = layer.weight
+        assert isinstance(form, Sparse)
+        entry: Entry = {"kept": form.kept, "pattern": None if form.pattern is None else "{}:{}".format(*form.pattern)}
+        if not isinstance(form.values, Quantized):
+            return entry
         scheme = Layer(form.values).scheme
-        assert scheme is not None
-        assert isinstance(form.values.scale, Dense)
-        scales = str(form.values.scale.weight.dtype).removeprefix("torch.")
-        entry |= {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric, "scales": scales}
-    return entry
+        assert scheme is not None and isinstance(form.values.scale, Dense)
+        scales = dtype_name(form.values.scale.weight.dtype)
+        own = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric, "scales": scales}
+        return entry | own
+
+    def meta(self, entry: Entry) -> Layer:
+        """The structure of a matrix on the `meta` device."""
+        out, width = (int(n) for n in entry["shape"])
+        bits = entry.get("bits")
+        values: Form = Dense(empty((out, width), getattr(torch, entry["dtype"])))
+        if bits is not None:
+            size = entry["group_size"] or width
+            groups = (out, width // size)
+            zero = None if entry["symmetric"] else empty(groups, torch.int8)
+            scale = Dense(empty(groups, getattr(torch, entry["scales"])))
+            values = Quantized(empty((out, width), torch.int8), scale, zero, None, (1, size), bits)
+        return Layer(Sparse(empty((out, width), torch.bool), values, int(entry["kept"]), _pattern(entry)))
 
 
-def _entry(config: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = (config or {})["layers"][name]
-    return found
-
-
-def _pattern(entry: dict[str, Any]) -> tuple[int, int] | None:
+def _pattern(entry: Entry) -> tuple[int, int] | None:
     if entry["pattern"] is None:
         return None
     n, m = entry["pattern"].split(":")

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer
 from llmshrink.statistics import Statistic
 
-Task = Literal["quantize", "prune", "export"]
+Task = Literal["quantize", "prune", "cluster", "export"]
 
 
 class MethodConfig(BaseModel):
@@ -86,6 +86,11 @@ class Method(ABC, Generic[C]):
     def statistic(self) -> type[Statistic]:
         """What is to be gathered under these settings: `needs`, or a kind of it that knows more."""
         return self.needs
+
+    @property
+    def in_stretches(self) -> bool:
+        """Whether a large matrix is taken a stretch of rows at a time, by the engine or by the method itself."""
+        return self.by_row
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""

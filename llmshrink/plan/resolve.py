@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import CodeKind, Dense, Event, Layer, Quantized, Scheme, Sparse, filled
+from llmshrink.forms import Codebook, CodeKind, Dense, Event, Layer, Quantized, Scheme, Sparse, filled
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
@@ -314,5 +314,7 @@ def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], event
             return load_format("sparse")
         events.append(Event("default_format", "written dense, zeros and all: no loader takes sparse experts"))
         return load_format("dense")
+    if isinstance(layer.weight, Codebook):
+        return load_format("codebook")
     bitsandbytes = getattr(layer.weight, "levels", None) is not None or layer.input is not None
     return load_format("bnb" if bitsandbytes else "compressed-tensors")

@@ -29,7 +29,7 @@ def json_schema() -> Schema:
         settings = load_transform(name).Config.model_json_schema(ref_template=_REF)
         transforms.append(_named(settings, name))
     definitions["TransformSpec"] = {"anyOf": transforms, "description": "A transform's name and its own settings."}
-    for name in ("QuantizeStage", "PruneStage"):
+    for name in ("QuantizeStage", "PruneStage", "ClusterStage"):
         _complete(definitions[name]["properties"], branches)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -18,6 +18,7 @@ from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.formats.gguf_mix import SAID
 from llmshrink.recipe import text
 from llmshrink.recipe.schema import (
+    ClusterStage,
     CutStage,
     EvalStage,
     ExportStage,
@@ -33,6 +34,7 @@ LONG = 100  # characters of a value or key that a message repeats
 _STAGE_KEYS = {
     "quantize": set(QuantizeStage.model_fields),
     "prune": {*PruneStage.model_fields, *CutStage.model_fields},
+    "cluster": set(ClusterStage.model_fields),
     "cut": set(CutStage.model_fields),
     "export": set(ExportStage.model_fields),
     "eval": set(EvalStage.model_fields),

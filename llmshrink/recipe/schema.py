@@ -41,6 +41,7 @@ from llmshrink.transforms import transform_names as transform_names
 
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
 DEFAULT_PRUNING = "sparsegpt"
+DEFAULT_CLUSTERING = "kmeans"
 
 OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
 Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
@@ -350,6 +351,28 @@ class PruneStage(MatrixStage):
         return self
 
 
+class ClusterStage(MatrixStage):
+    """Few values, which many weights share."""
+
+    task: Literal["cluster"] = Field(description="what this stage does")
+    method: MethodSpec = Field(
+        default_factory=lambda: MethodSpec(name=DEFAULT_CLUSTERING),
+        description="the algorithm and its settings; kmeans with 4 bits, where it has no name",
+    )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_it(cls, given: Any) -> Any:
+        return {"name": DEFAULT_CLUSTERING, **(given or {})} if given is None or isinstance(given, dict) else given
+
+    @field_validator("inputs")
+    @classmethod
+    def _no_inputs(cls, inputs: InputSpec | None) -> InputSpec | None:
+        if inputs is not None:
+            raise refuse([fault((), "clustered weights meet inputs as they are: quantize to round these", inputs)])
+        return inputs
+
+
 class CutStage(Section):
     """Smaller tensors: whole neurons, heads, channels, experts or layers less."""
 
@@ -397,6 +420,7 @@ Stage = Annotated[
     Annotated[QuantizeStage, Tag("quantize")]
     | Annotated[PruneStage, Tag("prune")]
     | Annotated[CutStage, Tag("cut")]
+    | Annotated[ClusterStage, Tag("cluster")]
     | Annotated[ExportStage, Tag("export")]
     | Annotated[EvalStage, Tag("eval")],
     Discriminator(_kind),

@@ -1,0 +1,75 @@
+"""`codebook`: weights as codes into tables of values, which stretches of rows share.
+
+On disk a matrix is its codes, 1 to 8 bits each, as flat bytes under its own name, and `weight_table` [groups, 2^bits]
+in the model's dtype: rows i * out / groups to (i + 1) * out / groups share the table i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmshrink.formats import bits as bitpack
+from llmshrink.formats.base import Slot
+from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
+from llmshrink.forms import Codebook, Form, Layer
+
+WORD = 32  # bits
+
+
+class CodebookFormat(OwnFormat):
+    """Codes, and the tables of values that they name."""
+
+    name: ClassVar[str] = "codebook"
+    parts: ClassVar[tuple[str, ...]] = (".weight", ".weight_table")
+    marks: ClassVar[tuple[str, ...]] = (".weight_table",)
+
+    def check(self, slot: Slot, layer: Layer) -> str | None:
+        """Only matrices that were clustered."""
+        if not isinstance(layer.weight, Codebook):
+            return "it is for clustered matrices, and this one has no tables of values"
+        return None if slot.key.endswith(".weight") else "its tensor is not named `.weight`"
+
+    def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """Codes in whole words of 32 bits, and the tables."""
+        form = layer.weight
+        assert isinstance(form, Codebook)
+        return {slot.key: packed(form.codes, form.bits), f"{slot.key}_table": form.table}
+
+    def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
+        """The codes and their tables."""
+        out, width = (int(n) for n in entry["shape"])
+        bits, table = int(entry["bits"]), get(f"{key}_table")
+        if len(table) < 1 or out % len(table) or table.shape[1] != 1 << bits:
+            raise ValueError(f"tables {list(table.shape)} are not for {out} rows of {bits} bits")
+        words = get(key).clone().view(torch.int32)
+        rows = out if width * bits % WORD == 0 else 1
+        codes = bitpack.unpack(words.view(rows, -1), bits, out * width // rows)
+        return Codebook(codes.view(out, width), table, bits)
+
+    def describe(self, layer: Layer) -> Entry:
+        """Bits of a code, and how many tables of which dtype there are."""
+        form = layer.weight
+        assert isinstance(form, Codebook)
+        return {"bits": form.bits, "tables": len(form.table), "values": dtype_name(form.table.dtype)}
+
+    def meta(self, entry: Entry) -> Layer:
+        """The structure of a matrix on the `meta` device."""
+        out, width = (int(n) for n in entry["shape"])
+        table = empty((int(entry["tables"]), 1 << int(entry["bits"])), getattr(torch, entry["values"]))
+        return Layer(Codebook(empty((out, width), torch.uint8), table, int(entry["bits"])))
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [bytes]: codes [out, in] below 2^bits in the order of rows, in whole words."""
+    if codes.is_meta:
+        return empty((4 * math.ceil(codes.numel() * bits / WORD),), torch.uint8)
+    rows = codes if codes.shape[1] * bits % WORD == 0 else codes.reshape(1, -1)
+    return bitpack.pack(rows, bits).flatten().view(torch.uint8)
+
+
+FORMAT = CodebookFormat()

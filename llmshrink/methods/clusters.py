@@ -1,0 +1,228 @@
+"""Which few values stand for many numbers best: weighted k-means in one dimension, solved exactly.
+
+The best clusters of numbers on a line are stretches of them in order, so the least cost of k stretches over the first j
+numbers is D_k(j) = min_i D_{k-1}(i) + c(i, j), where c is what the stretch from i to j costs (Wang and Song 2011,
+Ckmeans.1d.dp). As c is a Monge matrix, the best i never falls when j grows: once it is known for every other j, the
+rest lies between neighbours, and each layer of the table takes O(n log n) (Grønlund et al. 2017, arXiv 1701.07204). All
+of a level's j, and all groups of numbers, are looked at together here.
+
+Numbers that are equal are one number with their weights added up. Of a large group of bfloat16 that leaves a few
+thousand: there are no more than 65 536, and most of them are far out. One table for a whole matrix is solved so. Many
+tables are first solved with the ends of stretches at the edges of bins only; then, exactly again, with each end within
+a bin of where it was, and once more wherever one comes to lie at the border of what it was allowed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUMBERS = 1 << 17  # whose tables are looked for at a time, at least those of one table
+CELLS = 1 << 18  # costs that are in memory at a time
+FULL = 1 << 18  # ends times stretches, over all groups, up to which all ends are tried
+BINS = 12  # for each stretch, between whose edges ends lie at first
+TURNS = 8  # of moving ends at most
+SMALLEST = 1e-12  # of a group's mean weight: what numbers without any weight get, so that they are near something
+
+
+def centroids(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
+    """The `count` values that stand best for each row of numbers, in rising order.
+
+    Args:
+        values: float32 [groups, n], finite.
+        weights: float32 [groups, n], not negative: what the square of an error counts; None: all equal.
+        count: of values; where a row has fewer different numbers, some occur more than once.
+
+    Returns:
+        float32 [groups, count]; the sum of weighted squared distances to the nearest is the least possible.
+    """
+    found = []
+    size = max(1, NUMBERS // values.shape[1])
+    for part in range(0, len(values), size):
+        rows = slice(part, part + size)
+        order, mass = _merged(values[rows], None if weights is None else weights[rows])
+        found.append(_solved(order, mass, count))
+    return torch.cat(found)
+
+
+def cost(values: Tensor, weights: Tensor | None, table: Tensor) -> Tensor:
+    """The sum of weighted squared distances of each row of numbers to the nearest of its values [groups], float64."""
+    near = table.gather(1, nearest(values, table))
+    square = (values.double() - near.double()).square()
+    return (square if weights is None else square * weights).sum(1)
+
+
+def nearest(values: Tensor, table: Tensor) -> Tensor:
+    """The index of the nearest of `table` [groups, count], which rises, for each of `values` [groups, n]: int64."""
+    middle = (table[:, 1:] + table[:, :-1]) / 2
+    return torch.searchsorted(middle.contiguous(), values.contiguous())
+
+
+def _merged(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Different numbers of each row in rising order, and their weights added up; float64, padded with the last one."""
+    order = values.argsort(1)
+    sorted_ = values.gather(1, order).double()
+    mass = torch.ones_like(sorted_) if weights is None else weights.gather(1, order).double()
+    mass = mass + (SMALLEST * mass.mean(1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny)
+    new = torch.cat([torch.zeros_like(order[:, :1]), (sorted_[:, 1:] != sorted_[:, :-1]).long()], 1).cumsum(1)
+    width = int(new[:, -1].max()) + 1
+    total = torch.zeros(len(values), width, dtype=torch.float64, device=values.device).scatter_add_(1, new, mass)
+    merged = sorted_[:, -1:].expand(-1, width).clone().scatter_(1, new, sorted_)
+    return merged, total
+
+
+def _solved(values: Tensor, mass: Tensor, count: int) -> Tensor:
+    """The centroids of rows of rising numbers [groups, n] under their masses, which are zero from some number on."""
+    groups, n = values.shape
+    centre = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)  # sums of squares lose less around it
+    shifted = values - centre
+    sums = [torch.nn.functional.pad(mass * shifted**power, (1, 0)).cumsum(1) for power in (0, 1, 2)]
+    count_there = min(count, n)
+    if groups * n * count_there <= FULL or n <= 2 * BINS * count_there:
+        bounds = _bounds(sums, count_there)
+    else:
+        bounds = _moved(sums, _between_bins(sums, shifted, mass, count_there))
+    zeroth, first = (one.gather(1, bounds).diff(dim=1) for one in sums[:2])
+    found = first / zeroth
+    # Stretches without mass stand behind all numbers; those without numbers repeat the one before.
+    kept = zeroth > 0
+    index = torch.arange(found.shape[1], device=values.device).expand_as(found).where(kept, 0).cummax(1).values
+    found = found.gather(1, index) + centre
+    return torch.nn.functional.pad(found[None], (0, count - found.shape[1]), mode="replicate")[0].float()
+
+
+def _bounds(sums: list[Tensor], count: int) -> Tensor:
+    """Where the best stretches begin and end among the places of the sums [groups, n + 1]: [groups, count + 1]."""
+    last = torch.full((len(sums[0]),), sums[0].shape[1] - 1, dtype=torch.long, device=sums[0].device)
+    ends = [last]
+    for layer in reversed(_table(sums, count)):
+        ends.append(layer.gather(1, ends[-1][:, None])[:, 0].long())
+    return torch.stack(ends[::-1], 1)
+
+
+def _between_bins(sums: list[Tensor], values: Tensor, mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best stretches that end at edges of bins, as places [groups, count + 1], and how wide the bins around are.
+
+    Each holds as much of density^(1/3), which is how many values of the best table lie there (Panter and Dite 1951).
+    """
+    gaps = values.diff(dim=1, prepend=values[:, :1])
+    share = (mass * gaps.square()).pow(1 / 3).cumsum(1)
+    total = share[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    wanted = torch.arange(1, BINS * count, device=values.device, dtype=torch.float64) / (BINS * count)
+    edges = torch.searchsorted(share.contiguous(), (total * wanted).contiguous())
+    edges = torch.nn.functional.pad(edges, (1, 0))
+    edges = torch.cat([edges, torch.full_like(edges[:, :1], values.shape[1])], 1)
+    picked = _bounds([one.gather(1, edges) for one in sums], count)
+    around = [edges.gather(1, (picked + step).clamp(0, BINS * count)) for step in (-1, 0, 1)]
+    return around[1], torch.maximum(around[2] - around[1], around[1] - around[0])
+
+
+def _moved(sums: list[Tensor], found: tuple[Tensor, Tensor]) -> Tensor:
+    """The best stretches whose ends lie near where they were; again where one went as far as it may."""
+    bounds, widths = found
+    n = sums[0].shape[1] - 1
+    todo = torch.arange(len(bounds), device=bounds.device)
+    for _ in range(TURNS):
+        reach = int(widths[todo, 1:-1].max()) if bounds.shape[1] > 2 and len(todo) else 0  # noqa: PLR2004 - inner ends
+        if not reach:
+            break
+        reach = min(reach, n)
+        size = max(1, CELLS // (2 * reach + 1) ** 2)
+        moved = torch.cat(
+            [_within([one[part] for one in sums], bounds[part], reach) for part in torch.split(todo, size)]
+        )
+        far = ((moved - bounds[todo]).abs() >= reach)[:, 1:-1].any(1)
+        bounds[todo] = moved
+        todo = todo[far]
+    return bounds
+
+
+def _within(sums: list[Tensor], bounds: Tensor, reach: int) -> Tensor:
+    """The best stretches whose inner ends lie at most `reach` places from `bounds` [groups, stretches + 1]."""
+    zeroth, first, second = sums
+    n, stretches = zeroth.shape[1] - 1, bounds.shape[1] - 1
+    steps = torch.arange(-reach, reach + 1, device=bounds.device)
+    tiny = torch.finfo(torch.float64).tiny
+
+    def places(number: int) -> Tensor:
+        if number in (0, stretches):
+            return bounds[:, number : number + 1]
+        return (bounds[:, number : number + 1] + steps).clamp(0, n)
+
+    before = places(0)
+    best, begins = torch.zeros(before.shape, dtype=torch.float64, device=before.device), []
+    for number in range(1, stretches + 1):
+        here = places(number)
+        s0, s1, s2 = (
+            one.gather(1, here)[:, :, None] - one.gather(1, before)[:, None] for one in (zeroth, first, second)
+        )
+        costs = s2.sub_(s1.square_().div_(s0.clamp(min=tiny))).add_(best[:, None])
+        costs.masked_fill_((here[:, :, None] < before[:, None]), torch.inf)
+        best, begin = costs.min(2)
+        begins.append((begin, before))
+        before = here
+    index = torch.zeros_like(best[:, :1], dtype=torch.long)
+    ends = [before.gather(1, index)]
+    for begin, previous in reversed(begins):
+        index = begin.gather(1, index)
+        ends.append(previous.gather(1, index))
+    return torch.cat(ends[::-1], 1)
+
+
+def _table(sums: list[Tensor], count: int) -> list[Tensor]:
+    """For each number of stretches, and each j, where the last of them begins: int32 [groups, n + 1]."""
+    zeroth, first, second = sums
+    groups, places = zeroth.shape
+    best = second - first.square() / zeroth.clamp(min=torch.finfo(torch.float64).tiny)  # of one stretch
+    layers = [torch.zeros(groups, places, dtype=torch.int32, device=zeroth.device)]
+    for number in range(2, count + 1):
+        best, begin = _layer(best - second, sums, number)
+        layers.append(begin)
+    return layers
+
+
+def _layer(base: Tensor, sums: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """The least costs of `number` stretches [groups, n + 1], and where the last of them begins.
+
+    `base` is that of one stretch less, without the squares of what it covers.
+    """
+    zeroth, first, second = sums
+    groups, places = base.shape
+    device, last = base.device, places - 1
+    begin = torch.full((groups, places), number - 1, dtype=torch.long, device=device)
+    best = torch.full_like(base, torch.inf)
+    best[:, : number - 1] = 0.0  # nothing is left to be split
+    stride = 1 << last.bit_length() - 1
+    offset = torch.arange(groups, device=device)[:, None] * places
+    flat = [one.flatten() for one in (base, first, zeroth)]
+    while stride:
+        ends = torch.arange(stride, places, 2 * stride, device=device)
+        ends = ends[ends >= number]
+        if len(ends):
+            low = begin[:, ends - stride].clamp(min=number - 1)
+            beyond = ends + stride
+            high = begin[:, beyond.clamp(max=last)].where(beyond <= last, torch.tensor(last, device=device))
+            high = torch.minimum(high.where(high >= low, ends - 1), ends - 1)
+            low = torch.minimum(low, high)
+            cheapest, where = _searched(flat, (first[:, ends], zeroth[:, ends]), low, high, offset)
+            best[:, ends] = cheapest + second[:, ends]
+            begin[:, ends] = where
+        stride //= 2
+    return best, begin.int()
+
+
+def _searched(
+    flat: list[Tensor], at: tuple[Tensor, Tensor], low: Tensor, high: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The least cost and its place, each [groups, ends], among the places from `low` to `high`."""
+    lengths = (high - low + 1).flatten()
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=low.device), lengths)
+    begin = ((low + offset).flatten() - starts[:-1])[owner] + torch.arange(len(owner), device=low.device)
+    base, first, zeroth = (one[begin] for one in flat)
+    spread = (at[0].flatten()[owner] - first).square_()
+    costs = base.sub_(spread.div_((at[1].flatten()[owner] - zeroth).clamp_(min=torch.finfo(torch.float64).tiny)))
+    cheapest = torch.segment_reduce(costs, "min", lengths=lengths)
+    hits = (costs == cheapest[owner]).nonzero()[:, 0]
+    place = torch.full_like(lengths, len(costs)).scatter_reduce_(0, owner[hits], hits, "amin")
+    return cheapest.view_as(low), (begin[place] - offset.expand_as(low).flatten()).view_as(low)

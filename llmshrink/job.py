@@ -240,8 +240,10 @@ class Job:
         self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
     ) -> tuple[Work, Plan, CutReport]:
         """Find out what is cut, and plan that."""
-        tried = cutting.choose(cuts, rows, economy=guessed.economy, folder=workspace.work, progress=self.progress)
+        folder = workspace.work
+        tried, events = cutting.choose(cuts, rows, economy=guessed.economy, folder=folder, progress=self.progress)
         work = cuts.work(tried[0].chosen)
+        work.events += events
         plan = planned(self.recipe, self.model, work, cuts)
         check_size(plan)
         plan = plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})

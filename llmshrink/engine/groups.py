@@ -145,10 +145,10 @@ class GroupCompressor:
         stayed = int(((stored.to(decoded.device) == 0) & (decoded == 0)).sum())
         if stayed >= STAY * pruned:
             return []
-        why = "a rotation spreads them, or what is written has no exact zero; integers without an offset have one"
-        return [
-            Event(LOST, f"{1 - stayed / pruned:.0%} of its pruned weights are not zero any more: {why}", matrix.name)
-        ]
+        spread = self._model.read(matrix).count_nonzero() > stored.numel() - STAY * pruned
+        why = "a transform spreads them" if spread else "what is written has none; integers without an offset have"
+        message = f"its pruned weights are not all zero any more: {why}"
+        return [Event(LOST, message, matrix.name, {"lost": 1 - stayed / pruned})]
 
     def replace(self, made: Made, matrix: Matrix, form: Form) -> None:
         """Write another form of a matrix that is compressed; nobody minimised the method's own error with it."""

@@ -7,15 +7,16 @@ configuration can express. Two fused layouts, whose order no size tells, are in 
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmshrink.errors import LlmshrinkError, PlanError
@@ -83,9 +84,25 @@ def width_of(model: StreamedModel, name: str) -> Width:
     """Find a size.
 
     Raises:
-        PlanError: the family's configuration cannot say it, or nothing is known of how it lies in a tensor.
+        PlanError: the family's configuration cannot say it, or nothing is known of how it lies in a tensor; the hint
+            names what can be cut.
     """
-    return {"neurons": _neurons, "heads": _heads, "hidden": _hidden, "experts": _experts}[name](model)
+    finders = {"neurons": _neurons, "heads": _heads, "hidden": _hidden, "experts": _experts}
+    try:
+        return finders[name](model)
+    except PlanError as error:
+        possible = [f"--{other}" for other, find in finders.items() if other != name and _found(find, model)]
+        words = f"{', '.join(possible)} and --layers" if possible else "--layers"
+        message = f"{type(model.model).__name__}: its {name} cannot be cut: {error}"
+        raise PlanError(f"{message.rstrip('.')}.", hint=f"{words} can be cut.") from error
+
+
+def _found(find: Callable[[StreamedModel], Width], model: StreamedModel) -> bool:
+    try:
+        find(model)
+    except PlanError:
+        return False
+    return True
 
 
 def _neurons(model: StreamedModel) -> Width:
@@ -94,11 +111,11 @@ def _neurons(model: StreamedModel) -> Width:
         total = getattr(config, key) or 4 * config.hidden_size  # GPT-2 may leave it out
         axes, joined = _smaller(model, {key: max(1, total // 2)}, total, max(1, total // 2))
         if joined:
-            raise _cannot(model, "neurons", "its MLPs are experts", "--experts and --layers can be")
+            raise PlanError("its MLPs are experts")
         if axes:
             halves = {1: (1,), 2: (1, 1)} if _halves(model) else {1: (1,)}
-            return Width("neurons", total, 1, {key: 1}, {}, _laid_out(model, "neurons", axes, halves))
-    raise _cannot(model, "neurons", "no key of its configuration says how many there are", "--layers can be")
+            return Width("neurons", total, 1, {key: 1}, {}, _laid_out(axes, halves))
+    raise PlanError("no key of its configuration says how many there are")
 
 
 def _heads(model: StreamedModel) -> Width:
@@ -108,7 +125,7 @@ def _heads(model: StreamedModel) -> Width:
     each = heads // groups
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if groups < 2:
-        raise _cannot(model, "heads", "all of them share one key and value", "--neurons and --layers can be")
+        raise PlanError("all of them share one key and value")
     settings = {"num_attention_heads": each, "num_key_value_heads": 1}
     if not hasattr(config, "num_key_value_heads"):
         del settings["num_key_value_heads"]
@@ -123,19 +140,19 @@ def _heads(model: StreamedModel) -> Width:
         except PlanError as error:
             why = str(error)
     if not axes:
-        raise _cannot(model, "heads", why, "--neurons and --layers can be")
+        raise PlanError(why)
     names = {key: name for name, origin in model.map.origins.items() for key in origin.keys}
     for key, _ in axes:
         owner = model.model.get_submodule(names[key].rpartition(".")[0])
         if not isinstance(owner, nn.Linear | Conv1D):
-            raise _cannot(model, "heads", f"{key} is a norm over all of them", "--neurons and --layers can be")
+            raise PlanError(f"{key} is a norm over all of them")
     known: dict[int, tuple[int, ...]] = {each * size: (each * size,), size: (size,)}
     family = family_of(model.source.config)
     if family is not None and family.layout == "last":
         known[(each + 2) * size] = (each * size, size, size)
     if family is not None and family.layout == "grouped":
         known[(each + 2) * size] = ((each + 2) * size,)
-    places = _laid_out(model, "heads", axes, known)
+    places = _laid_out(axes, known)
     return Width("heads", groups, each, settings, {"head_dim": size}, places, (*possible, groups))
 
 
@@ -143,14 +160,11 @@ def _hidden(model: StreamedModel) -> Width:
     config = _text(model.source)
     total = config.hidden_size
     size = getattr(config, "head_dim", None) or total // config.num_attention_heads
-    try:
-        axes, joined = _smaller(model, {"hidden_size": total // 2, "head_dim": size}, total, total // 2)
-    except PlanError as error:
-        raise _cannot(model, "hidden", str(error), "--neurons and --layers can be") from error
+    axes, joined = _smaller(model, {"hidden_size": total // 2, "head_dim": size}, total, total // 2)
     both = [key for key, axis in axes if axis and (key, 0) in axes]
     if both or joined or any(unit != 1 for unit in axes.values()):
         what = (both or joined or [key for (key, _), unit in axes.items() if unit != 1])[0]
-        raise _cannot(model, "hidden", f"more than the states would shrink with it: {what}", "--neurons can be")
+        raise PlanError(f"more than the states would shrink with it: {what}")
     return Width("hidden", total, 1, {"hidden_size": 1}, {"head_dim": size}, dict.fromkeys(axes, (1,)))
 
 
@@ -158,23 +172,17 @@ def _experts(model: StreamedModel) -> Width:
     config = _text(model.source)
     key = next((key for key in EXPERTS if getattr(config, key, None)), None)
     if key is None:
-        raise _cannot(model, "experts", "it has none", "--neurons and --layers can be")
+        raise PlanError("it has none")
     total, used = getattr(config, key), getattr(config, "num_experts_per_tok", None) or 1
     if (getattr(config, "n_group", None) or 1) > 1:
-        raise _cannot(model, "experts", "its router chooses among groups of them", "--layers can be")
+        raise PlanError("its router chooses among groups of them")
     axes, joined = _smaller(model, {key: used}, total, used) if used < total else ({}, [])
     keys = [key for name in joined for key in model.map.origins[name].keys]
     members = {key: expert_index(key) for key in keys}
     if not axes or set(members.values()) != set(range(total)):
-        raise _cannot(
-            model, "experts", f"nothing is known of how they lie, or each token has all {total}", "--layers can be"
-        )
-    places = _laid_out(model, "experts", axes, {1: (1,)})
+        raise PlanError(f"each token has all {total}" if used >= total else "nothing is known of how they lie")
+    places = _laid_out(axes, {1: (1,)})
     return Width("experts", total, 1, {key: 1}, {}, places, tuple(range(used, total + 1)), members)
-
-
-def _cannot(model: StreamedModel, name: str, why: str, hint: str) -> PlanError:
-    return PlanError(f"{type(model.model).__name__}: its {name} cannot be cut: {why}.", hint=f"{hint} cut.")
 
 
 def _text(source: Source) -> Any:
@@ -211,12 +219,10 @@ def _smaller(model: StreamedModel, changes: Mapping[str, int], old: int, new: in
     return axes, joined
 
 
-def _laid_out(
-    model: StreamedModel, name: str, axes: Mapping[Axis, int], known: Mapping[int, tuple[int, ...]]
-) -> dict[Axis, tuple[int, ...]]:
+def _laid_out(axes: Mapping[Axis, int], known: Mapping[int, tuple[int, ...]]) -> dict[Axis, tuple[int, ...]]:
     odd = [key for (key, _), unit in axes.items() if unit not in known]
     if odd:
-        raise _cannot(model, name, f"nothing is known of how they lie in {odd[0]}", "--layers can be")
+        raise PlanError(f"nothing is known of how they lie in {odd[0]}")
     return {axis: known[unit] for axis, unit in axes.items()}
 
 
@@ -335,12 +341,27 @@ def other_constant(whole: StreamedModel, small: StreamedModel, blocks: Iterable[
         if home is None and f"{name}.".startswith(apart):
             continue
         twin = known.get(name if home is None else f"{homes[home]}{name.removeprefix(home)}")
-        if twin is None or isinstance(module, PreTrainedModel):  # these have names of folders, and no such numbers
+        if twin is None:
             continue
+        kinds = float | bool if isinstance(module, PreTrainedModel) else float | bool | str  # folders have names
         for key, value in vars(module).items():
             other = vars(twin).get(key, value)
-            if isinstance(value, float | bool | str) and value != other:
-                return f"{key} of {name} would be {other}, and is {value}"
+            if isinstance(value, kinds) and value != other:
+                return f"{key} of {name or 'the model'} would be {other}, and is {value}"
+        for key in module._non_persistent_buffers_set:  # others are on disk
+            table, other = module._buffers[key], twin._buffers.get(key)
+            if table is not None and other is not None and table.shape == other.shape and not torch.equal(table, other):
+                return f"the table {key} of {name or 'the model'} would be another"
+    return _other_property(_text(whole.source), _text(small.source))
+
+
+def _other_property(before: Any, after: Any) -> str | None:
+    """A number that a configuration works out, and that the smaller one has otherwise; None: there is none."""
+    for key, kind in inspect.getmembers(type(before)):
+        if isinstance(kind, property) and not hasattr(PretrainedConfig, key):
+            values = [getattr(config, key, None) for config in (before, after)]
+            if isinstance(values[0], float) and values[0] != values[1]:
+                return f"{key} of the configuration would be {values[1]}, and is {values[0]}"
     return None
 
 

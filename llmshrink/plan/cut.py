@@ -27,6 +27,7 @@ STEPS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # what widths are multiples of: runt
 FEWEST = 32  # steps in a width: fewer would leave little to choose
 LEAST = 0.25  # of a width, and of the layers, that a target leaves
 MOST = 12  # candidates that are tried for a target
+FEW = 8  # numbers that are listed one by one
 ENTRY = 120  # bytes of a header for a tensor, at most, beside its name
 
 
@@ -134,8 +135,10 @@ class Cuts:
         if amount.share is not None and allowed:
             wanted = min(allowed, key=lambda count: abs(count - wanted))
         if not 0 < wanted <= whole or (allowed and wanted not in allowed):
-            possible = ", ".join(map(str, allowed)) if allowed else f"1 to {whole}"
+            possible = _in_words(allowed) if allowed else f"1 to {whole}"
             why = f" {width.each} of them share a key and a value." if wanted % width.each else ""
+            if name == "experts" and wanted < allowed[0]:
+                why = f" Every token is handed to {allowed[0]} of them."
             raise PlanError(f"{wanted} {name} cannot be kept of {whole}.{why}", hint=f"Possible: {possible}.")
         return int(wanted // width.each)
 
@@ -189,13 +192,13 @@ class Cuts:
     @property
     def _fine(self) -> Width | None:
         """The width that a target is met by."""
-        return self.widths.get("neurons") or self.widths.get("experts")
+        return self.widths.get("experts") or self.widths.get("neurons")
 
     def _narrower(self) -> Iterator[dict[str, int]]:
         """Counts of the widths but for that one: what the recipe says, or all and one group of heads less."""
         others = [name for name, width in self.widths.items() if width is not self._fine]
         fixed = {name: self._count(name) for name in others if getattr(self.spec, name) is not None}
-        fixed |= {name: self.widths[name].total for name in others if name == "experts" and name not in fixed}
+        fixed |= {name: self.widths[name].total for name in others if name == "neurons" and name not in fixed}
         heads = self.widths.get("heads")
         if heads is None or "heads" in fixed:
             yield fixed
@@ -304,9 +307,12 @@ class Cuts:
                 hint="Keep that layer, and let others go (--layers 0,2,3).",
             )
         if (why := other_constant(self.model, small, chosen.blocks)) is not None:
+            named = {"the number of a layer (--layers)": len(chosen.blocks) < self.layers}
+            named["the width (--hidden)"] = chosen.channels is not None
+            from_what = " or ".join(what for what, so in named.items() if so)
             raise PlanError(
                 f"{type(self.model.model).__name__}: {why}.",
-                hint="It follows from the width, or from the number of a layer: that one cannot be cut.",
+                hint=f"It follows from {from_what}, which therefore cannot be cut here." if from_what else None,
             )
         inside = [m for block in small.anatomy.blocks for m in block.matrices]
         repair = self._repair(small, surgery) if self.spec.repair else None
@@ -315,17 +321,18 @@ class Cuts:
         work = lay_out(self._named(), small, load_format("dense"), methods, {}, {}, [])
         work.original = Original(self.model, surgery)
         work.repair, work.reconstruct = repair, self._stage.reconstruct
-        work.events += self._partly()
+        work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
+        work.events += self._partly(chosen)
         return work
 
-    def _partly(self) -> list[Event]:
+    def _partly(self, chosen: Chosen) -> list[Event]:
         """Widths that only some blocks have."""
         found = []
-        for name in sorted(self.widths.keys() - {"hidden"}):
+        for name, things in sorted(chosen.inside.items()):
             keys = {key for key, _ in self.widths[name].axes}
-            without = sum(not keys.intersection(block.keys) for block in self.model.anatomy.blocks)
-            if without:
-                message = f"{without} of {self.layers} layers have none of these {name}: they stay as they were"
+            without = sum(not keys.intersection(self.model.anatomy.blocks[index].keys) for index in chosen.blocks)
+            if without and len(things[0]) < self.widths[name].total:
+                message = f"{without} of {len(chosen.blocks)} layers have none of these {name}: they stay as they were"
                 found.append(Event("partly_cut", message))
         return found
 
@@ -362,3 +369,10 @@ class Cuts:
         if head is not None and 1 in surgery.tensors[head.key].kept:
             fitted.add(head)
         return Repair(frozenset(fitted), rows, biases, self.spec.damp)
+
+
+def _in_words(numbers: list[int]) -> str:
+    """Numbers in rising order: all of few; the ends of many that follow each other."""
+    if len(numbers) > FEW and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

@@ -302,7 +302,9 @@ def _cut(cut: CutReport) -> list[str]:
     """What was cut out, by what, and against what else it was measured."""
     first, *others = cut.candidates
     kept = sizes(cut.before, first.kept)
-    lines = [f"kept {', '.join(kept)}, by {cut.criterion}: {first.parameters:,} parameters"]
+    lines = [f"kept {', '.join(kept)}: {first.parameters:,} parameters"]
+    if ranked := [f"{name} by {how}" for name, how in cut.criteria.items() if first.kept[name] != cut.before[name]]:
+        lines.append(f"chosen: {', '.join(ranked)}")
     if gone := [i for i in range(cut.before["layers"]) if i not in first.layers]:
         lines.append(f"layers that are gone: {', '.join(map(str, gone))}")
     if others and first.cost is not None:

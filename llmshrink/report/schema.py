@@ -145,7 +145,7 @@ class CutReport(Record):
     """What was cut out of a model."""
 
     before: dict[str, int] = Field(description="how many there were of everything that is cut")
-    criterion: str
+    criteria: dict[str, str] = Field(description="by what the parts of each kind were ranked")
     repaired: int = Field(description="linears that were fitted afterwards")
     candidates: list[CandidateReport] = Field(description="the chosen one first")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmshrink.calibration.rows import Rows
+from llmshrink.forms import Event
 from llmshrink.io.files import sealed, unsealed, write_bytes
 from llmshrink.model.widths import Chosen
 from llmshrink.plan.cut import Cuts
@@ -20,8 +21,12 @@ from llmshrink.sensitivity.search import Search, Tried
 CHOSEN = "cut.json"  # in the folder of work
 
 
-def choose(cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, progress: Progress) -> list[Tried]:
-    """All that was tried, the chosen one first; a run that goes on keeps to what it chose: parts are done so.
+def choose(
+    cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, progress: Progress
+) -> tuple[list[Tried], list[Event]]:
+    """All that was tried, the chosen one first, and what to tell of it.
+
+    A run that goes on keeps to what it chose: parts are done so.
 
     Args:
         cuts: what is open.
@@ -32,17 +37,18 @@ def choose(cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, pro
     """
     path = folder / CHOSEN
     if path.is_file() and (kept := unsealed(path.read_bytes())) is not None:
-        return [_tried(one) for one in kept]
-    found = Search(cuts, rows, economy=economy, folder=folder, progress=progress).run()
-    write_bytes(path, sealed([_plain(one) for one in found]))
-    return found
+        return [_tried(one) for one in kept["tried"]], [Event(**event) for event in kept["events"]]
+    search = Search(cuts, rows if cuts.needs_data else None, economy=economy, folder=folder, progress=progress)
+    found = search.run()
+    write_bytes(path, sealed({"tried": [_plain(one) for one in found], "events": [vars(e) for e in search.events]}))
+    return found, search.events
 
 
 def told(cuts: Cuts, tried: list[Tried], work: Work) -> CutReport:
     """What was chosen among what, as the report has it."""
     return CutReport(
         before=cuts.sizes(),
-        criterion=cuts.spec.criterion,
+        criteria={name: _criterion(cuts, name) for name in cuts.widths},
         repaired=0 if work.repair is None else len(work.repair.matrices),
         candidates=[
             CandidateReport(
@@ -55,6 +61,14 @@ def told(cuts: Cuts, tried: list[Tried], work: Work) -> CutReport:
             for one in tried
         ],
     )
+
+
+def _criterion(cuts: Cuts, name: str) -> str:
+    """By what the things of a width are ranked."""
+    if name == "hidden":
+        return "activation"
+    asked = cuts.spec.criterion
+    return "reap" if name == "experts" and asked != "magnitude" else asked
 
 
 def _plain(one: Tried) -> dict[str, Any]:

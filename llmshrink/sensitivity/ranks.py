@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
+from llmshrink.forms import Event
 from llmshrink.memory import trim
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import StreamedModel
@@ -34,12 +35,14 @@ class Ranks:
         channels: Worth of each channel of the states between blocks.
         influence: 1 less the cosine between what enters a block and what leaves it, of each.
         turned: Angles, as shares of half a circle, between the states at any two boundaries of blocks.
+        events: What is to be told.
     """
 
     orders: dict[str, list[Tensor]]
     channels: Tensor | None
     influence: list[float]
     turned: Tensor
+    events: list[Event] = field(default_factory=list)
 
 
 class Ranker:
@@ -72,9 +75,9 @@ class Ranker:
                 for width in self._widths
                 if (readers := _readers(width, block))
             }
-            slopes = Taylor(self._model, readers, logits).run(
-                Hidden(self._model, few, folder=self._folder), self._folder
-            )
+            if readers:
+                states = Hidden(self._model, few, folder=self._folder)
+                slopes = Taylor(self._model, readers, logits).run(states, self._folder)
         self._progress.start("rank what can be cut", len(self._model.anatomy.blocks))
         hidden = Hidden(self._model, batches, folder=self._folder)
         ranks = Ranks({width.name: [] for width in self._widths}, None, [], torch.zeros(0))
@@ -105,10 +108,12 @@ class Ranker:
         self._model.load_block(block.index)
         gathered = gather(self._model, block, list(kinds), kinds, hidden) if kinds else {}
         for width in self._widths:
-            known = slopes.get((block.index, width.name))
-            order = self._order(width, block, readers[width.name], gathered) if known is None else in_order(known)
-            if width.members and self._criterion != "magnitude":
-                order = in_order(routed(self._model, block, hidden, width.total))
+            if (known := slopes.get((block.index, width.name))) is not None:
+                order = in_order(known)
+            elif width.members and self._criterion != "magnitude":
+                order = self._routed(width, block, hidden, ranks)
+            else:
+                order = self._order(width, block, readers[width.name], gathered)
             ranks.orders[width.name].append(order.cpu())
         if ranks.channels is not None:
             for group, found in gathered.items():
@@ -116,6 +121,16 @@ class Ranker:
                     square = found[Moments]
                     assert isinstance(square, Moments)
                     ranks.channels += square.square.double().cpu().sqrt()
+
+    def _routed(self, width: Width, block: Block, hidden: Hidden, ranks: Ranks) -> Tensor:
+        """The experts of a block, those that add most first; all in order where it has none."""
+        if not any(key in width.members for key in block.keys):
+            return torch.arange(width.total)
+        worth, tokens = routed(self._model, block, hidden, width.total)
+        if unseen := int((tokens == 0).sum()):
+            message = f"{unseen} of its {width.total} experts got no token of the calibration text: they go first"
+            ranks.events.append(Event("unseen_experts", message, block.prefix))
+        return in_order(worth)
 
     def _reads_states(self, group: Group) -> bool:
         return self._whole is not None and any((m.key, _inputs(m)) in self._whole.axes for m in group.matrices)
@@ -154,9 +169,11 @@ class Ranker:
     def _magnitude(self, width: Width, block: Block) -> Tensor:
         """The sum of squares of all weights that belong to each thing of a block [things], float64."""
         total = torch.zeros(width.total, dtype=torch.float64)
-        for (key, axis), units in width.axes.items():
+        axes = {} if width.members else width.axes  # of experts a router says nothing
+        for (key, axis), units in axes.items():
             if key in block.keys:
-                tensor, start = self._model.weights.get(key).double().movedim(axis, 0).flatten(1), 0
+                stored = self._model.weights.get(key).double().movedim(axis, 0)
+                tensor, start = stored.reshape(len(stored), -1), 0
                 for unit in units:
                     stretch = tensor[start : start + unit * width.total].square().sum(1)
                     total += stretch.view(width.total, unit).sum(1)

@@ -14,8 +14,8 @@ from llmshrink.model.streamed import StreamedModel
 
 
 @torch.no_grad()
-def routed(model: StreamedModel, block: Block, hidden: Hidden, experts: int) -> Tensor:
-    """The worth of each expert of a loaded block [experts], float64; 0 of one that no token reaches."""
+def routed(model: StreamedModel, block: Block, hidden: Hidden, experts: int) -> tuple[Tensor, Tensor]:
+    """The worth of each expert of a loaded block, and the tokens that reach it: [experts], float64."""
     total, count = (torch.zeros(experts, dtype=torch.float64, device=model.device) for _ in range(2))
 
     def witness(expert: int, added: Tensor) -> None:
@@ -31,4 +31,4 @@ def routed(model: StreamedModel, block: Block, hidden: Hidden, experts: int) -> 
     finally:
         for module in fused:
             del module.witness
-    return total / count.clamp(min=1)
+    return total / count.clamp(min=1), count

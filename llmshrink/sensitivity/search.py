@@ -1,8 +1,8 @@
 """What is cut out of a model: its parts are ranked in one pass, layers and shapes are compared by what they cost.
 
-One pass over the original with all calibration rows ranks neurons, heads and channels of every block. Which layers go,
-and which of several shapes it is where a size is asked for, is measured on a few rows: each candidate is made as it
-would be written, repaired, and its output compared with the original's.
+One pass over the original with all calibration rows ranks neurons, heads, experts and channels of every block; without
+rows the weights alone do. Which layers go, and which of several shapes it is where a size is asked for, is measured on
+a few rows: each candidate is made as it would be written, repaired, and its output compared with the original's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class Tried:
 
 
 class Search:
-    """Decides what is cut out."""
+    """Decides what is cut out.
+
+    Attributes:
+        events: What to tell of it.
+    """
 
     def __init__(self, cuts: Cuts, rows: Rows | None, *, economy: Economy, folder: Path, progress: Progress) -> None:
         """Begin; nothing is computed yet.
@@ -70,6 +74,7 @@ class Search:
         self._model = StreamedModel(cuts.model.source, cuts.model.device)
         self._rows, self._folder = rows, folder if economy.on_disk else None
         self._few, self._fit = ([], []) if rows is None else self._halves(rows, economy.batch_tokens)
+        self.events: list[Event] = []
         self._ends: list[Tensor] = []
         self._known: dict[tuple[int, ...], dict[int, float]] = {}  # divergences, by the layers that are gone
 
@@ -87,6 +92,7 @@ class Search:
             ranks = ranker.by_weights()
         else:
             ranks = ranker.run(self._rows.batches(self._economy.batch_tokens), self._fit, self._economy.logits)
+        self.events += ranks.events
         candidates = [one for shape in self._cuts.shapes for one in self._of(shape, ranks)]
         if not candidates:
             raise PlanError(
@@ -101,7 +107,8 @@ class Search:
             try:
                 cost = self._cost(self._cuts.work(one.chosen))
             except (InputError, PlanError) as error:  # of this candidate: others may well do
-                self._progress.event(Event("not_tried", f"{one.why}: {error}"))
+                self.events.append(Event("not_tried", f"{one.why}: {error}"))
+                self._progress.event(self.events[-1])
                 cost, why = math.inf, str(error)
             tried.append(Tried(one.chosen, one.why, cost if math.isfinite(cost) else None))
             self._progress.advance(1, f"{one.why}: {cost:.4g}")

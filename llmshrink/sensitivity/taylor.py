@@ -40,14 +40,13 @@ class Taylor:
             place: torch.zeros(total, dtype=torch.float64, device=model.device) for place, (_, total) in readers.items()
         }
         self._hooks: list[RemovableHandle] = []
-        self._length = 1
+        self._rows = 1  # of the batch that runs
 
     def run(self, hidden: Hidden, folder: Path | None) -> dict[tuple[int, str], Tensor]:
         """The worth of all things [things], float64, by the rows of `hidden`, which is used up.
 
         The states between blocks lie in files in `folder`; None: in the device's memory.
         """
-        self._length = hidden.batches[0].shape[1]
         rows = sum(hidden.rows)
         backward(hidden, self, lambda batch, state: self._loss(hidden.batches[batch], state), folder)
         return {place: total / rows for place, total in self._sums.items()}
@@ -75,6 +74,8 @@ class Taylor:
     def load(self, index: int) -> Mapping[str, Tensor]:
         """Put a block into memory, and look at what its readers multiply."""
         self._model.load_block(index)
+        block = self._model.model.get_submodule(self._model.anatomy.blocks[index].prefix)
+        self._hooks.append(block.register_forward_pre_hook(self._begin))
         for place, (matrix, _) in self._readers.items():
             if place[0] == index:
                 module = self._model.model.get_submodule(matrix.site.module)
@@ -91,15 +92,18 @@ class Taylor:
         self._hooks.clear()
         self._model.drop_block(index)
 
+    def _begin(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._rows = len(args[0])  # some linears get all tokens in one dimension
+
     def _look(self, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             (x,) = args
             if x.requires_grad:
-                take: Callable[[Tensor], None] = partial(self._add, total, x.detach())
+                take: Callable[[Tensor], None] = partial(self._add, total, x.detach(), self._rows)
                 x.register_hook(take)  # type: ignore[no-untyped-call]
 
         return look
 
-    def _add(self, total: Tensor, x: Tensor, gradient: Tensor) -> None:
-        of_columns = (x.double() * gradient.double()).reshape(-1, self._length, x.shape[-1]).sum(1)
+    def _add(self, total: Tensor, x: Tensor, rows: int, gradient: Tensor) -> None:
+        of_columns = (x.double() * gradient.double()).reshape(rows, -1, x.shape[-1]).sum(1)
         total += of_columns.view(len(of_columns), len(total), -1).sum(-1).square().sum(0)

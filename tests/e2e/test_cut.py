@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Stopping, content, load, logits
-from tiny import build_model, config
+from tiny import LIKE_LLAMA, build_model, config
+from transformers import Glm4MoeConfig, MiniCPM3Config
 
 from llmshrink import run
 from llmshrink.cli import main
@@ -272,6 +273,7 @@ def test_refused_before_any_compute(
     refused(deep, "cannot be met; with a quarter", "Quantize", params="5%")
     refused(models_folder("gpt2"), "heads cannot be cut", "--neurons and --layers can be", heads="50%")
     refused(models_folder("bloom"), "neurons cannot be cut", "--layers can be", neurons="50%")
+    refused(models_folder("qwen3-moe"), "hidden cannot be cut", "--experts and --layers can be", hidden=48)
     refused(models_folder("mixtral"), "1 experts cannot be kept of 4", "2, 3, 4", experts=1)
     refused(models_folder("gemma2"), "scalar_embed_scale of .* would be", "follows from the width", hidden=48)
     refused(models_folder("bert"), "no next token", "obs", neurons="50%", criterion="taylor")
@@ -286,6 +288,52 @@ def test_what_follows_from_a_layers_number_is_not_lost(text_file: Path, tmp_path
     with pytest.raises(PlanError, match=r"scaling of transformer.h.2.attn would be"):
         run.make_plan(wanted(tmp_path / "gpt2", tmp_path / "out", text_file, layers=[0, 2]))
     made(tmp_path / "gpt2", tmp_path / "out", text_file, layers=[0, 1])  # these keep their numbers
+
+
+@reader
+def test_constants_that_no_module_has_are_not_lost(tmp_path: Path, text_file: Path) -> None:
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    settings = {key: value for key, value in {**LIKE_LLAMA, **sizes}.items() if key != "head_dim"}
+    build_model(tmp_path / "cpm", MiniCPM3Config(**settings, dim_model_base=32))
+    with pytest.raises(PlanError, match="logits_scaling of the configuration"):
+        run.make_plan(wanted(tmp_path / "cpm", tmp_path / "out", text_file, hidden=48))
+
+
+@reader
+@pytest.mark.parametrize("cut", [{"neurons": "50%"}, {"layers": [0, 1, 2], "neurons": 96}])
+def test_magnitudes_of_models_with_biases(
+    models_folder: Callable[..., Path], tmp_path: Path, cut: dict[str, Any]
+) -> None:
+    build_model(tmp_path / "qwen2", config("qwen2", num_hidden_layers=4))
+    for model in (tmp_path / "qwen2", models_folder("gpt2")) if "layers" not in cut else (tmp_path / "qwen2",):
+        out = tmp_path / f"out-{model.name}"
+        report = made(model, out, tmp_path / "missing.txt", **cut, criterion="magnitude", repair=False)
+        assert report.stages[0].cut is not None and report.stages[0].cut.criteria == {"neurons": "magnitude"}
+
+
+@reader
+def test_experts_beside_dense_layers(text_file: Path, tmp_path: Path) -> None:
+    build_model(tmp_path / "moe", config("qwen3-moe", num_hidden_layers=4, num_experts=8, mlp_only_layers=[1]))
+    (stage,) = made(tmp_path / "moe", tmp_path / "out", text_file, params="85%", layers=4, rows=4).stages
+    assert stage.cut is not None and stage.cut.candidates[0].kept["experts"] < 8
+    assert stage.cut.criteria["experts"] == "reap"
+    report = made(tmp_path / "moe", tmp_path / "few", text_file, experts=6, layers=[1, 2, 3], criterion="taylor")
+    assert not {"left_dense"} & {event.kind for event in report.events}
+    assert "partly_cut" in {event.kind for event in report.events}
+
+
+@reader
+def test_routers_with_biases_and_experts_without_tokens(text_file: Path, tmp_path: Path) -> None:
+    moe = {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    settings = {**LIKE_LLAMA, **moe, "first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 16}
+    build_model(tmp_path / "glm", Glm4MoeConfig(**settings))
+    data = wanted(tmp_path / "glm", tmp_path / "out", text_file, experts=6).model_dump(mode="json")
+    data["calibration"] |= {"samples": 1, "length": 2}
+    report = run.execute(validate(data), progress=Silent())
+    assert "unseen_experts" in {event.kind for event in report.events}
+    model = load(tmp_path / "out")[0]
+    assert model.config.n_routed_experts == 6
+    made(tmp_path / "glm", tmp_path / "other", text_file, experts=6, criterion="magnitude")
 
 
 @reader

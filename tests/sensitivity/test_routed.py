@@ -36,6 +36,7 @@ def test_it_is_the_mean_size_of_what_is_added(models_folder: Callable[..., Path]
     model = StreamedModel(open_source(str(folder)), torch.device("cpu"))
     states = Hidden(model, list(tokens.split(2)))
     model.load_block(0)
-    found = routed(model, model.anatomy.blocks[0], states, 4)
+    found, seen = routed(model, model.anatomy.blocks[0], states, 4)
+    assert torch.equal(seen.float(), counts)
     assert torch.allclose(found.float(), sums / counts.clamp(min=1), rtol=1e-4)
     assert not any(hasattr(m, "witness") for m in model.model.modules())

@@ -46,6 +46,15 @@ def test_it_is_the_mean_square_of_the_derivatives_by_gates(
         assert torch.allclose(worth.float(), squares / len(tokens), rtol=1e-3, atol=1e-6)
 
 
+def test_rows_of_other_lengths_are_rows_too(models_folder: Callable[..., Path]) -> None:
+    model = StreamedModel(open_source(str(models_folder("opt"))), torch.device("cpu"))  # some linears get [tokens, in]
+    readers = {(0, "neurons"): (next(m for m in model.anatomy.blocks[0].matrices if m.name.endswith("fc2")), 64)}
+    short, long = (torch.randint(0, 160, (2, n), generator=torch.Generator().manual_seed(n)) for n in (6, 12))
+    both = Taylor(model, readers, 1 << 20).run(Hidden(model, [short, long]), None)[0, "neurons"]
+    each = [Taylor(model, readers, 1 << 20).run(Hidden(model, [one]), None)[0, "neurons"] for one in (short, long)]
+    assert torch.allclose(both, sum(each) / 2, rtol=1e-4)
+
+
 def test_columns_of_one_thing_are_summed_first(models_folder: Callable[..., Path]) -> None:
     model = StreamedModel(open_source(str(models_folder("llama"))), torch.device("cpu"))
     matrix = next(m for m in model.anatomy.blocks[0].matrices if m.name.endswith("o_proj"))

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+LOOKED_UP = 1 << 20  # codes that are looked up at a time
 ROWS = 256  # of a matrix that are compared at a time
 CodeKind = Literal["int", "float"]  # of 8-bit numbers: int8, or float8_e4m3fn
 LARGEST: dict[CodeKind, float] = {"int": 127.5, "float": 448.0}  # what the largest magnitude is divided by for a scale
@@ -95,8 +96,16 @@ class Codebook:
 
     def values(self) -> Tensor:
         """What the codes mean, float32 [out, in]."""
-        groups = len(self.table)
-        return self.table.float().gather(1, self.codes.view(groups, -1).long()).view(self.codes.shape)
+        groups, entries = self.table.shape
+        values = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        codes, found, table = (x.view(groups, -1) for x in (self.codes, values, self.table.float()))
+        size = max(1, LOOKED_UP // codes.shape[1])
+        for start in range(0, groups, size):  # an index is four times as large as a code
+            part = slice(start, start + size)
+            first = torch.arange(0, len(codes[part]) * entries, entries, dtype=torch.int32, device=codes.device)
+            index = (codes[part].int() + first[:, None]).flatten()
+            torch.index_select(table[part].flatten(), 0, index, out=found[part].view(-1))
+        return values
 
 
 Form = Dense | Quantized | Sparse | Codebook

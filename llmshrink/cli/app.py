@@ -151,7 +151,6 @@ def cluster(
     ctx: typer.Context,
     model: opt.Model = None,
     recipe: opt.RecipeName = None,
-    method: opt.Method = None,
     preset: opt.Preset = None,
     bits: opt.CodeBits = None,
     transform: opt.Transform = None,

@@ -27,7 +27,6 @@ FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
 OVERHEAD = {1: 0.25, 2: 0.25, 3: 0.2}  # bits a weight that tables may take
 USUAL_OVERHEAD = 0.16
 STRETCH = 1 << 21  # weights that are clustered at a time, where tables do not span more
-ENTRY = 16  # bits of a value in a table
 STEPS = 4  # of conjugate gradients, in which tables move
 
 
@@ -41,17 +40,18 @@ class KmeansConfig(DampConfig):
         "a weight (0.2 with 3 bits, 0.25 with fewer)",
     )
     weighting: Literal["hessian", "none"] = Field(
-        "hessian", description="what an error counts: by the Hessian of the layer's outputs, or all alike (no text)"
+        "hessian",
+        description="what an error counts: by the Hessian of the layer's outputs; or all alike: no text, no feedback",
     )
     feedback: bool = Field(True, description="columns to come make up for the error of those that have their codes")
     refine: int = Field(3, ge=0, description="passes over all tables and codes after that")
 
-    def shared(self, shape: tuple[int, int]) -> int:
-        """How many outputs of a matrix [out, in] share a table."""
+    def shared(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> int:
+        """How many outputs of a matrix [out, in] share a table of values of this dtype."""
         out, width = shape
         if self.rows is not None:
             return out if self.rows == -1 else self.rows
-        least = ENTRY * (1 << self.bits) / (OVERHEAD.get(self.bits, USUAL_OVERHEAD) * width)
+        least = 8 * dtype.itemsize * (1 << self.bits) / (OVERHEAD.get(self.bits, USUAL_OVERHEAD) * width)
         return next((rows for rows in range(1, out + 1) if out % rows == 0 and rows >= least), out)
 
 
@@ -102,7 +102,7 @@ class Kmeans(Method[KmeansConfig]):
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Cluster one matrix [out, in]."""
-        rows = self.config.shared((len(weight), weight.shape[1]))
+        rows = self.config.shared((len(weight), weight.shape[1]), weight.dtype)
         size = max(1, STRETCH // (rows * weight.shape[1])) * rows
         found = [self._stretch(part, prepared, rows) for part in torch.split(weight, size)]
         known = [layer.objective for layer in found if layer.objective is not None]
@@ -152,7 +152,7 @@ class Kmeans(Method[KmeansConfig]):
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         codes = torch.empty(shape, dtype=torch.uint8, device="meta")
-        groups = shape[0] // self.config.shared(shape)
+        groups = shape[0] // self.config.shared(shape, dtype)
         return Layer(
             Codebook(codes, torch.empty(groups, 1 << self.config.bits, dtype=dtype, device="meta"), self.config.bits)
         )

@@ -309,12 +309,11 @@ def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], event
         return load_format(stage.format.name)
     matrix, method = next(iter(methods.items()))
     layer = method.form(matrix.shape, matrix.dtype)
-    if isinstance(layer.weight, Sparse):
+    own = {Sparse: "sparse", Codebook: "codebook"}.get(type(layer.weight))
+    if own is not None:
         if not any(m.kind == "experts" for m in methods):
-            return load_format("sparse")
-        events.append(Event("default_format", "written dense, zeros and all: no loader takes sparse experts"))
+            return load_format(own)
+        events.append(Event("default_format", f"written dense: no loader takes {own} experts"))
         return load_format("dense")
-    if isinstance(layer.weight, Codebook):
-        return load_format("codebook")
     bitsandbytes = getattr(layer.weight, "levels", None) is not None or layer.input is not None
     return load_format("bnb" if bitsandbytes else "compressed-tensors")

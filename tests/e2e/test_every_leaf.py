@@ -30,7 +30,7 @@ from llmshrink.evaluate.reader import Found, ReadResult
 from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import apply_overrides, validate
-from llmshrink.recipe.schema import CutStage, MatrixStage, MethodSpec, PruneStage, Recipe
+from llmshrink.recipe.schema import ClusterStage, CutStage, MatrixStage, MethodSpec, PruneStage, Recipe
 from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform, transform_names
 
@@ -93,6 +93,9 @@ PRUNED = {
 REFITTED = {name: {**context, "stages.0.method.refit": 5} for name, context in PRUNED.items()}
 SHARED = {name: {**PRUNED["magnitude"], "stages.0.ratios": {"name": name}} for name in ("owl", "global")}
 SPARSE_W4 = {**PRUNED["sparsegpt"], "stages.0.method.bits": 4, "stages.0.method.group_size": 32}
+
+
+CLUSTERED = {"stages": [{"task": "cluster", "method": {"name": "kmeans", "bits": 2, "rows": 8}}]}
 
 
 def cut(**what: Any) -> dict[str, Any]:
@@ -180,6 +183,12 @@ TRIALS = {
     "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
     "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
     "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),
+    "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),
+    "stages.cluster.method.kmeans.rows": Trial(16, CLUSTERED),
+    "stages.cluster.method.kmeans.weighting": Trial("none", CLUSTERED),
+    "stages.cluster.method.kmeans.feedback": Trial(False, CLUSTERED),
+    "stages.cluster.method.kmeans.refine": Trial(0, CLUSTERED),
+    "stages.cluster.method.kmeans.damp": Trial(0.9, CLUSTERED),
     "stages.prune.cut.neurons": Trial(64, cut(neurons=96)),
     "stages.prune.cut.heads": Trial(2, cut(neurons=96)),
     "stages.prune.cut.hidden": Trial(48, cut(neurons=96)),
@@ -220,6 +229,7 @@ JUDGED = {"quantize": SCORED, "export": {**EXPORT, "evaluation.data": ["{text}"]
 JUDGED["eval"] = {**EVAL, "evaluation.baseline": "{other_model}"}
 TRIALS |= {f"stages.{task}.gate.{n}": Trial(v, context) for task, context in JUDGED.items() for n, v in GATES.items()}
 ELSEWHERE = {
+    "stages.cluster.method.name": "there is one: tests/e2e/test_cluster.py::test_the_command",
     "model.revision": "only on the Hub: tests/model/test_hub.py::test_a_branch_is_resolved_once_to_its_commit",
     "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
     "run.resume": "how, not what: tests/e2e/test_resume.py::test_no_resume_starts_anew",
@@ -245,7 +255,7 @@ def branches(annotation: Any) -> Iterator[type[BaseModel]]:
 def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
     """Paths of all that a recipe may say; a stage is named by its task, a setting by its method."""
     for name, info in model.model_fields.items():
-        if model in (PruneStage, CutStage) and name in MatrixStage.model_fields.keys() - {"method"}:
+        if model in (PruneStage, ClusterStage, CutStage) and name in MatrixStage.model_fields.keys() - {"method"}:
             continue  # the same as of quantize, and done by the same code
         below = list(branches(info.annotation))
         for branch in below:
@@ -455,7 +465,7 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    task = command if command in ("prune", "export", "eval") else "quantize"
+    task = command if command in ("prune", "cluster", "export", "eval") else "quantize"
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]

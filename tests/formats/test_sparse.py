@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
-from llmshrink.formats.sparse import FORMAT, meta
+from llmshrink.formats.sparse import FORMAT
 from llmshrink.forms import Layer, Sparse, decode
 from llmshrink.methods.sparsegpt import SparseGpt, SparseGptConfig
 from llmshrink.methods.sparsity import RowConfig, keep_highest, pruned
@@ -48,7 +48,7 @@ def there_and_back(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     config = FORMAT.config([(slot(dtype), layer)], [], dtype)
     form = FORMAT.unpack(slot(dtype), packed.__getitem__, config)
     assert isinstance(form, Sparse)
-    promised = FORMAT.pack(slot(dtype), meta(config["layers"]["a.b"]))  # type: ignore[index]
+    promised = FORMAT.pack(slot(dtype), FORMAT.meta(config["layers"]["a.b"]))  # type: ignore[index]
     assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
     assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (SHAPE, dtype)
     assert format_of(config) is FORMAT

@@ -1,0 +1,57 @@
+"""The codebook format: the same bits back, exactly as many bytes as arithmetic says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tensors
+
+from llmshrink.formats import format_of
+from llmshrink.formats.base import Slot
+from llmshrink.formats.codebook import FORMAT
+from llmshrink.forms import Codebook, Dense, Layer, decode
+
+
+def made(bits: int, shape: tuple[int, int], groups: int, dtype: torch.dtype) -> Layer:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    table = torch.randn(groups, 1 << bits, generator=generator).sort(1).values
+    return Layer(Codebook(codes, table.to(dtype), bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(12, 64), (9, 50)])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_come_back(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, slot = made(bits, shape, 3, dtype), Slot("a.b.weight", "a.b", shape, dtype)
+    assert FORMAT.check(slot, layer) is None
+    packed = FORMAT.pack(slot, layer)
+    config = FORMAT.config([(slot, layer)], [], dtype)
+    assert config is not None and format_of(config) is FORMAT
+    form = FORMAT.unpack(slot, packed.__getitem__, config)
+    for (_, one), (_, other) in zip(tensors(layer.weight), tensors(form), strict=True):
+        assert torch.equal(one, other)
+    promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
+    assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
+    assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)
+    assert packed["a.b.weight"].ndim == 1  # which no loader takes for a matrix
+    assert len(packed["a.b.weight"]) == 4 * -(-shape[0] * shape[1] * bits // 32)
+
+
+def test_what_codes_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = made(3, (12, 64), 4, torch.float32).weight
+    assert isinstance(form, Codebook)
+    right = torch.stack([form.table[row // 3][form.codes[row].long()] for row in range(12)])
+    assert torch.equal(decode(form), right)
+    monkeypatch.setattr("llmshrink.forms.LOOKED_UP", 100)
+    assert torch.equal(decode(form), right)
+
+
+def test_other_matrices_are_refused_and_damage_is_seen() -> None:
+    slot = Slot("a.b.weight", "a.b", (12, 64), torch.float32)
+    assert "no tables" in str(FORMAT.check(slot, Layer(Dense(torch.zeros(12, 64)))))
+    layer = made(3, (12, 64), 4, torch.float32)
+    packed, config = FORMAT.pack(slot, layer), FORMAT.config([(slot, layer)], [], torch.float32)
+    packed["a.b.weight_table"] = packed["a.b.weight_table"][:, :7]
+    with pytest.raises(ValueError, match="not for 12 rows of 3 bits"):
+        FORMAT.unpack(slot, packed.__getitem__, config)

@@ -70,6 +70,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "quantize": {"reconstruct": {}, "tune": {"optional": True}},
         "prune": {"reconstruct": {}},
         "cut": {"reconstruct": {}},
+        "cluster": {"method.refine": 8},
     },
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")

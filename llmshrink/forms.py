@@ -286,6 +286,12 @@ def code_bits(form: Form) -> int | None:
     return inner.bits if isinstance(inner, Quantized | Codebook) else None
 
 
+def codes_of(form: Form) -> Tensor | None:
+    """The codes that a form is made of; None: it has none."""
+    inner = form.values if isinstance(form, Sparse) else form
+    return inner.codes if isinstance(inner, Quantized | Codebook) else None
+
+
 def filled(form: Form) -> Form:
     """A form of all weights: what is dropped stands in the values as zeros already."""
     return form.values if isinstance(form, Sparse) else form
@@ -399,6 +405,7 @@ __all__ = [
     "Scheme",
     "Sparse",
     "code_bits",
+    "codes_of",
     "decode",
     "filled",
     "join_rows",

@@ -58,19 +58,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "quantize": {"method.name": "rtn", "reconstruct": None, "tune": None},
         "prune": {"method.name": "magnitude", "reconstruct": None},
         "cut": {"cut.repair": False, "reconstruct": None},
-        "cluster": {"method.weighting": "none"},
+        "cluster": {"method.weighting": "none", "reconstruct": None},
     },
     "balanced": {
         "quantize": {"reconstruct": None, "tune": None},
         "prune": {"reconstruct": None},
         "cut": {"reconstruct": None},
-        "cluster": {},
+        "cluster": {"reconstruct": None},
     },
     "best": {
         "quantize": {"reconstruct": {}, "tune": {"optional": True}},
         "prune": {"reconstruct": {}},
         "cut": {"reconstruct": {}},
-        "cluster": {"method.refine": 8},
+        "cluster": {"reconstruct": {}},
     },
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")

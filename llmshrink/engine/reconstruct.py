@@ -27,7 +27,8 @@ from torch import Tensor
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Dense, Form, Quantized, Sparse, combine, decode, filled, quantized
+from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, codes_of, combine, decode, filled
+from llmshrink.methods.clusters import nearest
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import as_stored, straight_through
@@ -131,8 +132,55 @@ class _Floats:
         return Dense(self.weight().to(self.form.weight.dtype))
 
 
+class _Tables:
+    """One matrix as latents and tables of values: each weight is the value nearest to its latent.
+
+    Values move by the gradients of all weights that have them, and weights go over to others as latents move (DKM, Cho
+    et al. 2022, arXiv 2108.12659, learns tables so; there weights are mixtures of all values while they are learned).
+    """
+
+    def __init__(self, form: Codebook, weight: Tensor) -> None:
+        """`weight` is the original, float32 [out, in]."""
+        self.form, self._values = form, form.table.float()
+        groups, count = self._values.shape
+        ends = self._values[:, [0, -1]]
+        self._unit = (ends.diff(dim=1) / max(1, count - 1)).clamp_(min=torch.finfo(torch.float32).tiny)
+        codes = form.codes.view(groups, -1).long()
+        middle = (self._values[:, 1:] + self._values[:, :-1]) / 2
+        edges = torch.cat([ends[:, :1] - self._unit, middle, ends[:, 1:] + self._unit], 1)
+        own, low, high = self._values.gather(1, codes), edges.gather(1, codes), edges.gather(1, codes + 1)
+        exact = weight.reshape(groups, -1)
+        inside = torch.clamp(exact, own + 2 * CELL * (low - own), own + 2 * CELL * (high - own))
+        self.latent = (inside / self._unit).requires_grad_()
+        self.shift = torch.zeros_like(self._values).requires_grad_()
+
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """Latents and shifts of values, in mean distances between the values of a table."""
+        rate = spec.rate_of(self.form.bits)
+        return [{"params": [self.latent], "lr": pace * rate}, {"params": [self.shift], "lr": pace * rate}]
+
+    def _table(self) -> Tensor:
+        stored = as_stored(self._values + self.shift * self._unit, self.form.table.dtype)
+        return stored.sort(1).values  # values may pass each other
+
+    def weight(self) -> Tensor:
+        """The nearest values, float32 [out, in]; gradients reach them, and pass through to the latents."""
+        table, latent = self._table(), self.latent * self._unit
+        found = table.gather(1, nearest(latent.detach(), table.detach()))
+        return (found + (latent - latent.detach())).view(self.form.codes.shape)
+
+    @torch.no_grad()
+    def result(self) -> Codebook:
+        """What is to be stored."""
+        table = self._table()
+        codes = nearest(self.latent * self._unit, table).to(torch.uint8).view(self.form.codes.shape)
+        return replace(self.form, codes=codes, table=table.to(self.form.table.dtype))
+
+
 def _learned(form: Form, weight: Tensor) -> _Learned:
     """A form while it is learned; `weight` is the original, float32 [out, in]."""
+    if isinstance(form, Codebook):
+        return _Tables(form, weight)
     values, mask = (form.values, form.mask) if isinstance(form, Sparse) else (form, None)
     if isinstance(values, Dense):
         kept = values.weight != 0 if mask is None else mask
@@ -143,7 +191,7 @@ def _learned(form: Form, weight: Tensor) -> _Learned:
 
 def _can_be_learned(form: Form) -> bool:
     values = filled(form)
-    return isinstance(values, Dense) or (isinstance(values, Quantized) and values.learnable)
+    return isinstance(values, Dense | Codebook) or (isinstance(values, Quantized) and values.learnable)
 
 
 def reconstruct(
@@ -180,8 +228,8 @@ def reconstruct(
 
 def _changed(before: Mapping[Matrix, Form], after: Mapping[Matrix, Form]) -> float | None:
     """The share of codes that are others; None: there are no codes."""
-    pairs = [(quantized(before[m]), quantized(form)) for m, form in after.items()]
-    codes = [(one.codes, other.codes) for one, other in pairs if one is not None and other is not None]
+    pairs = [(codes_of(before[m]), codes_of(form)) for m, form in after.items()]
+    codes = [(one, other) for one, other in pairs if one is not None and other is not None]
     changed = sum(int((one != other).sum()) for one, other in codes)
     return changed / sum(one.numel() for one, _ in codes) if codes else None
 

@@ -73,7 +73,6 @@ class Kmeans(Method[KmeansConfig]):
 
     task: ClassVar[Task] = "cluster"
     needs = Hessian
-    learnable = False
     Config = KmeansConfig
 
     @property

@@ -151,7 +151,7 @@ def _propagated(recipe: Recipe, methods: dict[Matrix, Method[Any]], events: list
 
 def _learnable(layer: Layer) -> bool:
     values = filled(layer.weight)
-    return isinstance(values, Dense) or (isinstance(values, Quantized) and values.learnable)
+    return isinstance(values, Dense | Codebook) or (isinstance(values, Quantized) and values.learnable)
 
 
 def _first(error: ValidationError) -> str:

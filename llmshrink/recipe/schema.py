@@ -158,8 +158,8 @@ class MatrixStage(Section):
     )
     reconstruct: ReconstructSpec | None = Field(
         None,
-        description="learn the codes and scales of each block, or the weights a pruning kept, by gradient after the "
-        "method, or {} with its defaults; null: they stay as the method chose them",
+        description="learn the codes and scales of each block, or its tables of values, or the weights a pruning kept, "
+        "by gradient after the method, or {} with its defaults; null: they stay as the method chose them",
     )
     tune: TuneSpec | None = Field(
         None,

@@ -100,6 +100,14 @@ def test_a_stopped_run_gives_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_tables_and_codes_are_learned(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"reconstruct": {"steps": 30, "tokens": 192}}
+    (done,) = cluster(smallest, tmp_path / "out", text_file, stage=stage, bits=2).stages
+    assert sum(block.error_after for block in done.blocks) < 0.9 * sum(block.error_before for block in done.blocks)
+    assert any((block.codes_changed or 0) > 0 for block in done.blocks)
+    assert done.bytes_after == done.planned_bytes_after
+
+
 def test_bits_are_chosen_to_a_size(smallest: Path, text_file: Path, tmp_path: Path) -> None:
     allocate = {"bpw": 3.5, "candidates": [{"bits": 2}, {"bits": 3}, {"bits": 5}], "rows": 2, "length": 16}
     stage = {"allocate": allocate, "format": {"name": "codebook"}}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden
-from llmshrink.engine.reconstruct import _as, _Codes, _Floats, _learned, difference, learn
-from llmshrink.forms import Dense, Form, Quantized, Sparse, decode
+from llmshrink.engine.reconstruct import _as, _Codes, _Floats, _learned, _Tables, difference, learn
+from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, decode
 from llmshrink.methods.base import Prepared
+from llmshrink.methods.kmeans import Kmeans, KmeansConfig
 from llmshrink.methods.rtn import Rtn, RtnConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.source import open_source
@@ -197,3 +198,40 @@ def test_forms_that_cannot_be_learned_say_so() -> None:
     assert not replace(form, levels=torch.tensor([0.0, 1.0])).learnable
     assert not replace(form, codes=form.codes.float()).learnable
     assert not replace(form, block=(2, 32)).learnable and not replace(form, block=64).learnable
+
+
+# --- tables of values
+
+
+def clustered(weight: Tensor) -> Codebook:
+    method = Kmeans(KmeansConfig(bits=2, rows=4, weighting="none"))
+    return cast(Codebook, method.compress(weight.bfloat16(), Prepared()).weight)
+
+
+def test_tables_start_from_what_is_stored() -> None:
+    form = clustered(some_weights())
+    learned = _learned(form, some_weights())
+    assert torch.equal(learned.weight(), decode(form))
+    result = cast(Codebook, learned.result())
+    assert torch.equal(result.codes, form.codes) and torch.equal(result.table, form.table)
+
+
+def test_tables_that_are_learned_are_written() -> None:
+    learned, noise = _Tables(clustered(some_weights()), some_weights()), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        learned.latent += torch.randn(learned.latent.shape, generator=noise)
+        learned.shift += torch.randn(learned.shift.shape, generator=noise)  # values pass each other
+    result = learned.result()
+    assert torch.equal(decode(result), learned.weight().detach())
+    assert bool((result.table.float().diff(dim=1) >= 0).all()) and result.table.dtype == torch.bfloat16
+
+
+def test_gradients_reach_latents_and_values() -> None:
+    learned = _Tables(clustered(some_weights()), some_weights())
+    upstream = torch.randn(8, 256, generator=torch.Generator().manual_seed(5))
+    (learned.weight() * upstream).sum().backward()
+    assert learned.latent.grad is not None and learned.shift.grad is not None
+    assert torch.allclose(learned.latent.grad, upstream.view(2, -1) * learned._unit)
+    codes = learned.form.codes.view(2, -1).long()
+    right = torch.zeros(2, 4).scatter_add_(1, codes, upstream.view(2, -1)) * learned._unit
+    assert torch.allclose(learned.shift.grad, right, rtol=1e-4)

@@ -64,6 +64,17 @@ def test_it_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(centroids(values, None, 8), whole)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_many_numbers_of_16_bits_are_counted(weighed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(7)
+    values = torch.randn(1, 3000, generator=generator).bfloat16().float()
+    values[0, :2] = torch.tensor([0.0, -0.0])
+    weights = torch.rand(1, 3000, generator=generator) if weighed else None
+    sorted_ = centroids(values, weights, 9)
+    monkeypatch.setattr(clusters, "MANY", 1000)
+    assert torch.allclose(centroids(values, weights, 9), sorted_, rtol=1e-6)
+
+
 def test_fewer_numbers_than_values() -> None:
     values = torch.tensor([[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     table = centroids(values, None, 4)

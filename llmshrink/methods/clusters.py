@@ -78,8 +78,9 @@ def _merged(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def _counted(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same of many bfloat16 numbers [n], of which each has one of 65 536 patterns: nothing is sorted but these."""
     patterns = values.view(torch.int16).int() & PATTERNS - 1
-    mass = torch.bincount(patterns, None if weights is None else weights.double(), PATTERNS).double()
-    there = torch.bincount(patterns, minlength=PATTERNS).nonzero()[:, 0]
+    count = torch.bincount(patterns, minlength=PATTERNS)
+    there = count.nonzero()[:, 0]
+    mass = count.double() if weights is None else torch.bincount(patterns, weights.double(), PATTERNS)
     numbers = there.to(torch.int16).view(torch.bfloat16).double()
     numbers, order = numbers.sort()
     mass = mass[there][order] + (SMALLEST * mass.sum() / len(values)).clamp(min=torch.finfo(torch.float64).tiny)

@@ -274,22 +274,22 @@ def _shape(form: Form) -> torch.Size:
     return form.codes.shape if isinstance(form, Quantized | Codebook) else form.weight.shape
 
 
-def quantized(form: Form) -> Quantized | None:
+def coded(form: Form) -> Quantized | Codebook | None:
     """The codes that a form is made of, all of them or those that are kept; None: it has none."""
-    inner = form.values if isinstance(form, Sparse) else form
+    inner = filled(form)
+    return inner if isinstance(inner, Quantized | Codebook) else None
+
+
+def quantized(form: Form) -> Quantized | None:
+    """The same, where they stand under scales."""
+    inner = filled(form)
     return inner if isinstance(inner, Quantized) else None
 
 
-def code_bits(form: Form) -> int | None:
-    """Bits of the codes that a form is made of; None: it has none."""
-    inner = form.values if isinstance(form, Sparse) else form
-    return inner.bits if isinstance(inner, Quantized | Codebook) else None
-
-
-def codes_of(form: Form) -> Tensor | None:
-    """The codes that a form is made of; None: it has none."""
-    inner = form.values if isinstance(form, Sparse) else form
-    return inner.codes if isinstance(inner, Quantized | Codebook) else None
+def learnable(form: Form) -> bool:
+    """Whether what is stored can be learned by gradient: floats, tables of values, or codes on an even grid."""
+    inner = filled(form)
+    return isinstance(inner, Dense | Codebook) or (isinstance(inner, Quantized) and inner.learnable)
 
 
 def filled(form: Form) -> Form:
@@ -404,11 +404,11 @@ __all__ = [
     "Quantized",
     "Scheme",
     "Sparse",
-    "code_bits",
-    "codes_of",
+    "coded",
     "decode",
     "filled",
     "join_rows",
+    "learnable",
     "quantized",
     "relative_error",
     "relative_error_of",

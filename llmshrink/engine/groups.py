@@ -18,7 +18,7 @@ from llmshrink.forms import (
     Form,
     Layer,
     Quantized,
-    code_bits,
+    coded,
     decode,
     join_rows,
     quantized,
@@ -117,7 +117,7 @@ class GroupCompressor:
                 part, told = self._with_input(matrix, whole, gathered)
                 made.events += [Event(e.kind, e.message, matrix.name, e.data) for e in (*found, *told)]
                 packed, error, zeros = self._store(made, matrix, part, weight)
-                made.events += self._lost(made, matrix)
+                made.events += self._lost(made, matrix, weight)
                 if self._work.reconstruct is not None and used.learnable:
                     made.forms[matrix] = part.weight
                 seconds = (time.perf_counter() - start) / len(matrices)
@@ -136,16 +136,17 @@ class GroupCompressor:
         decoded = made.decoded[matrix.key].weight()
         return packed, relative_error(weight, decoded), decoded.numel() - int(decoded.count_nonzero())
 
-    def _lost(self, made: Made, matrix: Matrix) -> list[Event]:
-        """What to tell where weights that somebody pruned away are there again."""
-        stored = matrix.seen(self._model.weights.unchanged(matrix.key))
+    def _lost(self, made: Made, matrix: Matrix, weight: Tensor) -> list[Event]:
+        """What to tell where pruned weights are there again; `weight` is what the method was given."""
+        weights = self._model.weights
+        stored = matrix.seen(weights.unchanged(matrix.key)) if matrix.key in weights.edits else weight
         if (pruned := stored.numel() - int(stored.count_nonzero())) < PRUNED * stored.numel():
             return []
         decoded = made.decoded[matrix.key].weight()
         stayed = int(((stored.to(decoded.device) == 0) & (decoded == 0)).sum())
         if stayed >= STAY * pruned:
             return []
-        spread = self._model.read(matrix).count_nonzero() > stored.numel() - STAY * pruned
+        spread = weight.count_nonzero() > stored.numel() - STAY * pruned
         why = "a transform spreads them" if spread else "what is written has none; integers without an offset have"
         message = f"its pruned weights are not all zero any more: {why}"
         return [Event(LOST, message, matrix.name, {"lost": 1 - stayed / pruned})]
@@ -153,8 +154,10 @@ class GroupCompressor:
     def replace(self, made: Made, matrix: Matrix, form: Form) -> None:
         """Write another form of a matrix that is compressed; nobody minimised the method's own error with it."""
         layer = Layer(form, input=made.decoded[matrix.key].input)
-        _, error, zeros = self._store(made, matrix, layer, self._model.read(matrix))
-        made.events = [e for e in made.events if (e.kind, e.layer) != (LOST, matrix.name)] + self._lost(made, matrix)
+        weight = self._model.read(matrix)
+        _, error, zeros = self._store(made, matrix, layer, weight)
+        others = [event for event in made.events if (event.kind, event.layer) != (LOST, matrix.name)]
+        made.events = others + self._lost(made, matrix, weight)
         number = next(i for i, report in enumerate(made.layers) if report.name == matrix.name)
         changes = {"relative_error": error, "zeros": zeros, "objective": None, "reconstructed": True}
         made.layers[number] = made.layers[number].model_copy(update=changes)
@@ -232,7 +235,7 @@ def _report(
     stored_as: Format,
     seconds: float,
 ) -> LayerReport:
-    form, codes = layer.weight, quantized(layer.weight)
+    form, codes, grid = layer.weight, coded(layer.weight), quantized(layer.weight)
     size = sum(t.numel() * t.itemsize for t in packed.values())
     return LayerReport(
         name=matrix.name,
@@ -240,8 +243,8 @@ def _report(
         method=method_name(method),
         form=type(form).__name__,
         format=stored_as.name,
-        bits=code_bits(form),
-        group_size=_group_size(codes, matrix.shape[1]),
+        bits=None if codes is None else codes.bits,
+        group_size=_group_size(grid, matrix.shape[1]),
         type=stored_as.type_of(layer),
         inputs=None if layer.input is None else layer.input.words,
         parameters=matrix.numel,

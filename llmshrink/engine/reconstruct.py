@@ -27,8 +27,8 @@ from torch import Tensor
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, codes_of, combine, decode, filled
-from llmshrink.methods.clusters import nearest
+from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, coded, combine, decode, learnable
+from llmshrink.methods.clusters import middles, nearest
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import as_stored, straight_through
@@ -146,8 +146,7 @@ class _Tables:
         ends = self._values[:, [0, -1]]
         self._unit = (ends.diff(dim=1) / max(1, count - 1)).clamp_(min=torch.finfo(torch.float32).tiny)
         codes = form.codes.view(groups, -1).long()
-        middle = (self._values[:, 1:] + self._values[:, :-1]) / 2
-        edges = torch.cat([ends[:, :1] - self._unit, middle, ends[:, 1:] + self._unit], 1)
+        edges = torch.cat([ends[:, :1] - self._unit, middles(self._values), ends[:, 1:] + self._unit], 1)
         own, low, high = self._values.gather(1, codes), edges.gather(1, codes), edges.gather(1, codes + 1)
         exact = weight.reshape(groups, -1)
         inside = torch.clamp(exact, own + 2 * CELL * (low - own), own + 2 * CELL * (high - own))
@@ -189,11 +188,6 @@ def _learned(form: Form, weight: Tensor) -> _Learned:
     return _Codes(values, weight, kept_before(weight) if mask is None else mask)
 
 
-def _can_be_learned(form: Form) -> bool:
-    values = filled(form)
-    return isinstance(values, Dense | Codebook) or (isinstance(values, Quantized) and values.learnable)
-
-
 def reconstruct(
     block: Block, made: Made, hidden: Hidden, groups: GroupCompressor, spec: ReconstructSpec, seed: int
 ) -> list[BlockReport]:
@@ -203,7 +197,7 @@ def reconstruct(
         What it gained; empty where nothing can be learned.
     """
     model = hidden.model
-    forms = {m: form for m, form in made.forms.items() if _can_be_learned(form)}
+    forms = {m: form for m, form in made.forms.items() if learnable(form)}
     # Experts that are one parameter are learned together, or not at all. One form was perhaps made on the CPU.
     forms = {matrix: combine([forms[matrix]], lambda t: t[0].to(model.device)) for matrix in model.complete(forms)}
     if not forms:
@@ -228,8 +222,8 @@ def reconstruct(
 
 def _changed(before: Mapping[Matrix, Form], after: Mapping[Matrix, Form]) -> float | None:
     """The share of codes that are others; None: there are no codes."""
-    pairs = [(codes_of(before[m]), codes_of(form)) for m, form in after.items()]
-    codes = [(one, other) for one, other in pairs if one is not None and other is not None]
+    pairs = [(coded(before[m]), coded(form)) for m, form in after.items()]
+    codes = [(one.codes, other.codes) for one, other in pairs if one is not None and other is not None]
     changed = sum(int((one != other).sum()) for one, other in codes)
     return changed / sum(one.numel() for one, _ in codes) if codes else None
 

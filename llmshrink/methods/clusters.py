@@ -56,8 +56,12 @@ def cost(values: Tensor, weights: Tensor | None, table: Tensor) -> Tensor:
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
     """The index of the nearest of `table` [groups, count], which rises, for each of `values` [groups, n]: int64."""
-    middle = (table[:, 1:] + table[:, :-1]) / 2
-    return torch.searchsorted(middle.contiguous(), values.contiguous())
+    return torch.searchsorted(middles(table), values.contiguous())
+
+
+def middles(table: Tensor) -> Tensor:
+    """Where one of two neighbours in a table [groups, count], which rises, stops being the nearest: [.., count - 1]."""
+    return ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
 
 
 def _merged(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

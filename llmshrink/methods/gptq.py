@@ -30,7 +30,7 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
-from llmshrink.methods.hessian import DOUBLE_WIDTH, DampConfig, Factors, factorised, in_halves
+from llmshrink.methods.hessian import DOUBLE_WIDTH, DampConfig, Factors, factorised, in_halves, output_error
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.statistics import Cross, Hessian, Statistic
 
@@ -185,7 +185,7 @@ class Gptq(Method[GptqConfig]):
 
     def _better_rows(self, W: Tensor, one: tuple[Grid, Tensor], other: tuple[Grid, Tensor], H: Tensor) -> Layer:
         """Of two results for W, in each row the one with the smaller squared output error; `one` is the baseline."""
-        baseline, own = _output_error(W, *one, H), _output_error(W, *other, H)
+        baseline, own = (output_error(W, grid.decode(steps), H) for grid, steps in (one, other))
         keep = ~(own <= baseline)[:, None]  # also where an overflow made it no number
         grid = one[0].where(keep, other[0])
         form = grid.form(torch.where(keep, one[1], other[1]), self.config)
@@ -247,12 +247,6 @@ def _move(
         gradient[middle:stop].addmm_(H[middle:stop, start:middle], moved[start:middle])
 
     in_halves(0, len(steps), one_by_one, pass_on)
-
-
-def _output_error(W: Tensor, grid: Grid, steps: Tensor, H: Tensor) -> Tensor:
-    """Mean squared output error [out] of each row."""
-    rest = grid.decode(steps).sub_(W)
-    return (rest @ H).mul_(rest).sum(1)
 
 
 METHOD = Gptq

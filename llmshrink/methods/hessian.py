@@ -80,6 +80,40 @@ def factorised(
     return Prepared((*events, failed))
 
 
+def output_error(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
+    """Mean squared output error [out] of each row."""
+    rest = V - W
+    return (rest @ H).mul_(rest).sum(1)
+
+
+def descended(
+    start: Tensor, residual: Tensor, curved: Callable[[Tensor], Tensor], scale: Tensor, steps: int, enough: float = 0.0
+) -> Tensor:
+    """Where conjugate gradients lead from `start` [rows, n], all rows at once; it and `residual` are changed in place.
+
+    Args:
+        start: where each row begins.
+        residual: [rows, n], the right side of the normal equations less what they make of `start`.
+        curved: what they make of a direction [rows, n].
+        scale: their diagonal, which preconditions; broadcasts to [rows, n].
+        steps: at most.
+        enough: share of the residual's size at which a row has arrived, and stays.
+    """
+    step = residual / scale
+    direction, along = step.clone(), (residual * step).sum(1, keepdim=True)
+    limit = enough**2 * along
+    for _ in range(steps):
+        bent = curved(direction)
+        curvature = (direction * bent).sum(1, keepdim=True)
+        length = torch.where((along > limit) & (curvature > 0), along / curvature, 0)
+        start += length * direction
+        residual -= length * bent
+        step = residual / scale
+        before, along = along, (residual * step).sum(1, keepdim=True)
+        direction = step.add_(direction * (along / before).nan_to_num_(0, 0, 0))
+    return start
+
+
 def in_halves(start: int, stop: int, leaf: Callable[[int, int], None], join: Callable[[int, int, int], None]) -> None:
     """Visit columns in order: few at a time one by one; a half is done before its changes reach the other half.
 

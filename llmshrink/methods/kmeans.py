@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llmshrink.forms import Codebook, Layer, Objective, combine
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.clusters import centroids, nearest
-from llmshrink.methods.hessian import DampConfig, Factors, factorised, in_halves
+from llmshrink.methods.clusters import centroids, middles, nearest
+from llmshrink.methods.hessian import DampConfig, Factors, descended, factorised, in_halves, output_error
 from llmshrink.statistics import Hessian, NoStatistic, Statistic
 
 FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
@@ -136,7 +136,7 @@ class Kmeans(Method[KmeansConfig]):
 
     def _better(self, W: Tensor, one: _Codes, other: _Codes, H: Tensor, dtype: torch.dtype) -> Layer:
         """Of two results, for each table the one with the smaller output error; `one` is the baseline."""
-        baseline, own = (_output_error(W, codes.weight(), H) for codes in (one, other))
+        baseline, own = (output_error(W, codes.weight(), H) for codes in (one, other))
         groups = len(one.table)
         better = (own.view(groups, -1).sum(1) <= baseline.view(groups, -1).sum(1))[:, None]
         by_row = better.repeat_interleave(len(W) // groups, 0)
@@ -162,7 +162,7 @@ def _swept(W: Tensor, table: Tensor, factors: Factors) -> _Codes:
     order, spread = factors.order, factors.spread
     rest = W.T[order]  # once a column has its codes, the error it leaves
     codes = torch.empty(rest.shape, dtype=torch.long, device=W.device)
-    middle = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+    middle = middles(table)
     groups = len(table)
 
     def one_by_one(start: int, stop: int) -> None:
@@ -199,18 +199,9 @@ def _refitted(W: Tensor, found: _Codes, factors: Factors, dtype: torch.dtype) ->
 
     scale = added((factors.H.diagonal() + factors.damp).expand_as(W)).clamp_(min=torch.finfo(torch.float32).tiny)
     residual = added(curved(W - found.weight()))
-    step = residual / scale
-    direction, along = step.clone(), (residual * step).sum(1, keepdim=True)
-    table = found.table.clone()
-    for _ in range(STEPS):
-        bent = added(curved(_Codes(direction, found.codes).weight()))
-        curvature = (direction * bent).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, along / curvature, 0)
-        table += length * direction
-        residual -= length * bent
-        step = residual / scale
-        before, along = along, (residual * step).sum(1, keepdim=True)
-        direction = step + direction * (along / before).nan_to_num_(0, 0, 0)
+    table = descended(
+        found.table.clone(), residual, lambda t: added(curved(_Codes(t, found.codes).weight())), scale, STEPS
+    )
     stored = table.to(dtype).float()
     order = stored.argsort(dim=1, stable=True)  # values may have passed each other
     return _Codes(stored.gather(1, order), order.argsort(1).gather(1, codes).view(W.shape))
@@ -224,7 +215,7 @@ def _moved(W: Tensor, found: _Codes, factors: Factors) -> _Codes:
     gradient.add_(weights - W.T, alpha=factors.damp)
     codes = found.codes.T.clone(memory_format=torch.contiguous_format)
     change = torch.empty_like(weights)
-    middle = ((found.table[:, 1:] + found.table[:, :-1]) / 2).contiguous()
+    middle = middles(found.table)
     stiffness = H.diagonal() + factors.damp
 
     def one_by_one(start: int, stop: int) -> None:
@@ -241,12 +232,6 @@ def _moved(W: Tensor, found: _Codes, factors: Factors) -> _Codes:
 
     in_halves(0, len(weights), one_by_one, pass_on)
     return _Codes(found.table, codes.T.contiguous())
-
-
-def _output_error(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
-    """Mean squared output error [out] of each row."""
-    rest = V - W
-    return (rest @ H).mul_(rest).sum(1)
 
 
 METHOD = Kmeans

@@ -20,7 +20,7 @@ from torch import Tensor
 from llmshrink.forms import Layer, Objective, Quantized, Sparse, decode
 from llmshrink.methods.base import GroupConfig, Method, MethodConfig, Prepared, Task
 from llmshrink.methods.gptq import Gptq, GptqConfig
-from llmshrink.methods.hessian import LEAF, DampConfig, Factors, factorised, in_halves
+from llmshrink.methods.hessian import LEAF, DampConfig, Factors, factorised, in_halves, output_error
 from llmshrink.methods.sparsity import (
     SparsityConfig,
     better_filled,
@@ -28,7 +28,6 @@ from llmshrink.methods.sparsity import (
     highest,
     keep_highest,
     meta,
-    output_error,
     pruned,
     refit,
 )

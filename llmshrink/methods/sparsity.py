@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmshrink.forms import Dense, Event, Layer, Objective, Sparse
 from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
-from llmshrink.methods.hessian import DampConfig
+from llmshrink.methods.hessian import DampConfig, descended, output_error
 from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
 
 Per = Literal["row", "matrix"]  # which weights compete
@@ -210,21 +210,11 @@ def refit(W: Tensor, start: Tensor, mask: Tensor, H: Tensor, damp: float, steps:
         damp: added to its diagonal.
         steps: of conjugate gradients, preconditioned by the diagonal; a row that has arrived stays.
     """
-    V, scale = start.clone(), H.diagonal() + damp
-    residual = ((W - V) @ H).add_(W - V, alpha=damp).mul_(mask)
-    step = residual / scale
-    direction, along = step.clone(), (residual * step).sum(1, keepdim=True)
-    enough = ENOUGH**2 * along
-    for _ in range(steps):
-        curved = (direction @ H).add_(direction, alpha=damp).mul_(mask)
-        curvature = (direction * curved).sum(1, keepdim=True)
-        length = torch.where((along > enough) & (curvature > 0), along / curvature, 0)
-        V += length * direction
-        residual -= length * curved
-        step = residual / scale
-        before, along = along, (residual * step).sum(1, keepdim=True)
-        direction = step.add_(direction * (along / before).nan_to_num_(0, 0, 0))
-    return V.mul_(mask)
+
+    def curved(V: Tensor) -> Tensor:
+        return (V @ H).add_(V, alpha=damp).mul_(mask)
+
+    return descended(start.clone(), curved(W - start), curved, H.diagonal() + damp, steps, ENOUGH).mul_(mask)
 
 
 def better_filled(
@@ -237,12 +227,6 @@ def better_filled(
     values = torch.where(better, second, first)
     objective = Objective(torch.where(better[:, 0], own, baseline), baseline)
     return Layer(pruned(values, mask, config, dtype), objective)
-
-
-def output_error(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
-    """Mean squared output error [out] of each row."""
-    rest = V - W
-    return (rest @ H).mul_(rest).sum(1)
 
 
 def pruned(values: Tensor, mask: Tensor, config: SparsityConfig, dtype: torch.dtype) -> Sparse:

@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import Codebook, CodeKind, Dense, Event, Layer, Quantized, Scheme, Sparse, filled
+from llmshrink.forms import Codebook, CodeKind, Event, Scheme, Sparse, learnable
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
@@ -94,7 +94,7 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     transforms = plan_transforms(stage.transform, model, methods, events)
     work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, named)
     inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
-    if stage.reconstruct is not None and not any(_learnable(work.form(m)) for m in inside):
+    if stage.reconstruct is not None and not any(learnable(work.form(m).weight) for m in inside):
         name = method_name(next(iter(methods.values())))
         raise PlanError(
             f"`reconstruct` learns integer codes in the blocks, and {name} has none.",
@@ -147,11 +147,6 @@ def _propagated(recipe: Recipe, methods: dict[Matrix, Method[Any]], events: list
     if experts := [m.name for m in asked if m.site.expert is not None]:
         message = "`propagate` leaves out experts, which may get other tokens in the original"
         events.append(Event("not_propagated", f"{message}: {len(experts)} matrices", experts[0]))
-
-
-def _learnable(layer: Layer) -> bool:
-    values = filled(layer.weight)
-    return isinstance(values, Dense | Codebook) or (isinstance(values, Quantized) and values.learnable)
 
 
 def _first(error: ValidationError) -> str:

@@ -87,22 +87,21 @@ def width_of(model: StreamedModel, name: str) -> Width:
         PlanError: the family's configuration cannot say it, or nothing is known of how it lies in a tensor; the hint
             names what can be cut.
     """
-    finders = {"neurons": _neurons, "heads": _heads, "hidden": _hidden, "experts": _experts}
     try:
-        return finders[name](model)
+        return _FINDERS[name](model)
     except PlanError as error:
-        possible = [f"--{other}" for other, find in finders.items() if other != name and _found(find, model)]
+        possible = [f"--{other}" for other in _FINDERS if other != name and width_if_any(model, other) is not None]
         words = f"{', '.join(possible)} and --layers" if possible else "--layers"
         message = f"{type(model.model).__name__}: its {name} cannot be cut: {error}"
         raise PlanError(f"{message.rstrip('.')}.", hint=f"{words} can be cut.") from error
 
 
-def _found(find: Callable[[StreamedModel], Width], model: StreamedModel) -> bool:
+def width_if_any(model: StreamedModel, name: str) -> Width | None:
+    """The same, or None where it cannot be cut: nobody looks for what could be instead."""
     try:
-        find(model)
+        return _FINDERS[name](model)
     except PlanError:
-        return False
-    return True
+        return None
 
 
 def _neurons(model: StreamedModel) -> Width:
@@ -183,6 +182,14 @@ def _experts(model: StreamedModel) -> Width:
         raise PlanError(f"each token has all {total}" if used >= total else "nothing is known of how they lie")
     places = _laid_out(axes, {1: (1,)})
     return Width("experts", total, 1, {key: 1}, {}, places, tuple(range(used, total + 1)), members)
+
+
+_FINDERS: dict[str, Callable[[StreamedModel], Width]] = {
+    "neurons": _neurons,
+    "heads": _heads,
+    "hidden": _hidden,
+    "experts": _experts,
+}
 
 
 def _text(source: Source) -> Any:

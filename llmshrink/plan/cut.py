@@ -17,7 +17,7 @@ from llmshrink.methods.cut import CutConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.surgery import Cut, Original, Surgery
-from llmshrink.model.widths import Chosen, Width, all_of, operate, other_constant, width_of
+from llmshrink.model.widths import Chosen, Width, all_of, operate, other_constant, width_if_any, width_of
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.work import Repair, Work
 from llmshrink.recipe.cut import WIDTHS, CutSpec
@@ -109,11 +109,8 @@ class Cuts:
     def _add_free_widths(self) -> None:
         """Sizes that a target may make smaller: neurons or experts, and heads, where they can be."""
         for name in ("neurons", "experts", "heads"):
-            if name not in self.widths:
-                try:
-                    self.widths[name] = width_of(self.model, name)
-                except PlanError:
-                    continue
+            if name not in self.widths and (width := width_if_any(self.model, name)) is not None:
+                self.widths[name] = width
 
     # --- shapes
 

@@ -23,6 +23,7 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
+ROUNDING = 1e-5  # of the spread of logits
 FORMATS = {"cast": {"format": {"name": "gguf"}}}  # of methods that no other format stores
 
 
@@ -83,6 +84,11 @@ SMALL = {
     "run": {"threads": 1, "batch_tokens": 32},
     "stage": {"format": {"name": "dense"}},
 }
+
+
+def close(found: Tensor, right: Tensor) -> bool:
+    """Whether logits are the same but for the rounding of float32."""
+    return bool((found - right).abs().max() <= ROUNDING * right.std())
 
 
 def content(folder: Path) -> dict[str, str]:

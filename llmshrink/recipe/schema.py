@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -299,8 +299,30 @@ class QuantizeStage(MatrixStage):
     )
 
 
-class PruneStage(MatrixStage):
+class WeightStage(MatrixStage):
+    """A stage for weights alone, with a usual method of its own."""
+
+    usual: ClassVar[str]  # the method where none is named
+    no_inputs: ClassVar[str]  # why inputs are not rounded
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_it(cls, given: Any) -> Any:
+        return {"name": cls.usual, **(given or {})} if given is None or isinstance(given, dict) else given
+
+    @field_validator("inputs")
+    @classmethod
+    def _check_inputs(cls, inputs: InputSpec | None) -> InputSpec | None:
+        if inputs is not None:
+            raise refuse([fault((), cls.no_inputs, inputs)])
+        return inputs
+
+
+class PruneStage(WeightStage):
     """Fewer weights."""
+
+    usual = DEFAULT_PRUNING
+    no_inputs = "pruning rounds no inputs: quantize the result"
 
     task: Literal["prune"] = Field(description="what this stage does")
     method: MethodSpec = Field(
@@ -313,11 +335,6 @@ class PruneStage(MatrixStage):
         "all of them; null: each gets the method's",
     )
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_it(cls, given: Any) -> Any:
-        return {"name": DEFAULT_PRUNING, **(given or {})} if given is None or isinstance(given, dict) else given
-
     @field_validator("format")
     @classmethod
     def _no_gguf(cls, spec: FormatSpec | None) -> FormatSpec | None:
@@ -326,13 +343,6 @@ class PruneStage(MatrixStage):
                 [fault((), "a pruned model is not written as gguf: quantize the result, which keeps zeros", spec.name)]
             )
         return spec
-
-    @field_validator("inputs")
-    @classmethod
-    def _no_inputs(cls, inputs: InputSpec | None) -> InputSpec | None:
-        if inputs is not None:
-            raise refuse([fault((), "pruning rounds no inputs: quantize the result", inputs)])
-        return inputs
 
     @model_validator(mode="after")
     def _check_ratios(self) -> Self:
@@ -351,26 +361,17 @@ class PruneStage(MatrixStage):
         return self
 
 
-class ClusterStage(MatrixStage):
+class ClusterStage(WeightStage):
     """Few values, which many weights share."""
+
+    usual = DEFAULT_CLUSTERING
+    no_inputs = "clustered weights meet inputs as they are: quantize to round these"
 
     task: Literal["cluster"] = Field(description="what this stage does")
     method: MethodSpec = Field(
         default_factory=lambda: MethodSpec(name=DEFAULT_CLUSTERING),
         description="the algorithm and its settings; kmeans with 4 bits, where it has no name",
     )
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_it(cls, given: Any) -> Any:
-        return {"name": DEFAULT_CLUSTERING, **(given or {})} if given is None or isinstance(given, dict) else given
-
-    @field_validator("inputs")
-    @classmethod
-    def _no_inputs(cls, inputs: InputSpec | None) -> InputSpec | None:
-        if inputs is not None:
-            raise refuse([fault((), "clustered weights meet inputs as they are: quantize to round these", inputs)])
-        return inputs
 
 
 class CutStage(Section):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Stopping, content, decoded_model, load, logits, recipe
+from helpers import Stopping, close, content, decoded_model, load, logits, recipe
 from safetensors.torch import load_file
 from tiny import FAMILIES, config
 
@@ -23,7 +23,6 @@ from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report
 
 pytestmark = pytest.mark.usefixtures("without_reader")
-ROUNDING = 1e-5
 WITHOUT = [name for name in FAMILIES if not hasattr(config(name), "num_experts_per_tok")]
 
 
@@ -33,10 +32,6 @@ def wanted(model: Path, out: Path, text: Path, stage: Any = None, **settings: An
 
 def cluster(model: Path, out: Path, text: Path, stage: Any = None, **settings: Any) -> Report:
     return run.execute(wanted(model, out, text, stage, **settings), progress=Silent())
-
-
-def close(found: torch.Tensor, right: torch.Tensor) -> bool:
-    return bool((found - right).abs().max() <= ROUNDING * right.std())
 
 
 @pytest.mark.parametrize("family", WITHOUT)

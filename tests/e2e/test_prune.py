@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Stopping, content, decoded_model, load, logits, recipe
+from helpers import Stopping, close, content, decoded_model, load, logits, recipe
 from safetensors.torch import load_file
 from tiny import FAMILIES, config
 from transformers import AutoModelForCausalLM
@@ -27,7 +27,6 @@ from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report
 
 pytestmark = pytest.mark.usefixtures("without_reader")
-ROUNDING = 1e-5
 WITHOUT = [name for name in FAMILIES if not hasattr(config(name), "num_experts_per_tok")]
 
 
@@ -37,10 +36,6 @@ def prune(model: Path, out: Path, text: Path, name: str = "wanda", stage: Any = 
 
 def wanted(model: Path, out: Path, text: Path, name: str = "wanda", stage: Any = None, **settings: Any) -> Recipe:
     return recipe(model, out, text, {"name": name, **settings}, stage=stage or {})
-
-
-def close(found: torch.Tensor, right: torch.Tensor) -> bool:
-    return bool((found - right).abs().max() <= ROUNDING * right.std())
 
 
 @pytest.mark.parametrize("family", WITHOUT)

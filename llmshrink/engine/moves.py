@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.engine.shards import Shards
-from llmshrink.forms import Dense, Layer, Quantized
+from llmshrink.forms import Dense, Layer, Quantized, on
 from llmshrink.model.anatomy import Block, Matrix, Part
 from llmshrink.model.rounding import as_stored
 from llmshrink.model.streamed import Decoded
@@ -109,7 +109,7 @@ class Moved:
             if matrix.key in self.moves.scales:
                 form = self._shards.form(matrix, get)
                 assert isinstance(form, Quantized)
-                yield matrix, form.to(self._model.device)
+                yield matrix, on(form, self._model.device)
 
     def _weights(self, block: Block) -> Iterator[tuple[str, Tensor]]:
         for matrix, form in self._forms(block, self._shards.reader(block)):

@@ -27,7 +27,7 @@ from torch import Tensor
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, coded, combine, decode, learnable
+from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, coded, decode, learnable, on
 from llmshrink.methods.clusters import middles, nearest
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
@@ -199,7 +199,7 @@ def reconstruct(
     model = hidden.model
     forms = {m: form for m, form in made.forms.items() if learnable(form)}
     # Experts that are one parameter are learned together, or not at all. One form was perhaps made on the CPU.
-    forms = {matrix: combine([forms[matrix]], lambda t: t[0].to(model.device)) for matrix in model.complete(forms)}
+    forms = {matrix: on(forms[matrix], model.device) for matrix in model.complete(forms)}
     if not forms:
         return []
     model.load_block(block.index, made.decoded)

@@ -43,7 +43,7 @@ def test_what_codes_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(form, Codebook)
     right = torch.stack([form.table[row // 3][form.codes[row].long()] for row in range(12)])
     assert torch.equal(decode(form), right)
-    monkeypatch.setattr("llmshrink.forms.LOOKED_UP", 100)
+    monkeypatch.setattr("llmshrink.forms.kinds.LOOKED_UP", 100)
     assert torch.equal(decode(form), right)
 
 

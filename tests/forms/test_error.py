@@ -1,4 +1,4 @@
-"""Forms and what is measured on them."""
+"""How far what is stored is from what was there."""
 
 from __future__ import annotations
 

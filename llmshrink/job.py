@@ -46,7 +46,8 @@ from llmshrink.plan.schema import Plan
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.schema import EvalStage, MatrixStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
     Check,

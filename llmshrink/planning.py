@@ -18,7 +18,8 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import CutStage, ExportStage, MatrixStage, PruneStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import CutStage, ExportStage, FactorizeStage, MatrixStage, PruneStage
 
 
 def open_model(recipe: Recipe) -> tuple[Source, bool]:
@@ -62,7 +63,7 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         choices = Choices(recipe, stage, model)
         choices.check()
         work = choices.guessed()
-    elif isinstance(stage, PruneStage) and stage.ratios is not None:
+    elif isinstance(stage, PruneStage | FactorizeStage) and stage.ratios is not None:
         choices = Ratios(recipe, stage, model)
         work = choices.work
     elif isinstance(stage, MatrixStage):

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
 from llmshrink.formats.own import METHOD, OwnFormat
-from llmshrink.forms import decode
+from llmshrink.forms import Form, applied, decode
 
 if TYPE_CHECKING:  # it is only being imported when this module is
     from transformers import PreTrainedModel
@@ -101,21 +101,20 @@ class Packed(nn.Module):
             self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
 
-    def dense(self) -> Tensor:
-        """The weight [out, in], float32."""
+    def form(self) -> Form:
+        """The weight as it is stored."""
         prefix = f"{self._slot.name}."
-        return decode(
-            self._format.unpack(self._slot, lambda key: self.get_buffer(key.removeprefix(prefix)), self._config)
-        )
+        return self._format.unpack(self._slot, lambda key: self.get_buffer(key.removeprefix(prefix)), self._config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+        out = applied(self.form(), x)
+        return out if self.bias is None else out + self.bias
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
         """The same as a linear with a weight of its own."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dense().to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(decode(self.form()).to(dtype), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear
 

@@ -21,7 +21,8 @@ from llmshrink.model.truncate import truncate
 from llmshrink.plan.schema import Plan
 from llmshrink.planning import open_model, plan_of, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.schema import CutStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import CutStage
 from llmshrink.report.schema import Check, Report, SensitivityReport
 from llmshrink.sensitivity import costs
 from llmshrink.smoke import smoke_recipe

@@ -20,7 +20,7 @@ def smoke_recipe(recipe: Recipe, work: Work, last: int, source: Path, output: Pa
     data = json.loads(recipe.model_dump_json())
     for stage in data["stages"]:
         stage["gate"] = {}
-        if stage["task"] in ("quantize", "prune", "cluster"):
+        if stage["task"] in ("quantize", "prune", "cluster", "factorize"):
             stage["layers"] = {p: v for p, v in stage["layers"].items() if any(patterns.matches(p, n) for n in names)}
             if stage["allocate"] is not None:
                 stage["allocate"] |= {"size": None, "bpw": None, "rows": STEPS, "length": LENGTH}

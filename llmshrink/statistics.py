@@ -96,6 +96,32 @@ class Moments(Norm):
         return 2 * Norm.bytes(width)
 
 
+class Magnitude:
+    """Mean magnitude of each input feature: `mean` [in], float32."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.mean = torch.zeros(width, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch of inputs [tokens, in], float32."""
+        self.tokens += x.shape[0]
+        self.mean += x.abs().sum(0)
+
+    def finish(self) -> None:
+        """Turn the sum into a mean."""
+        self.mean /= max(self.tokens, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Move what was gathered to another device."""
+        self.mean = self.mean.to(device)
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """Memory of one instance for a linear of this input width."""
+        return 4 * width
+
+
 class Peak:
     """The largest magnitude of each input feature: `largest` [in], float32."""
 

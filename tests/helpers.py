@@ -86,9 +86,9 @@ SMALL = {
 }
 
 
-def close(found: Tensor, right: Tensor) -> bool:
+def close(found: Tensor, right: Tensor, rounding: float = ROUNDING) -> bool:
     """Whether logits are the same but for the rounding of float32."""
-    return bool((found - right).abs().max() <= ROUNDING * right.std())
+    return bool((found - right).abs().max() <= rounding * right.std())
 
 
 def content(folder: Path) -> dict[str, str]:

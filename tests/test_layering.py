@@ -110,6 +110,7 @@ ALLOWED = {
     },
     "cli": {"errors", "progress", "recipe", "redact", "report", "run", "forms", "plan"},
     "sensitivity": {
+        "allocate",
         "calibration",
         "engine",
         "errors",
@@ -117,6 +118,7 @@ ALLOWED = {
         "forms",
         "io",
         "memory",
+        "methods",
         "model",
         "plan",
         "progress",

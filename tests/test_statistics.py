@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmshrink.statistics import NARROW, NARROW_TILE, Cross, Hessian, Norm, NoStatistic, Range
+from llmshrink.statistics import NARROW, NARROW_TILE, Cross, Hessian, Magnitude, Norm, NoStatistic, Range
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,15 @@ def test_norm_is_the_mean_square_of_each_feature() -> None:
     assert found.tokens == len(x)
 
 
+def test_magnitude_is_the_mean_magnitude_of_each_feature() -> None:
+    x = inputs(5)
+    found = Magnitude(5, CPU)
+    for part in x.split([7, 33]):
+        found.update(part)
+    found.finish()
+    assert found.tokens == 40 and torch.allclose(found.mean, x.abs().mean(0))
+
+
 def test_range_counts_every_magnitude_in_the_bin_it_lies_in() -> None:
     x = inputs(7) * torch.logspace(-30, 4, 7)
     x[3, 2] = 0
@@ -67,7 +76,7 @@ def test_range_counts_every_magnitude_in_the_bin_it_lies_in() -> None:
         assert ((magnitudes[inside] - middle).abs() <= middle / 64).all() or low == 0
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross, NoStatistic])
+@pytest.mark.parametrize("kind", [Norm, Magnitude, Range, Hessian, Cross, NoStatistic])
 def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     found = kind(4, CPU)
     found.finish()
@@ -75,13 +84,13 @@ def test_nothing_seen_is_zero_and_no_error(kind: type[Norm]) -> None:
     assert all(not value.any() for value in vars(found).values() if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross, NoStatistic])
+@pytest.mark.parametrize("kind", [Norm, Magnitude, Range, Hessian, Cross, NoStatistic])
 def test_bytes_are_those_of_the_tensors(kind: type[Norm]) -> None:
     tensors = [value for value in vars(kind(48, CPU)).values() if isinstance(value, torch.Tensor)]
     assert kind.bytes(48) == sum(t.numel() * t.itemsize for t in tensors)
 
 
-@pytest.mark.parametrize("kind", [Norm, Range, Hessian, Cross])
+@pytest.mark.parametrize("kind", [Norm, Magnitude, Range, Hessian, Cross])
 def test_inputs_are_not_changed(kind: type[Norm]) -> None:
     x = inputs(6)
     copy = x.clone()

@@ -13,7 +13,8 @@ from llmshrink.errors import GateError, PlanError
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.schema import Plan
 from llmshrink.recipe.gate import GateSpec
-from llmshrink.recipe.schema import EvalStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import EvalStage
 from llmshrink.report.rows import gate_line, text_name
 from llmshrink.report.schema import GateReport, ModelMeasure, Report, TextScore
 

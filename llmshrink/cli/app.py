@@ -187,6 +187,49 @@ def cluster(
 
 
 @app.command(rich_help_panel="Work")
+def factorize(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    preset: opt.Preset = None,
+    method: opt.Method = None,
+    keep: opt.Keep = None,
+    rank: opt.Rank = None,
+    bits: opt.RestBits = None,
+    transform: opt.Transform = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    target_size: opt.TargetSize = None,
+    target_bpw: opt.TargetBpw = None,
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    evaluation: opt.Evaluation = None,
+    max_ppl_increase: opt.MaxPplIncrease = None,
+    max_kl: opt.MaxKl = None,
+    min_top1: opt.MinTop1 = None,
+    max_size: opt.MaxSize = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    memory: opt.Memory = None,
+    sequential: opt.Sequential = None,
+    strict: opt.Strict = None,
+    resume: opt.Resume = None,
+    overwrite: opt.Overwrite = False,
+    plan: opt.Plan = False,
+    smoke: opt.Smoke = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Make products of thin matrices, alone or beside codes, verify the result, and measure what it cost."""
+    _work("factorize", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+
+
+@app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,

@@ -20,6 +20,8 @@ RECIPE_KEYS = {
     "sparsity": "method.sparsity",
     "pattern": "method.pattern",
     "ratios": "ratios.name",
+    "keep": "method.keep",
+    "rank": "method.rank",
     "neurons": "cut.neurons",
     "heads": "cut.heads",
     "hidden": "cut.hidden",
@@ -59,18 +61,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "prune": {"method.name": "magnitude", "reconstruct": None},
         "cut": {"cut.repair": False, "reconstruct": None},
         "cluster": {"method.weighting": "none", "reconstruct": None},
+        "factorize": {"method.name": "svd", "reconstruct": None},
     },
     "balanced": {
         "quantize": {"reconstruct": None, "tune": None},
         "prune": {"reconstruct": None},
         "cut": {"reconstruct": None},
         "cluster": {"reconstruct": None},
+        "factorize": {"reconstruct": None},
     },
     "best": {
         "quantize": {"reconstruct": {}, "tune": {"optional": True}},
         "prune": {"reconstruct": {}},
         "cut": {"reconstruct": {}},
         "cluster": {"reconstruct": {}},
+        "factorize": {"reconstruct": {}},
     },
 }
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
@@ -87,28 +92,28 @@ def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
 
 def complete_method(incomplete: str) -> list[str]:
     """Names of methods."""
-    from llmshrink.recipe.schema import method_names
+    from llmshrink.recipe.method import method_names
 
     return [name for name in method_names() if name.startswith(incomplete)]
 
 
 def complete_transform(incomplete: str) -> list[str]:
     """Names of transforms."""
-    from llmshrink.recipe.schema import transform_names
+    from llmshrink.recipe.method import transform_names
 
     return [name for name in transform_names() if name.startswith(incomplete)]
 
 
 def complete_format(incomplete: str) -> list[str]:
     """Names of checkpoint formats."""
-    from llmshrink.recipe.schema import format_names
+    from llmshrink.recipe.method import format_names
 
     return [name for name in format_names() if name.startswith(incomplete)]
 
 
 def complete_type(incomplete: str) -> list[str]:
     """Names of GGUF mixes."""
-    from llmshrink.recipe.schema import MIXES
+    from llmshrink.recipe.method import MIXES
 
     return [name for name in MIXES if name.startswith(incomplete.upper())]
 
@@ -140,6 +145,15 @@ Preset = Annotated[
 Bits = Annotated[int | None, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=_WHAT)]
 CodeBits = Annotated[
     int | None, typer.Option("--bits", help="Bits of a code, 1 to 8: 2^bits values.", rich_help_panel=_WHAT)
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share of the numbers of all matrices to keep: 0.8.", metavar="SHARE", rich_help_panel=_WHAT),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of every product.", rich_help_panel=_WHAT)]
+RestBits = Annotated[
+    int | None,
+    typer.Option("--bits", help="Bits of codes for what a product leaves, 1 to 8.", rich_help_panel=_WHAT),
 ]
 GroupSize = Annotated[
     int | None, typer.Option(help="Weights that share a scale; -1: a whole row.", rich_help_panel=_WHAT)
@@ -356,7 +370,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
             data = load.override(data, key, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in ("quantize", "prune", "cluster", "export") if name in tasks), "eval")
+    command = next((name for name in ("quantize", "prune", "cluster", "factorize", "export") if name in tasks), "eval")
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

@@ -13,6 +13,7 @@ from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
+from llmshrink.methods.base import FLOAT, SWEEP
 from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.choices import Choices
@@ -26,8 +27,6 @@ from llmshrink.statistics import Cross, Hessian, Norm
 LIBRARIES = 320 << 20  # what Python and the imports hold before anything is done; each reader has its own
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
 TWIN = 32 << 20  # a second model of the same shape, of which one block at a time is in memory
-FLOAT = 4
-SWEEP = 9  # float32 copies of what is compressed in one call
 LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
 LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, their gradients, one that is being made
 TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
@@ -172,6 +171,8 @@ def planned_ratios(ratios: Ratios, economy: Economy, *, rows: int) -> int:
         rows: calibration rows.
     """
     work, model = ratios.work, ratios.model
+    if ratios.spec.name == "spectrum":  # what the compress step gathers and factors, on a model of its own
+        return TWIN + planned_memory(work, economy, rows=rows, subset=False)
     weighed = WEIGHED * FLOAT * max(m.numel for unit in ratios.units for m in unit.matrices)
     if not ratios.needs_data:
         return FIXED + TWIN + weighed
@@ -245,10 +246,9 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         for group, size in zip(groups[part], sizes[part], strict=True):
             methods = [work.methods[m] for m in group.matrices if m in work.methods]
             factors = _factors(work, group)
-            matrices = [m.numel for m in group.matrices]
-            sweep = (
-                SWEEP * FLOAT * (min(sum(matrices), STACK) if all(m.in_stretches for m in methods) else max(matrices))
-            )
+            sweep = max(work.methods[m].scratch(m.shape) for m in group.matrices if m in work.methods)
+            if all(method.in_stretches for method in methods):
+                sweep = SWEEP * FLOAT * min(sum(m.numel for m in group.matrices), STACK)
             lanes = lanes_of(work.model.device) if is_small(group) else 1
             phases.append(kept + lanes * max(factors, factors // 3 + sweep))
             kept -= size

@@ -21,8 +21,10 @@ from llmshrink.forms import (
     coded,
     decode,
     join_rows,
+    low_rank,
     quantized,
     relative_error,
+    shape_of,
     split_rows,
 )
 from llmshrink.memory import memory_error, release, trim
@@ -235,7 +237,7 @@ def _report(
     stored_as: Format,
     seconds: float,
 ) -> LayerReport:
-    form, codes, grid = layer.weight, coded(layer.weight), quantized(layer.weight)
+    form, codes, grid, product = layer.weight, coded(layer.weight), quantized(layer.weight), low_rank(layer.weight)
     size = sum(t.numel() * t.itemsize for t in packed.values())
     return LayerReport(
         name=matrix.name,
@@ -245,6 +247,7 @@ def _report(
         format=stored_as.name,
         bits=None if codes is None else codes.bits,
         group_size=_group_size(grid, matrix.shape[1]),
+        rank=None if product is None else shape_of(product.right)[0],
         type=stored_as.type_of(layer),
         inputs=None if layer.input is None else layer.input.words,
         parameters=matrix.numel,

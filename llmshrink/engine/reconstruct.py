@@ -27,7 +27,7 @@ from torch import Tensor
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
-from llmshrink.forms import Codebook, Dense, Form, Quantized, Sparse, coded, decode, learnable, on
+from llmshrink.forms import Codebook, Dense, Form, LowRank, Quantized, Sparse, Sum, coded, decode, learnable, on
 from llmshrink.methods.clusters import middles, nearest
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
@@ -176,10 +176,61 @@ class _Tables:
         return replace(self.form, codes=codes, table=table.to(self.form.table.dtype))
 
 
+class _Product:
+    """Two factors of floats."""
+
+    def __init__(self, form: LowRank) -> None:
+        assert isinstance(form.left, Dense) and isinstance(form.right, Dense)
+        self.form, self._left, self._right = form, _Floats(form.left, None), _Floats(form.right, None)
+
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """Both factors."""
+        return [*self._left.sets(spec, pace), *self._right.sets(spec, pace)]
+
+    def weight(self) -> Tensor:
+        """Their product, float32 [out, in]."""
+        return decode(replace(self.form, left=Dense(self._left.weight()), right=Dense(self._right.weight())))
+
+    def result(self) -> LowRank:
+        """What is to be stored."""
+        return replace(self.form, left=self._left.result(), right=self._right.result())
+
+
+class _Total:
+    """A sum, of which some parts are learned and others stay."""
+
+    def __init__(self, form: Sum, weight: Tensor) -> None:
+        """`weight` is the original, float32 [out, in]."""
+        self.form, whole = form, decode(form)
+        self._learned = {
+            number: _learned(part, weight - (whole - decode(part)))
+            for number, part in enumerate(form.parts)
+            if learnable(part)
+        }
+        self._rest = sum((decode(p) for i, p in enumerate(form.parts) if i not in self._learned), weight.new_zeros(()))
+
+    def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
+        """Those of all parts that are learned."""
+        return [one for part in self._learned.values() for one in part.sets(spec, pace)]
+
+    def weight(self) -> Tensor:
+        """What they mean together, float32 [out, in]."""
+        return sum((part.weight() for part in self._learned.values()), self._rest)
+
+    def result(self) -> Sum:
+        """What is to be stored."""
+        parts = enumerate(self.form.parts)
+        return Sum(tuple(self._learned[i].result() if i in self._learned else part for i, part in parts))
+
+
 def _learned(form: Form, weight: Tensor) -> _Learned:
     """A form while it is learned; `weight` is the original, float32 [out, in]."""
     if isinstance(form, Codebook):
         return _Tables(form, weight)
+    if isinstance(form, LowRank):
+        return _Product(form)
+    if isinstance(form, Sum):
+        return _Total(form, weight)
     values, mask = (form.values, form.mask) if isinstance(form, Sparse) else (form, None)
     if isinstance(values, Dense):
         kept = values.weight != 0 if mask is None else mask

@@ -115,3 +115,18 @@ def scattered(groups: Tensor, size: int, count: int, name: str) -> Tensor | None
     if int(found.min()) < 0 or int(found.max()) >= count:
         raise InputError(f"{name}: it names groups from {int(found.min())} to {int(found.max())} of {count}.")
     return found
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bool of any shape -> uint8 [ceil(n / 8)]: a bit each, least significant first."""
+    total = mask.numel()
+    if mask.is_meta:
+        return torch.empty(math.ceil(total / 8), dtype=torch.uint8, device="meta")
+    padded = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -total % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, n: int) -> Tensor:
+    """uint8 [ceil(n / 8)] -> bool [n]."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten()[:n].bool()

@@ -19,14 +19,15 @@ from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
 from llmshrink.forms import Codebook, Form, Layer
 
 WORD = 32  # bits
+TABLE = "_table"
 
 
 class CodebookFormat(OwnFormat):
     """Codes, and the tables of values that they name."""
 
     name: ClassVar[str] = "codebook"
-    parts: ClassVar[tuple[str, ...]] = (".weight", ".weight_table")
-    marks: ClassVar[tuple[str, ...]] = (".weight_table",)
+    parts: ClassVar[tuple[str, ...]] = (".weight", f".weight{TABLE}")
+    marks: ClassVar[tuple[str, ...]] = (f".weight{TABLE}",)
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """Only matrices that were clustered."""
@@ -36,32 +37,45 @@ class CodebookFormat(OwnFormat):
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """Codes in whole words of 32 bits, and the tables."""
-        form = layer.weight
-        assert isinstance(form, Codebook)
-        return {slot.key: packed(form.codes, form.bits), f"{slot.key}_table": form.table}
+        assert isinstance(layer.weight, Codebook)
+        return pack(layer.weight, slot.key)
 
     def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
         """The codes and their tables."""
-        out, width = (int(n) for n in entry["shape"])
-        bits, table = int(entry["bits"]), get(f"{key}_table")
-        if len(table) < 1 or out % len(table) or table.shape[1] != 1 << bits:
-            raise ValueError(f"tables {list(table.shape)} are not for {out} rows of {bits} bits")
-        words = get(key).clone().view(torch.int32)
-        rows = out if width * bits % WORD == 0 else 1
-        codes = bitpack.unpack(words.view(rows, -1), bits, out * width // rows)
-        return Codebook(codes.view(out, width), table, bits)
+        return read(key, entry, _shape(entry), get)
 
     def describe(self, layer: Layer) -> Entry:
         """Bits of a code, and how many tables of which dtype there are."""
-        form = layer.weight
-        assert isinstance(form, Codebook)
-        return {"bits": form.bits, "tables": len(form.table), "values": dtype_name(form.table.dtype)}
+        assert isinstance(layer.weight, Codebook)
+        return describe(layer.weight)
 
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""
-        out, width = (int(n) for n in entry["shape"])
-        table = empty((int(entry["tables"]), 1 << int(entry["bits"])), getattr(torch, entry["values"]))
-        return Layer(Codebook(empty((out, width), torch.uint8), table, int(entry["bits"])))
+        return Layer(meta(entry, _shape(entry)))
+
+
+def pack(form: Codebook, key: str) -> dict[str, Tensor]:
+    """The codes as `key`, and the tables beside it."""
+    return {key: packed(form.codes, form.bits), key + TABLE: form.table}
+
+
+def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor]) -> Codebook:
+    """The codes [out, in] behind `key`, and their tables."""
+    bits, table = int(entry["bits"]), get(key + TABLE)
+    if len(table) < 1 or shape[0] % len(table) or table.shape[1] != 1 << bits:
+        raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
+    return Codebook(unpacked(get(key), shape, bits), table, bits)
+
+
+def describe(form: Codebook) -> Entry:
+    """What of it is not in its shape."""
+    return {"bits": form.bits, "tables": len(form.table), "values": dtype_name(form.table.dtype)}
+
+
+def meta(entry: Entry, shape: tuple[int, int]) -> Codebook:
+    """The structure without data."""
+    table = empty((int(entry["tables"]), 1 << int(entry["bits"])), getattr(torch, entry["values"]))
+    return Codebook(empty(shape, torch.uint8), table, int(entry["bits"]))
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -70,6 +84,18 @@ def packed(codes: Tensor, bits: int) -> Tensor:
         return empty((4 * math.ceil(codes.numel() * bits / WORD),), torch.uint8)
     rows = codes if codes.shape[1] * bits % WORD == 0 else codes.reshape(1, -1)
     return bitpack.pack(rows, bits).flatten().view(torch.uint8)
+
+
+def unpacked(stored: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    """uint8 [out, in]: the inverse of `packed`."""
+    (out, width), words = shape, stored.clone().view(torch.int32)
+    rows = out if width * bits % WORD == 0 else 1
+    return bitpack.unpack(words.view(rows, -1), bits, out * width // rows).view(out, width)
+
+
+def _shape(entry: Entry) -> tuple[int, int]:
+    out, width = (int(n) for n in entry["shape"])
+    return out, width
 
 
 FORMAT = CodebookFormat()

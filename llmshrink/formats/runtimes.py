@@ -18,7 +18,7 @@ from llmshrink.forms import Scheme
 Support = Literal["native", "plugin", "dense-only", "no"]
 Runtime = Literal["transformers", "vllm", "llama.cpp"]
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "sparse", "codebook", "dense")
+FORMATS = ("compressed-tensors", "gptq", "awq", "bnb", "gguf", "sparse", "codebook", "low-rank", "dense")
 # What transformers needs to read each, beside itself, by its names on PyPI.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
@@ -28,6 +28,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf",),
     "sparse": ("llmshrink",),
     "codebook": ("llmshrink",),
+    "low-rank": ("llmshrink",),
     "dense": (),
     "bitnet": ("accelerate",),
 }
@@ -167,10 +168,10 @@ def _vllm_rules(conv1d: str, fused: str, head: str) -> tuple[Entry, ...]:
     )
 
 
-def _own(tried: str) -> tuple[Entry, ...]:
+def _own(tried: str, how: str = "decodes a layer whenever it is used") -> tuple[Entry, ...]:
     """How transformers takes a format of llmshrink's own."""
     return (
-        Entry("plugin", "needs `import llmshrink`; decodes a layer whenever it is used", tried),
+        Entry("plugin", f"needs `import llmshrink`; {how}", tried),
         Entry("no", "it fuses experts into one parameter, for which there is no module", tried, _with("experts")),
     )
 
@@ -328,6 +329,8 @@ TABLE: dict[tuple[str, Runtime], tuple[Entry, ...]] = {
     ("sparse", "vllm"): (Entry("no", "it removed sparse formats", "vLLM PR 36799"),),
     ("codebook", "transformers"): _own("tests/e2e/test_cluster.py"),
     ("codebook", "vllm"): (Entry("no", "it has no kernels for tables of values", "vLLM PR 7971"),),
+    ("low-rank", "transformers"): _own("tests/e2e/test_factorize.py", "multiplies by one factor after the other"),
+    ("low-rank", "vllm"): (Entry("no", "it has no layers of two factors", "vLLM's list of quantization methods"),),
     **{
         (name, "llama.cpp"): (Entry("no", "it reads GGUF files only", "ggml docs/gguf.md"),)
         for name in FORMATS

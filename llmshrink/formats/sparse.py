@@ -128,10 +128,7 @@ def _packed_mask(form: Sparse) -> Tensor:
     """uint8 [bytes]: a bit for each weight, or for each stretch of a pattern the number of its choice."""
     mask, total = form.mask, form.mask.numel()
     if form.pattern is None:
-        if mask.is_meta:
-            return torch.empty(math.ceil(total / 8), dtype=torch.uint8, device="meta")
-        padded = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -total % 8)).view(-1, 8)
-        return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+        return bitpack.pack_mask(mask)
     n, m = form.pattern
     bits = _choice_bits(n, m)
     if mask.is_meta:
@@ -146,8 +143,7 @@ def _unpacked_mask(packed: Tensor, shape: tuple[int, int], pattern: tuple[int, i
     """Bool [out, in]: the inverse of `_packed_mask`."""
     total = shape[0] * shape[1]
     if pattern is None:
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-        return bits.flatten()[:total].bool().view(shape)
+        return bitpack.unpack_mask(packed, total).view(shape)
     n, m = pattern
     ranks = bitpack.unpack(packed.clone().view(torch.int32)[None], _choice_bits(n, m), total // m)[0].long()
     numbers = _choices(n, m).to(packed.device)[ranks]

@@ -7,7 +7,7 @@ method" are the same thing. Formats pack forms into tensors and back; methods ma
 
 from __future__ import annotations
 
-from llmshrink.forms.decoding import check_blocks, decode, shape_of
+from llmshrink.forms.decoding import applied, check_blocks, decode, shape_of
 from llmshrink.forms.error import finite, relative_error, relative_error_of
 from llmshrink.forms.inputs import LARGEST, LIMITS, InputScheme
 from llmshrink.forms.kinds import (
@@ -42,6 +42,7 @@ __all__ = [
     "Scheme",
     "Sparse",
     "Sum",
+    "applied",
     "check_blocks",
     "coded",
     "combine",

@@ -40,6 +40,22 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values.add_(form.offset.float())
 
 
+def applied(form: Form, x: Tensor) -> Tensor:
+    """What a linear with this weight makes of inputs [..., in]: [..., out] in their dtype. No product is formed."""
+    if isinstance(form, Sum):
+        first, *others = form.parts
+        return sum((applied(part, x) for part in others), applied(first, x))
+    if not isinstance(form, LowRank):
+        return torch.nn.functional.linear(x, decode(form).to(x.dtype))
+    inner = applied(form.right, x)
+    product = applied(form.left, inner)
+    if form.pivots is None:
+        return product
+    whole = inner.new_empty((*inner.shape[:-1], len(form.pivots)))
+    whole[..., form.pivots], whole[..., ~form.pivots] = inner, product
+    return whole
+
+
 def check_blocks(form: Form) -> None:
     """Raise ValueError where the scales of a form, its zero points or its minima, do not cover its codes."""
     if isinstance(form, Dense):
@@ -95,6 +111,8 @@ def _counts(mask: Tensor, number: int) -> bool:
 
 def _product(form: LowRank) -> Tensor:
     right = decode(form.right)
+    if right.is_meta:
+        return right.new_empty(shape_of(form))
     product = decode(form.left) @ right
     if form.pivots is None:
         return product

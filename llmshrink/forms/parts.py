@@ -17,7 +17,8 @@ F = TypeVar("F", bound=Form)
 def coded(form: Form) -> Quantized | Codebook | None:
     """The codes that a form is made of, all of them or those that are kept; None: it has none."""
     inner = filled(form)
-    return inner if isinstance(inner, Quantized | Codebook) else None
+    parts = inner.parts if isinstance(inner, Sum) else (inner,)
+    return next((part for part in parts if isinstance(part, Quantized | Codebook)), None)
 
 
 def quantized(form: Form) -> Quantized | None:
@@ -29,6 +30,10 @@ def quantized(form: Form) -> Quantized | None:
 def learnable(form: Form) -> bool:
     """Whether what is stored can be learned by gradient: floats, tables of values, or codes on an even grid."""
     inner = filled(form)
+    if isinstance(inner, LowRank):
+        return isinstance(inner.left, Dense) and isinstance(inner.right, Dense)
+    if isinstance(inner, Sum):
+        return any(learnable(part) for part in inner.parts)
     return isinstance(inner, Dense | Codebook) or (isinstance(inner, Quantized) and inner.learnable)
 
 

@@ -18,7 +18,11 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer
 from llmshrink.statistics import Statistic
 
-Task = Literal["quantize", "prune", "cluster", "export"]
+Task = Literal["quantize", "prune", "cluster", "factorize", "export"]
+
+
+FLOAT = 4
+SWEEP = 9  # float32 copies of what is compressed in one call
 
 
 class MethodConfig(BaseModel):
@@ -54,6 +58,24 @@ class GroupConfig(MethodConfig):
         if shape[1] % self.group_size:
             return f"group_size {self.group_size} does not divide the width {shape[1]}"
         return None
+
+
+class ShareConfig(MethodConfig, ABC):
+    """Settings of the methods that take a share out of every matrix."""
+
+    @property
+    @abstractmethod
+    def share(self) -> float:
+        """The share of the numbers that goes."""
+
+    @abstractmethod
+    def at(self, share: float) -> dict[str, Any] | None:
+        """The keys of a layer of which another share goes; None: it is left as it is."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """How much is left, for the name of a folder."""
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -95,6 +117,10 @@ class Method(ABC, Generic[C]):
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""
         return None
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that `compress` holds of a matrix [out, in], or of the stretch of one that is taken at a time."""
+        return SWEEP * FLOAT * shape[0] * shape[1]
 
     def prepare(self, statistic: Statistic) -> Prepared:
         """Work on the statistic once per group of linears: factorisations, orders."""

@@ -17,14 +17,14 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmshrink.forms import Dense, Event, Layer, Objective, Sparse
-from llmshrink.methods.base import Method, MethodConfig, Prepared, Task
+from llmshrink.methods.base import Method, MethodConfig, Prepared, ShareConfig, Task
 from llmshrink.methods.hessian import DampConfig, descended, output_error
 from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
 
@@ -35,7 +35,7 @@ ENOUGH = 1e-4  # of the error's gradient is left where conjugate gradients stop
 PRUNED = 0.05  # of a matrix is zero where somebody pruned it; trained weights hardly ever are
 
 
-class SparsityConfig(MethodConfig):
+class SparsityConfig(ShareConfig):
     """Settings shared by the methods that drop single weights."""
 
     sparsity: float | None = Field(
@@ -84,6 +84,15 @@ class SparsityConfig(MethodConfig):
         if self.kept_of is not None:
             return 1 - self.kept_of[0] / self.kept_of[1]
         return 0.5 if self.sparsity is None else self.sparsity
+
+    def at(self, share: float) -> dict[str, Any]:
+        """The keys of a layer that drops another share."""
+        return {"sparsity": share}
+
+    @property
+    def label(self) -> str:
+        """2of4, or percents dropped."""
+        return self.pattern.replace(":", "of") if self.pattern else f"{self.share:.0%}".rstrip("%")
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be pruned so, or None."""

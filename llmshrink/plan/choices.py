@@ -20,7 +20,9 @@ from llmshrink.plan.resolve import resolve
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.allocate import AllocateSpec
-from llmshrink.recipe.schema import DEFAULT_METHOD, ClusterStage, MatrixStage, MethodSpec, PruneStage, Recipe
+from llmshrink.recipe.method import DEFAULT_METHOD, MethodSpec
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import ClusterStage, FactorizeStage, MatrixStage, PruneStage
 
 Candidate = dict[str, Any]  # the method's keys that differ, as in `layers`
 Assignment = Sequence[int]  # for each unit the position of its candidate
@@ -31,6 +33,7 @@ USUAL: list[Candidate] = [
     *({"bits": b} for b in (3, 4, 8)),
 ]
 USUAL_EXPERTS: list[Candidate] = [{"bits": b} for b in (2, 3, 4, 8)]  # transformers reads one group size beside experts
+USUAL_FACTORED: list[Candidate] = [{"keep": keep / 10} for keep in range(3, 10)]
 USUAL_CLUSTERED: list[Candidate] = [{"bits": bits} for bits in (2, 3, 4, 5, 6)]
 USUAL_PRUNED: list[Candidate] = [{"sparsity": share} for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
 USUAL_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -117,6 +120,8 @@ class Choices:
             return USUAL_PRUNED
         if isinstance(self._stage, ClusterStage):
             return USUAL_CLUSTERED
+        if isinstance(self._stage, FactorizeStage):
+            return USUAL_FACTORED
         experts = any(m.kind == "experts" for block in self.model.anatomy.blocks for m in block.matrices)
         return USUAL_EXPERTS if experts else USUAL
 

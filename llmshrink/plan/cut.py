@@ -21,7 +21,8 @@ from llmshrink.model.widths import Chosen, Width, all_of, operate, other_constan
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.work import Repair, Work
 from llmshrink.recipe.cut import WIDTHS, CutSpec
-from llmshrink.recipe.schema import CutStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import CutStage
 
 STEPS = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # what widths are multiples of: runtimes like large ones
 FEWEST = 32  # steps in a width: fewer would leave little to choose

@@ -14,7 +14,8 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.work import Work
-from llmshrink.recipe.schema import ExportStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import ExportStage
 
 
 def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> Work:

@@ -15,9 +15,8 @@ from llmshrink.formats.runtimes import Runtime, entry
 from llmshrink.forms import Event
 from llmshrink.gguf.blueprint import draw
 from llmshrink.io import safetensors
-from llmshrink.methods.base import Method, method_name
+from llmshrink.methods.base import Method, ShareConfig, method_name
 from llmshrink.methods.inputs import Inputs
-from llmshrink.methods.sparsity import SparsityConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.loading import layers, stored
@@ -108,10 +107,8 @@ def _output(recipe: Recipe, model_id: str, method: Method[Any], fmt: Format, mix
     if recipe.output is not None:
         return Path(recipe.output).expanduser()
     name, bits = method_name(method), getattr(method.config, "bits", None)
-    if method.task == "prune":
-        config = method.config
-        assert isinstance(config, SparsityConfig)
-        name += f"-{config.pattern.replace(':', 'of') if config.pattern else f'{config.share:.0%}'.rstrip('%')}"
+    if isinstance(method.config, ShareConfig):
+        name += f"-{method.config.label}"
     if method.task == "export" or mix is not None:
         name, bits = mix or fmt.name, None
     return default_output(model_id, name if bits is None or name in ("nf4", "fp4") else f"{name}-w{bits}")

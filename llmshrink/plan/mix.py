@@ -12,7 +12,8 @@ from llmshrink.gguf.names import family_of
 from llmshrink.methods import load_method
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.recipe.schema import DEFAULT_METHOD, MatrixStage, MethodSpec
+from llmshrink.recipe.method import DEFAULT_METHOD, MethodSpec
+from llmshrink.recipe.stages import MatrixStage
 
 CAST = {name: str(dtype).removeprefix("torch.") for name, dtype in FLOATS.items()}  # what `cast` calls the floats
 BY_BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 8: "Q8_0"}  # the mix that people mean by a number

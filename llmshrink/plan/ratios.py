@@ -1,4 +1,4 @@
-"""What is open where layers are pruned by shares of their own: which of them share one, and the recipe that says it."""
+"""What is open where layers lose shares of their own: which of them lose the same, and the recipe that says it."""
 
 from __future__ import annotations
 
@@ -8,45 +8,48 @@ from typing import Any
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
 from llmshrink.methods import load_method
-from llmshrink.methods.sparsity import SparsityConfig
+from llmshrink.methods.base import ShareConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Unit
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import main_method
-from llmshrink.recipe.ratios import RatioSpec
-from llmshrink.recipe.schema import PruneStage, Recipe
+from llmshrink.recipe.ratios import RankSpec, RatioSpec
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import FactorizeStage, MatrixStage, PruneStage
 
 MOST = 0.99  # of a layer that may go
 
 
 class Ratios:
-    """All that a pruning leaves open of how much of each layer goes.
+    """All that a recipe leaves open of how much of each layer goes.
 
     Attributes:
         spec: How that is found.
-        sparsity: Share of the weights of all units together that goes.
-        units: What gets one share: the matrices of a block; by magnitude each alone, experts that are alike together.
-        work: The work in which every unit drops the same share: its bytes are those of any, but for the rounding of
-            shares to whole weights.
+        config: The method's settings.
+        sparsity: Share of the numbers of all units together that goes.
+        units: What gets one share: by outliers the matrices of a block; else each alone, experts that are alike
+            together.
+        work: The work in which every unit loses the same share: its bytes are those of any, but for the rounding of
+            shares to whole weights, or ranks.
     """
 
-    def __init__(self, recipe: Recipe, stage: PruneStage, model: StreamedModel) -> None:
+    def __init__(self, recipe: Recipe, stage: PruneStage | FactorizeStage, model: StreamedModel) -> None:
         """Find the units.
 
         Raises:
             PlanError: `layers` and `ignore` say it all, more is to go than may, or the recipe cannot be carried out.
         """
         assert stage.ratios is not None
-        self.spec: RatioSpec = stage.ratios
+        self.spec: RatioSpec | RankSpec = stage.ratios
         self.model = model
         config = load_method(str(stage.method.name)).Config(**stage.method.settings)
-        assert isinstance(config, SparsityConfig)
-        self.sparsity = config.share
+        assert isinstance(config, ShareConfig)
+        self.config, self.sparsity = config, config.share
         if self.sparsity > MOST:
             raise PlanError(
-                f"`ratios` leave at least {1 - MOST:.0%} of each layer, and {self.sparsity:g} of all weights are to go."
+                f"`ratios` leave at least {1 - MOST:.0%} of each layer, and {self.sparsity:g} of all numbers are to go."
             )
         self._stage = stage.model_copy(update={"ratios": None})
         self.units = [Unit(matrices, ()) for matrices in self._alike(model)]
@@ -70,7 +73,8 @@ class Ratios:
     @property
     def needs_data(self) -> bool:
         """Whether finding the shares takes calibration text."""
-        return self.spec.name == "owl"
+        by_method = self.spec.name == "spectrum" and any(map(self.work.reads_data, self.work.methods))
+        return self.spec.name == "owl" or by_method
 
     @property
     def sizes(self) -> list[int]:
@@ -91,7 +95,7 @@ class Ratios:
     def recipe(self, shares: Sequence[float]) -> Recipe:
         """The recipe that names the share of every unit, so that nothing is left to find."""
         pairs = zip(self.units, shares, strict=True)
-        layers = {pattern: {"sparsity": share} for unit, share in pairs for pattern in unit.patterns}
+        layers = {pattern: self.config.at(share) for unit, share in pairs for pattern in unit.patterns}
         stage = self._stage.model_copy(update={"layers": {**layers, **self._stage.layers}})
-        stages = [stage if isinstance(old, PruneStage) else old for old in self._recipe.stages]
+        stages = [stage if isinstance(old, MatrixStage) else old for old in self._recipe.stages]
         return self._recipe.model_copy(update={"stages": stages})

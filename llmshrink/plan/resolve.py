@@ -13,7 +13,7 @@ from llmshrink.errors import PlanError
 from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
-from llmshrink.forms import Codebook, CodeKind, Event, Scheme, Sparse, learnable
+from llmshrink.forms import Codebook, CodeKind, Event, LowRank, Scheme, Sparse, Sum, learnable
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
@@ -24,7 +24,9 @@ from llmshrink.plan.mix import mix_of, mix_specs, says_types
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
-from llmshrink.recipe.schema import MatrixStage, MethodSpec, Recipe
+from llmshrink.recipe.method import MethodSpec
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import MatrixStage
 from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross
 
@@ -32,6 +34,7 @@ GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
 ENOUGH, NEARLY_ALL = 0.5, 0.9
 UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a whole encoder is more
+OWN = {Sparse: "sparse", Codebook: "codebook", LowRank: "low-rank", Sum: "low-rank"}  # how a form is usually written
 TOWERS = 0.05  # of all weights
 
 
@@ -304,7 +307,7 @@ def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], event
         return load_format(stage.format.name)
     matrix, method = next(iter(methods.items()))
     layer = method.form(matrix.shape, matrix.dtype)
-    own = {Sparse: "sparse", Codebook: "codebook"}.get(type(layer.weight))
+    own = OWN.get(type(layer.weight))
     if own is not None:
         if not any(m.kind == "experts" for m in methods):
             return load_format(own)

@@ -6,7 +6,8 @@ from typing import Any
 
 from llmshrink.formats import format_names
 from llmshrink.methods import load_method, method_names
-from llmshrink.recipe.schema import DEFAULT_METHOD, Recipe
+from llmshrink.recipe.method import DEFAULT_METHOD
+from llmshrink.recipe.schema import Recipe
 from llmshrink.transforms import load_transform, transform_names
 
 Schema = dict[str, Any]
@@ -29,7 +30,7 @@ def json_schema() -> Schema:
         settings = load_transform(name).Config.model_json_schema(ref_template=_REF)
         transforms.append(_named(settings, name))
     definitions["TransformSpec"] = {"anyOf": transforms, "description": "A transform's name and its own settings."}
-    for name in ("QuantizeStage", "PruneStage", "ClusterStage"):
+    for name in ("QuantizeStage", "PruneStage", "ClusterStage", "FactorizeStage"):
         _complete(definitions[name]["properties"], branches)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -17,24 +17,26 @@ from pydantic_core import ErrorDetails
 from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.formats.gguf_mix import SAID
 from llmshrink.recipe import text
-from llmshrink.recipe.schema import (
+from llmshrink.recipe.method import MethodSpec
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.section import KeyPath, did_you_mean, unknown_key
+from llmshrink.recipe.stages import (
     ClusterStage,
     CutStage,
     EvalStage,
     ExportStage,
+    FactorizeStage,
     MatrixStage,
-    MethodSpec,
     PruneStage,
     QuantizeStage,
-    Recipe,
 )
-from llmshrink.recipe.section import KeyPath, did_you_mean, unknown_key
 
 LONG = 100  # characters of a value or key that a message repeats
 _STAGE_KEYS = {
     "quantize": set(QuantizeStage.model_fields),
     "prune": {*PruneStage.model_fields, *CutStage.model_fields},
     "cluster": set(ClusterStage.model_fields),
+    "factorize": set(FactorizeStage.model_fields),
     "cut": set(CutStage.model_fields),
     "export": set(ExportStage.model_fields),
     "eval": set(EvalStage.model_fields),

@@ -1,4 +1,4 @@
-"""How a recipe says that layers are pruned by shares of their own, found before the pruning."""
+"""How a recipe says that layers lose shares of their own, found before any of them does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from pydantic import Field
 from llmshrink.recipe.section import Section
 
 RatioName = Literal["owl", "global"]
+
+
+class RankSpec(Section):
+    """Find the rank of each layer's product; together they have the share of numbers that the method says."""
+
+    name: Literal["spectrum"] = Field(
+        "spectrum",
+        description="by the singular values of each matrix, as the method weighs it: what every rank loses of it, "
+        "solved for all together; a matrix that no rank suits stays as it is",
+    )
 
 
 class RatioSpec(Section):

@@ -208,7 +208,7 @@ def protocols(report: Report) -> list[str]:
     return [f"{', '.join(names)}: {protocol}" for protocol, names in texts.items()]
 
 
-SHOWN = ("sparsity", "pattern", "bits", "group_size")  # settings of a method in the line that names it
+SHOWN = ("sparsity", "pattern", "keep", "rank", "bits", "group_size")  # settings of a method in the line that names it
 
 
 def stage_lines(stage: StageReport) -> list[str]:

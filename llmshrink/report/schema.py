@@ -60,6 +60,7 @@ class LayerReport(Record):
     format: str
     bits: int | None = None
     group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
+    rank: int | None = Field(default=None, description="of the product that it is, or that codes are added to")
     type: str | None = Field(default=None, description="what the format calls it: a block type of GGUF")
     inputs: str | None = Field(default=None, description="how its inputs are rounded; None: they are not")
     parameters: int
@@ -151,17 +152,17 @@ class CutReport(Record):
 
 
 class RatioReport(Record):
-    """Layers that drop the same share of their weights."""
+    """Layers that lose the same share of their numbers."""
 
     layers: str
-    sparsity: float
+    sparsity: float = Field(description="the share that goes; 0 of a matrix that stays as it is")
     outliers: float | None = Field(description="share of their weights that stand out; None: not looked at")
 
 
 class RatiosReport(Record):
-    """What share of its weights each layer drops, found before any was dropped."""
+    """What share of its numbers each layer loses, found before any was lost."""
 
-    name: str = Field(description="how: owl or global")
+    name: str = Field(description="how: owl, global, or spectrum for products")
     sparsity: float = Field(description="of all of them together")
     threshold: float | None = Field(description="the magnitude below which weights go; None: there is none for all")
     units: list[RatioReport] = Field(description="what gets a share of its own, in the order of the forward pass")

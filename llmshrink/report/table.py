@@ -132,7 +132,8 @@ def _allocation(found: AllocationPlan, parameters: int) -> list[str]:
 
 def _ratios(found: RatiosPlan) -> str:
     """What is found by measuring, and what the sizes below are of."""
-    words = f"{found.name} finds {count(found.units, 'share')} of weights to drop, {share(found.sparsity)} of all"
+    what = "numbers to save" if found.name == "spectrum" else "weights to drop"
+    words = f"{found.name} finds {count(found.units, 'share')} of {what}, {share(found.sparsity)} of all"
     return f"{words}; sizes below are those of equal shares, which differ by rounding alone"
 
 

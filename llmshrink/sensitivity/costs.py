@@ -17,7 +17,8 @@ from llmshrink.plan.economy import Economy
 from llmshrink.progress import Progress
 from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.load import decisive
-from llmshrink.recipe.schema import MatrixStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import MatrixStage
 from llmshrink.report.schema import AllocationReport, EventRecord, SensitivityReport, UnitReport
 from llmshrink.report.sensitivity import plot
 from llmshrink.sensitivity.kept import Kept

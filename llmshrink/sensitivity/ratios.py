@@ -1,4 +1,4 @@
-"""How much of each layer a pruning drops, found by what its weights are before any of them goes.
+"""How much of each layer goes, found by what its weights are before any of them does.
 
 `owl` is Outlier Weighed Layerwise sparsity (Yin et al. 2024, arXiv 2310.05175): blocks with more weights that stand
 out keep more. With A_ij = |W_ij| ||X_j||_2, a block's share of outliers is that of its weights with A_ij > M mean(A),
@@ -10,6 +10,8 @@ mean that need not be its middle, and so does this, with the mean over weights. 
 That is found in two passes, with a histogram of |W| between them whose bins are float32 cut to 11 bits of mantissa: one
 for each value of a 16-bit float, and elsewhere 1/2048 of a power of two. Of the bin where the threshold lies, each
 matrix drops the same part, so that the sum is exact whatever the bins hold.
+
+`spectrum`, for products of factors, is in `spectrum.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from llmshrink.plan.choices import Unit
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.ratios import MOST, Ratios
 from llmshrink.progress import Progress
+from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.report.schema import RatioReport, RatiosReport
+from llmshrink.sensitivity.spectrum import by_spectrum
 from llmshrink.statistics import Norm
 
 FOUND = "ratios.json"  # in the folder of work
@@ -75,12 +79,16 @@ def choose(ratios: Ratios, rows: Rows | None, *, economy: Economy, folder: Path,
         return Found(**{**kept, "events": [Event(**event) for event in kept["events"]]})
     # Of its own, because whoever compresses may replace the embedding before any row is embedded.
     model = StreamedModel(ratios.model.source, ratios.model.device)
-    if ratios.spec.name == "global":
+    hidden = None
+    if rows is not None and ratios.needs_data:
+        hidden = Hidden(model, rows.batches(economy.batch_tokens), folder=folder if economy.on_disk else None)
+    if isinstance(ratios.spec, RankSpec):
+        found = Found(by_spectrum(ratios, model, hidden, economy, progress))
+    elif ratios.spec.name == "global":
         found = _by_magnitude(ratios, model, progress)
     else:
-        assert rows is not None
-        hidden = Hidden(model, rows.batches(economy.batch_tokens), folder=folder if economy.on_disk else None)
-        found = _by_outliers(ratios, model, hidden, progress)
+        assert hidden is not None
+        found = _by_outliers(ratios, ratios.spec, model, hidden, progress)
     write_bytes(path, sealed({**vars(found), "events": [vars(event) for event in found.events]}))
     return found
 
@@ -100,8 +108,8 @@ def told(ratios: Ratios, found: Found) -> RatiosReport:
 # --- outliers
 
 
-def _by_outliers(ratios: Ratios, model: StreamedModel, hidden: Hidden, progress: Progress) -> Found:
-    blocks, spec = model.anatomy.blocks, ratios.spec
+def _by_outliers(ratios: Ratios, spec: RatioSpec, model: StreamedModel, hidden: Hidden, progress: Progress) -> Found:
+    blocks = model.anatomy.blocks
     open_ = {unit.matrices[0].key: unit for unit in ratios.units}
     outlying = []
     progress.start("find the sparsity of each block", len(blocks))

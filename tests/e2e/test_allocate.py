@@ -16,7 +16,8 @@ from llmshrink.cli import main
 from llmshrink.errors import GateError, InterruptedRun, ResourceError
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import load
-from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report, StageReport
 from llmshrink.sensitivity.measure import Sensitivity

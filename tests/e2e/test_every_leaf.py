@@ -30,7 +30,9 @@ from llmshrink.evaluate.reader import Found, ReadResult
 from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import apply_overrides, validate
-from llmshrink.recipe.schema import ClusterStage, CutStage, MatrixStage, MethodSpec, PruneStage, Recipe
+from llmshrink.recipe.method import MethodSpec
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import ClusterStage, CutStage, FactorizeStage, MatrixStage, PruneStage
 from llmshrink.recipe.transform import TransformSpec
 from llmshrink.transforms import load_transform, transform_names
 
@@ -95,6 +97,10 @@ SHARED = {name: {**PRUNED["magnitude"], "stages.0.ratios": {"name": name}} for n
 SPARSE_W4 = {**PRUNED["sparsegpt"], "stages.0.method.bits": 4, "stages.0.method.group_size": 32}
 
 
+PRODUCTS = {
+    name: {"stages": [{"task": "factorize", "method": {"name": name}, "ratios": None}]}
+    for name in ("svd", "asvd", "svdllm")
+}
 CLUSTERED = {"stages": [{"task": "cluster", "method": {"name": "kmeans", "bits": 2, "rows": 8}}]}
 
 
@@ -183,6 +189,20 @@ TRIALS = {
     "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
     "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
     "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),
+    **{
+        f"stages.factorize.method.{name}.{key}": Trial(value, context)
+        for name, context in PRODUCTS.items()
+        for key, value in {"keep": 0.5, "rank": 3, "pivots": False, "bits": 2, "factor_bits": 8}.items()
+    },
+    **{
+        f"stages.factorize.method.{name}.rounds": Trial(
+            1, {**context, "stages.0.method.bits": 2, "stages.0.method.rank": 2}
+        )
+        for name, context in PRODUCTS.items()
+    },
+    "stages.factorize.method.asvd.alpha": Trial(1.0, PRODUCTS["asvd"]),
+    "stages.factorize.method.svdllm.damp": Trial(0.9, PRODUCTS["svdllm"]),
+    "stages.factorize.method.name": Trial("svd", PRODUCTS["svdllm"]),
     "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),
     "stages.cluster.method.kmeans.rows": Trial(16, CLUSTERED),
     "stages.cluster.method.kmeans.weighting": Trial("none", CLUSTERED),
@@ -255,7 +275,9 @@ def branches(annotation: Any) -> Iterator[type[BaseModel]]:
 def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
     """Paths of all that a recipe may say; a stage is named by its task, a setting by its method."""
     for name, info in model.model_fields.items():
-        if model in (PruneStage, ClusterStage, CutStage) and name in MatrixStage.model_fields.keys() - {"method"}:
+        if model in (PruneStage, ClusterStage, FactorizeStage, CutStage) and name in MatrixStage.model_fields.keys() - {
+            "method"
+        }:
             continue  # the same as of quantize, and done by the same code
         below = list(branches(info.annotation))
         for branch in below:
@@ -465,7 +487,7 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    task = command if command in ("prune", "cluster", "export", "eval") else "quantize"
+    task = command if command in ("prune", "cluster", "factorize", "export", "eval") else "quantize"
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]

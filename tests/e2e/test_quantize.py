@@ -22,7 +22,8 @@ from llmshrink.evaluate import measure
 from llmshrink.evaluate.reader import ReadResult
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import EvalStage, ModelSpec
+from llmshrink.recipe.schema import ModelSpec
+from llmshrink.recipe.stages import EvalStage
 
 
 @pytest.mark.parametrize(

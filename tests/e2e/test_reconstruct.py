@@ -14,7 +14,8 @@ from llmshrink.cli import main
 from llmshrink.cli.options import build_recipe
 from llmshrink.errors import InterruptedRun, PlanError
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Report, StageReport
 

@@ -20,7 +20,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.work import Work
 from llmshrink.recipe.load import validate
-from llmshrink.recipe.schema import CutStage
+from llmshrink.recipe.stages import CutStage
 from llmshrink.statistics import Gathered, NoStatistic
 
 

@@ -16,7 +16,15 @@ from llmshrink.statistics import Statistic
 
 SHAPE = (24, 64)
 # Of the norm of normal weights: what has two or three values, and what drops half of them; others 0.2.
-ROUGH = {"ternary": 0.5, "binary": 0.7, "magnitude": 0.4, "wanda": 0.5, "sparsegpt": 0.7, "random": 0.8}
+ROUGH = {
+    "ternary": 0.5,
+    "binary": 0.7,
+    "magnitude": 0.4,
+    "wanda": 0.5,
+    "sparsegpt": 0.7,
+    "random": 0.8,
+    **dict.fromkeys(("svd", "asvd", "svdllm"), 0.6),
+}
 
 
 def make(name: str) -> Method[Any]:

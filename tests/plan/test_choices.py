@@ -20,7 +20,8 @@ from llmshrink.plan.choices import Choices
 from llmshrink.plan.loading import stored
 from llmshrink.plan.resolve import resolve
 from llmshrink.recipe.load import dump, validate
-from llmshrink.recipe.schema import QuantizeStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import QuantizeStage
 
 TYPED = [{"bits": 2, "group_size": 16}, {"bits": 3, "group_size": 32}, {"bits": 8, "group_size": 32}]
 RTN = {"name": "rtn"}

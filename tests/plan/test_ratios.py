@@ -15,7 +15,8 @@ from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.ratios import Ratios
 from llmshrink.recipe.load import dump, validate
-from llmshrink.recipe.schema import PruneStage, Recipe
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import PruneStage
 from llmshrink.recipe.text import parse
 
 OWL, GLOBAL = {"name": "owl"}, {"name": "global"}

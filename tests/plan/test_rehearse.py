@@ -21,7 +21,7 @@ from llmshrink.plan.rehearse import rehearse
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.work import Work
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import QuantizeStage
+from llmshrink.recipe.stages import QuantizeStage
 
 RTN = {"name": "rtn", "bits": 4, "group_size": 32}
 

@@ -22,7 +22,7 @@ from llmshrink.model.task import task_of
 from llmshrink.plan.choices import Choices, Unit
 from llmshrink.plan.economy import Economy
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import QuantizeStage
+from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.sensitivity.kept import Kept
 from llmshrink.sensitivity.measure import Sensitivity
 from llmshrink.statistics import Hessian

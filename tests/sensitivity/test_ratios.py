@@ -19,7 +19,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.ratios import Ratios
 from llmshrink.progress import Silent
-from llmshrink.recipe.schema import PruneStage
+from llmshrink.recipe.stages import PruneStage
 from llmshrink.sensitivity.ratios import FOUND, Found, bounded, by_outliers, choose, edge_of, histogram, outliers
 
 ROWS = Rows(tuple(torch.randint(3, 150, (6, 32), generator=torch.Generator().manual_seed(5))), "random", "random")

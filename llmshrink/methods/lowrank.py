@@ -1,0 +1,334 @@
+"""A matrix as the product of two thinner ones, and what codes beside it can say of the rest.
+
+The best product of rank r is known in closed form: of all [out, in] of that rank, U U^T W is nearest to W in its
+outputs, where the columns of U are the first r eigenvectors of W H W^T and H is what inputs weigh: the mean of x x^T
+(SVD-LLM, Wang et al. 2025, arXiv 2403.07378), a number for each input (ASVD, Yuan et al. 2023, arXiv 2312.05821), or
+nothing (the plain singular value decomposition). SVD-LLM says the same as the truncated decomposition of W S, S the
+Cholesky factor of H, times S^-1: with U^T W for a factor nothing has to be divided by S. Where a matrix has more
+outputs than inputs, W S is decomposed by its other side, which is the smaller one.
+
+Such a product needs r (out + in) numbers, of which r^2 say nothing: r rows of it make all others (`LowRank.pivots`).
+With r (out + in - r), rank 141 of a matrix 256 x 256 takes what rank 102 takes otherwise.
+
+With `bits`, the rest W - AB is not left out but becomes codes, and factors and codes are fitted to each other in turn
+(CALDERA, Saha et al. 2024, arXiv 2405.18886, does so with a grid; here they are the tables of `kmeans`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmshrink.forms import Codebook, Dense, Event, Form, Layer, LowRank, Objective, Quantized, Sum, decode
+from llmshrink.methods.base import FLOAT, Method, Prepared, ShareConfig, Task
+from llmshrink.methods.gptq import Gptq, GptqConfig
+from llmshrink.methods.kmeans import STRETCH, Kmeans, KmeansConfig
+from llmshrink.statistics import Hessian
+
+FEW = 0.1  # bits a weight that factors beside codes take, where nobody says their rank
+FACTOR_BITS: Literal[4] = 4  # of theirs, the same
+SOLVABLE = 1e-9  # of its mean, added to the diagonal of normal equations
+POOR = "correction_poor"
+TILE = 512  # columns of H that are in float64 at a time
+DOUBLE = 8  # bytes
+COPIES, SQUARES = 4, 6  # float64 numbers while a matrix is factored: of its own size, of its smaller side's square
+
+
+class LowRankConfig(ShareConfig):
+    """Settings of the methods that make products."""
+
+    keep: float = Field(0.8, gt=0, lt=1, description="share of a matrix's numbers that its factors have")
+    rank: int | None = Field(
+        None, ge=1, description="rank of every product; null: the largest that `keep` allows, or 0.1 bits a weight"
+    )
+    pivots: bool | None = Field(
+        None,
+        description="store rows of the product in place of a factor, which takes r^2 numbers fewer; null: unless there "
+        "are `bits`",
+    )
+    bits: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="bits of the codes of what the product leaves, as kmeans makes them; null: it is left out",
+    )
+    factor_bits: Literal[2, 3, 4, 8] | None = Field(
+        None, description="bits of the factors; null: floats of the model's dtype, and 4 beside codes"
+    )
+    rounds: int = Field(4, ge=1, description="with bits: times that factors and codes are fitted to each other")
+
+    @property
+    def share(self) -> float:
+        """The share of the numbers that is saved."""
+        return 1 - self.keep
+
+    def at(self, share: float) -> dict[str, Any] | None:
+        """The keys of a layer that saves another share; None where it saves nothing."""
+        return {"keep": 1 - share} if share > 0 else None
+
+    @property
+    def label(self) -> str:
+        """Percents kept, or the rank."""
+        if self.rank is None and self.bits is not None:
+            return "r"
+        return f"{self.keep:.0%}".rstrip("%") if self.rank is None else f"r{self.rank}"
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of the product are stored."""
+        return self.bits is None if self.pivots is None else self.pivots
+
+    @property
+    def coded(self) -> Literal[2, 3, 4, 8] | None:
+        """Bits of the factors; None: floats."""
+        return FACTOR_BITS if self.bits is not None and self.factor_bits is None else self.factor_bits
+
+    def numbers(self, shape: tuple[int, int], rank: int) -> int:
+        """How many numbers a product of this rank has."""
+        return rank * (sum(shape) - (rank if self.by_rows else 0))
+
+    def most(self, shape: tuple[int, int]) -> int:
+        """The largest rank that has fewer numbers than the matrix [out, in] itself."""
+        return min(shape) - 1 if self.by_rows else (math.prod(shape) - 1) // sum(shape)
+
+    def within(self, shape: tuple[int, int], share: float) -> int:
+        """The largest rank whose product has this share of the numbers of a matrix [out, in]."""
+        wanted = share * math.prod(shape) + 1 / 2  # a share that was worked out from a rank gives that rank
+        if not self.by_rows:
+            return int(wanted // sum(shape))
+        half = sum(shape) / 2
+        return int(half - math.sqrt(max(0.0, half**2 - wanted)))
+
+    def rank_of(self, shape: tuple[int, int]) -> int:
+        """The rank that a matrix [out, in] gets."""
+        if self.rank is not None:
+            return self.rank
+        if self.bits is None:
+            return self.within(shape, self.keep)
+        return max(1, round(FEW * math.prod(shape) / ((self.coded or 16) * sum(shape))))
+
+    def why_not(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] of this shape cannot be factored so, or None."""
+        rank, most = self.rank_of(shape), self.most(shape)
+        if rank > most:
+            return f"rank {rank} saves nothing: the largest that does is {most}"
+        if rank < 1:
+            least = self.numbers(shape, 1) / math.prod(shape)
+            return f"keep {self.keep:g} leaves no rank: rank 1 has {least:.3g} of its numbers"
+        return None
+
+
+class LowRankMethod(Method[LowRankConfig]):
+    """The nearest product under what inputs weigh."""
+
+    task: ClassVar[Task] = "factorize"
+    baseline: ClassVar[str | None] = "svd"
+    Config = LowRankConfig
+
+    @abstractmethod
+    def metric(self, prepared: Prepared) -> Metric:
+        """What inputs weigh."""
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that `compress` holds: the matrix and what comes of it, in float64."""
+        whole, square = shape[0] * shape[1], min(shape) ** 2
+        codes = 0 if self.config.bits is None else self._rest.scratch((1, min(whole, STRETCH))) + FLOAT * whole
+        return DOUBLE * (COPIES * whole + SQUARES * square) + codes
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] of this shape cannot be factored so, or None."""
+        why = self.config.why_not(shape)
+        return why if why or self.config.bits is None else self._rest.check(shape)
+
+    @property
+    def _rest(self) -> Kmeans:
+        """What makes codes of the rest, by its outputs where they are known."""
+        assert self.config.bits is not None
+        weighting: Literal["hessian", "none"] = "hessian" if issubclass(self.needs, Hessian) else "none"
+        return Kmeans(KmeansConfig(bits=self.config.bits, weighting=weighting), self.scales)
+
+    def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
+        """Factor one matrix [out, in]."""
+        W, H = weight.double(), self.metric(prepared)
+        if self.config.bits is not None:
+            return self._corrected(W, H, prepared, weight.dtype)
+        return Layer(self._product(W, H, prepared, weight.dtype))
+
+    def _product(self, W: Tensor, H: Metric, prepared: Prepared, dtype: torch.dtype) -> LowRank:
+        """The nearest product to W, as it is stored."""
+        U = principal(W, H, self.config.rank_of((len(W), W.shape[1])))
+        if not self.config.by_rows:
+            right = self._stored(U.T @ W, prepared, dtype)
+            left = fitted(W, decode(right).double(), H)
+            return LowRank(_turned(self._stored(left.T, Prepared(), dtype)), right)
+        chosen = pivots(U)
+        right = self._stored((U[chosen] @ U.T) @ W, prepared, dtype)
+        left = fitted(W, decode(right).double(), H)[~chosen]
+        return LowRank(self._stored(left, Prepared(), dtype), right, chosen)
+
+    def _stored(self, factor: Tensor, prepared: Prepared, dtype: torch.dtype) -> Form:
+        """A factor in the dtype of the model, or as codes with a scale for each row."""
+        if self.config.coded is None:
+            return Dense(factor.to(dtype).contiguous())
+        rounding = Gptq(GptqConfig(bits=self.config.coded, group_size=-1), self.scales)
+        return rounding.compress(factor.to(torch.float32).contiguous(), prepared).weight
+
+    def _corrected(self, W: Tensor, H: Metric, prepared: Prepared, dtype: torch.dtype) -> Layer:
+        """Codes of W, and factors of what they leave, each in turn; of all rounds the best."""
+        method = self._rest
+        codes = method.compress(W.to(dtype), prepared).weight
+        baseline = H.error(W - decode(codes))
+        best, own = None, baseline
+        for _ in range(self.config.rounds):
+            product = self._product(W - decode(codes), H, prepared, dtype)
+            codes = method.compress((W - decode(product)).to(dtype), prepared).weight
+            form = Sum((product, codes))
+            error = H.error(W - decode(form))
+            if best is None or error.sum() < own.sum():
+                best, own = form, error
+        assert best is not None
+        found = Objective(own.float(), baseline.float())
+        return Layer(best, found, _poor(best, found))
+
+    def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
+        """The same structure on the `meta` device."""
+        (out, width), rank, config = shape, self.config.rank_of(shape), self.config
+        rows = out - rank if config.by_rows else out
+        right = self._meta((rank, width), dtype)
+        if config.by_rows:
+            product = LowRank(self._meta((rows, rank), dtype), right, torch.empty(out, dtype=torch.bool, device="meta"))
+        else:
+            product = LowRank(self._meta((rows, rank), dtype, (rows, 1)), right)
+        return Layer(product if config.bits is None else Sum((product, self._rest.form(shape, dtype).weight)))
+
+    def _meta(self, shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int] | None = None) -> Form:
+        if self.config.coded is None:
+            return Dense(torch.empty(shape, dtype=dtype, device="meta"))
+        tile = block or (1, shape[1])
+        scales = torch.empty(shape[0] // tile[0], shape[1] // tile[1], dtype=self.scales or dtype, device="meta")
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return Quantized(codes, Dense(scales), None, None, tile, self.config.coded)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What inputs weigh: H of the objective tr((W - V) H (W - V)^T)."""
+
+    H: Tensor | None  # float32 [in, in], or its diagonal, float64 [in]; None: all weigh 1
+    damp: float = 0.0  # added to the diagonal
+
+    def weigh(self, W: Tensor) -> Tensor:
+        """W H [out, in], in float64."""
+        if self.H is None:
+            return W
+        if self.H.ndim == 1:
+            return W * self.H
+        found = W * self.damp
+        for start in range(0, len(self.H), TILE):
+            part = slice(start, start + TILE)
+            found[:, part].addmm_(W, self.H[:, part].double())
+        return found
+
+    def root(self, W: Tensor) -> Tensor:
+        """W S [out, in] for H = S S^T: S is the Cholesky factor, or where H is singular that of its eigenvectors."""
+        if self.H is None:
+            return W
+        if self.H.ndim == 1:
+            return W * self.H.sqrt()
+        damped = self.H.double()
+        damped.diagonal().add_(self.damp)
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if info.item():
+            values, factor = torch.linalg.eigh(damped)
+            factor *= values.clamp(min=0).sqrt()
+        return W @ factor
+
+    def error(self, rest: Tensor) -> Tensor:
+        """Of each row what inputs make of it: float64 [out]."""
+        return (self.weigh(rest) * rest).sum(1)
+
+
+def principal(W: Tensor, H: Metric, rank: int) -> Tensor:
+    """The directions [out, rank] of its outputs in which W [out, in], float64, gives most; orthonormal, most first."""
+    if len(W) <= W.shape[1]:
+        return _last(H.weigh(W) @ W.T, rank)
+    seen = H.root(W)
+    directions: Tensor = torch.linalg.qr(seen @ _last(seen.T @ seen, rank))[0]
+    return directions
+
+
+def _last(M: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of a symmetric matrix, those of the largest eigenvalues, the largest first."""
+    vectors: Tensor = torch.linalg.eigh(M)[1]
+    return vectors[:, -rank:].flip(1)
+
+
+def spectrum(W: Tensor, H: Metric) -> Tensor:
+    """What W [out, in] gives in each of its directions, float64 [min(out, in)], falling: squared singular values.
+
+    They are those of W S for H = S S^T; the error of the nearest product of rank r is the sum of all but the first r.
+    """
+    if len(W) <= W.shape[1]:
+        product = H.weigh(W) @ W.T
+    else:
+        seen = H.root(W)
+        product = seen.T @ seen
+    found: Tensor = torch.linalg.eigvalsh(product)
+    return found.flip(0).clamp_(min=0)
+
+
+def fitted(W: Tensor, right: Tensor, H: Metric) -> Tensor:
+    """The factor [out, rank] that brings its product with `right` nearest to W: W H R^T (R H R^T)^-1, float64."""
+    seen = H.weigh(right)
+    normal = seen @ right.T
+    normal.diagonal().add_(SOLVABLE * normal.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    solved: Tensor = torch.linalg.solve(normal, seen @ W.T)
+    return solved.T
+
+
+def pivots(U: Tensor) -> Tensor:
+    """Rows of U [out, rank] that make all others, with small shares of each: bool [out].
+
+    They are those that elimination with partial pivoting takes.
+    """
+    swaps = torch.linalg.lu_factor(U)[1].tolist()
+    order = list(range(len(U)))
+    for i, other in enumerate(swaps):
+        order[i], order[other - 1] = order[other - 1], order[i]
+    chosen = torch.zeros(len(U), dtype=torch.bool, device=U.device)
+    chosen[torch.tensor(order[: U.shape[1]], device=U.device)] = True
+    return chosen
+
+
+def _turned(form: Form) -> Form:
+    """The transpose of floats, or of codes with a scale for each row."""
+    if isinstance(form, Dense):
+        return Dense(form.weight.T.contiguous())
+    assert isinstance(form, Quantized) and isinstance(form.scale, Dense)
+    scale = Dense(form.scale.weight.T.contiguous())
+    return replace(form, codes=form.codes.T.contiguous(), scale=scale, block=(form.codes.shape[1], 1))
+
+
+def _poor(form: Sum, found: Objective) -> tuple[Event, ...]:
+    """Told where as many bits in finer codes would lower the error more: each bit makes it a quarter."""
+    product, codes = form.parts
+    assert isinstance(product, LowRank) and isinstance(codes, Codebook)
+    bits = sum(_bits(part) for part in (product.left, product.right)) / codes.codes.numel()
+    if found.share <= 4.0**-bits:
+        return ()
+    message = "its factors lessen the error of codes less than as many bits in finer codes: by 6 dB for each"
+    return (Event(POOR, message, data={"share": found.share, "bits": bits}),)
+
+
+def _bits(factor: Form) -> int:
+    if isinstance(factor, Dense):
+        return 8 * factor.weight.nbytes
+    assert isinstance(factor, Quantized) and isinstance(factor.scale, Dense)
+    return factor.bits * factor.codes.numel() + 8 * factor.scale.weight.nbytes

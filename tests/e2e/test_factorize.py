@@ -1,0 +1,176 @@
+"""Factored models from end to end: small files that load, exactly as planned, in every family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import ROUNDING, Stopping, content, decoded_model, load, logits, recipe
+from safetensors.torch import load_file
+from tiny import FAMILIES, config
+
+from llmshrink import run
+from llmshrink.cli import main
+from llmshrink.errors import InterruptedRun, PlanError, RecipeError
+from llmshrink.plugin import Packed
+from llmshrink.progress import Silent
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.rows import stage_lines
+from llmshrink.report.schema import Report
+
+pytestmark = pytest.mark.usefixtures("without_reader")
+close = partial(helpers.close, rounding=4 * ROUNDING)  # products of products round once more
+WITHOUT = [name for name in FAMILIES if not hasattr(config(name), "num_experts_per_tok")]
+
+
+def wanted(model: Path, out: Path, text: Path, stage: Any = None, **settings: Any) -> Recipe:
+    return recipe(model, out, text, {"name": "svdllm", **settings}, stage=stage or {})
+
+
+def factorize(model: Path, out: Path, text: Path, stage: Any = None, **settings: Any) -> Report:
+    return run.execute(wanted(model, out, text, stage, **settings), progress=Silent())
+
+
+@pytest.mark.parametrize("family", WITHOUT)
+def test_transformers_loads_every_family(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str
+) -> None:
+    original, out = models_folder(family), tmp_path / "out"
+    (stage,) = factorize(original, out, text_file, stage={"ratios": None}).stages
+    assert stage.format == "low-rank"
+    assert all(check.passed for check in stage.checks if check.name != "reader"), stage.checks
+    assert stage.bytes_after == stage.planned_bytes_after
+    treated = [layer for layer in stage.layers if layer.method]
+    assert all(layer.rank and layer.bits is None for layer in treated)
+    assert all(layer.bytes_after <= 0.8 * layer.bytes_before + 64 for layer in treated)
+    model, info = load(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert sum(isinstance(module, Packed) for module in model.modules()) == len(treated)
+    found, right = logits(model), logits(decoded_model(out, original))
+    assert close(found, right)
+    assert not close(logits(load(original)[0]), right)
+    if model.can_generate():
+        tokens = model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=4, max_new_tokens=4, do_sample=False)
+        assert tokens.shape == (1, 7)
+    model.save_pretrained(tmp_path / "again")
+    assert close(logits(load(tmp_path / "again")[0]), right)
+    model.dequantize()
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert close(logits(model), right)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rank": 5, "factor_bits": 8}, {"bits": 2, "rank": 2}, {"bits": 3, "pivots": True, "name": "svd"}]
+)
+def test_every_kind_loads(smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    (stage,) = factorize(smallest, tmp_path / "out", text_file, **settings).stages
+    assert all(check.passed for check in stage.checks if check.name != "reader"), stage.checks
+    assert stage.bytes_after == stage.planned_bytes_after
+    layer = next(layer for layer in stage.layers if layer.method)
+    assert layer.bits == settings.get("bits") and layer.rank == settings.get("rank", layer.rank)
+    model = load(tmp_path / "out")[0]
+    right = logits(decoded_model(tmp_path / "out", smallest))
+    assert close(logits(model), right)
+    packed = next(module for module in model.modules() if isinstance(module, Packed))
+    packed.get_buffer("weight_right").zero_()
+    assert not close(logits(model), right)
+
+
+def test_ranks_are_found_and_said(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    (stage,) = factorize(smallest, tmp_path / "out", text_file, keep=0.7).stages
+    assert stage.ratios is not None and stage.ratios.name == "spectrum"
+    assert len(stage.ratios.units) == len({unit.layers for unit in stage.ratios.units})
+    inside = [layer for layer in stage.layers if ".layers." in layer.name and len(layer.shape) == 2]
+    before, after = (sum(getattr(layer, key) for layer in inside) for key in ("bytes_before", "bytes_after"))
+    assert 0.6 * before < after <= 0.7 * before + 16 * len(inside)
+    assert len({layer.rank for layer in inside}) > 1
+    assert stage.bytes_after == stage.planned_bytes_after
+    assert "spectrum" in " ".join(stage_lines(stage))
+    equal = factorize(smallest, tmp_path / "equal", text_file, stage={"ratios": None}, keep=0.7).stages[0]
+    assert len({layer.rank for layer in equal.layers if layer.shape == inside[0].shape and layer.method}) == 1
+
+
+def test_ranks_by_weights_alone_need_no_text(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    report = factorize(smallest, tmp_path / "out", text_file, name="svd")
+    assert report.calibration is None and report.stages[0].ratios is not None
+
+
+def test_export_gives_the_same_weights_dense(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    factorize(smallest, tmp_path / "factors", text_file)
+    assert main(["export", str(tmp_path / "factors"), "--to", "dense", "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    dense = decoded_model(tmp_path / "factors", smallest).state_dict()
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            assert torch.equal(value.float(), dense[key].to(value.dtype).float())
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 2, "rank": 2}])
+def test_a_stopped_run_gives_the_same_bytes(
+    smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    factorize(smallest, tmp_path / "whole", text_file, **settings)
+    with pytest.raises(InterruptedRun):
+        stopping = Stopping(step="compress", note="block")
+        run.execute(wanted(smallest, tmp_path / "out", text_file, **settings), progress=stopping)
+    report = factorize(smallest, tmp_path / "out", text_file, **settings)
+    assert report.stages[0].resumed_blocks == 1
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [{"keep": 0.5}, {"bits": 2, "rank": 2}])
+def test_factors_and_tables_are_learned(
+    smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    stage = {"reconstruct": {"steps": 30, "tokens": 192}}
+    (done,) = factorize(smallest, tmp_path / "out", text_file, stage=stage, **settings).stages
+    assert sum(block.error_after for block in done.blocks) < 0.95 * sum(block.error_before for block in done.blocks)
+    assert done.bytes_after == done.planned_bytes_after
+
+
+def test_the_command(smallest: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["factorize", str(smallest), "--keep", "0.6", "-o", str(tmp_path / "out"), "--quiet"]
+    text = ["--calibration", str(text_file), "--samples", "8", "--length", "32"]
+    quiet = ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]
+    assert main([*arguments, *text, *quiet]) == 0
+    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert settings["format"] == "low-rank" and all(entry["pivots"] for entry in settings["layers"].values())
+    report = Report.model_validate_json((tmp_path / "out/report.json").read_text())
+    assert "svdllm (keep 0.6" in " ".join(stage_lines(report.stages[0]))
+    assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["factorize", str(smallest), "--preset", "fast", "--plan"]) == 0
+    assert main(["factorize", str(smallest), "-r", "svdllm-80", "--plan"]) == 0
+    assert capsys.readouterr().out.count("spectrum finds") == 2
+    assert main(["factorize", str(smallest), "--rank", "4", "--plan"]) == 0
+    assert main(["factorize", str(smallest), "--bits", "2", "--plan"]) == 0
+    assert "spectrum finds" not in capsys.readouterr().out
+    assert main(["factorize", str(smallest), "--method", "gptq", "--plan"]) == 3
+    assert main(["factorize", str(smallest), "--keep", "1.2", "--plan"]) == 3
+    assert main(["factorize", str(smallest), "--rank", "4", "--format", "codebook", "--plan"]) == 3
+    error = capsys.readouterr().err
+    assert "a method of `llmshrink quantize`, not of factorize" in error and "less than 1" in error
+
+
+def test_refused_before_any_compute(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="rank 4096 saves nothing: the largest that does is"):
+        run.make_plan(wanted(smallest, tmp_path / "out", text_file, rank=4096))
+    with pytest.raises(PlanError, match="leaves no rank"):
+        run.make_plan(wanted(smallest, tmp_path / "out", text_file, stage={"ratios": None}, keep=0.001))
+    with pytest.raises(RecipeError, match="inputs as they are"):
+        wanted(smallest, tmp_path / "out", text_file, stage={"inputs": "int8"})
+    with pytest.raises(RecipeError, match="`rank` says the rank"):
+        wanted(smallest, tmp_path / "out", text_file, stage={"ratios": {}}, rank=4)
+
+
+def test_experts_are_written_dense_and_told(
+    models_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    report = factorize(models_folder("mixtral"), tmp_path / "out", text_file)
+    assert report.stages[0].format == "dense"
+    assert "default_format" in {event.kind for event in report.events}

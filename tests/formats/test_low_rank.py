@@ -1,0 +1,95 @@
+"""The low-rank format: the same bits back, exactly as many bytes as arithmetic says, the same outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tensors
+
+from llmshrink.formats import format_of
+from llmshrink.formats.base import Slot
+from llmshrink.formats.low_rank import FORMAT
+from llmshrink.forms import Codebook, Dense, Layer, LowRank, Quantized, Sum, applied, check_blocks, decode
+from llmshrink.methods import load_method
+from llmshrink.methods.base import Prepared
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rows": {"rank": 7},
+    "plain": {"rank": 7, "pivots": False},
+    "rows in codes": {"rank": 7, "factor_bits": 8},
+    "codes": {"rank": 7, "pivots": False, "factor_bits": 3},
+    "rest": {"rank": 3, "bits": 3},
+    "rest beside rows": {"rank": 3, "bits": 2, "pivots": True, "factor_bits": 8},
+}
+
+
+def made(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
+    method = load_method("svd")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    return method(method.Config(**KINDS[kind])).compress(weight, Prepared())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(24, 64), (33, 50)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_come_back(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, slot = made(kind, shape, dtype), Slot("a.b.weight", "a.b", shape, dtype)
+    assert FORMAT.check(slot, layer) is None
+    packed = FORMAT.pack(slot, layer)
+    config = FORMAT.config([(slot, layer)], [], dtype)
+    assert config is not None and format_of(config) is FORMAT
+    form = FORMAT.unpack(slot, packed.__getitem__, config)
+    check_blocks(form)
+    for (_, one), (_, other) in zip(tensors(layer.weight), tensors(form), strict=True):
+        assert torch.equal(one, other)
+    promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
+    assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
+    assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)
+    assert sorted(FORMAT.companions("a.b.weight", packed)) == sorted(packed)
+    assert packed["a.b.weight"].shape != shape  # which no loader takes for the matrix
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(applied(form, x), x @ decode(form).T, atol=1e-4)
+
+
+def test_bytes_are_those_of_the_numbers() -> None:
+    layer = made("rows", (24, 64), torch.bfloat16)
+    packed = FORMAT.pack(Slot("a.weight", "a", (24, 64), torch.bfloat16), layer)
+    assert sum(t.nbytes for t in packed.values()) == 2 * 7 * (24 + 64 - 7) + 3
+
+
+def test_other_matrices_are_refused_and_damage_is_seen() -> None:
+    slot = Slot("a.b.weight", "a.b", (24, 64), torch.float32)
+    assert "this matrix is none" in str(FORMAT.check(slot, Layer(Dense(torch.zeros(24, 64)))))
+    layer = made("rows", (24, 64), torch.float32)
+    assert isinstance(layer.weight, LowRank)
+    both = Layer(Sum((layer.weight, Dense(torch.zeros(24, 64)))))
+    assert "tables of values only" in str(FORMAT.check(slot, both))
+    odd = Layer(LowRank(layer.weight.left, Sum((layer.weight.right, layer.weight.right)), layer.weight.pivots))
+    assert "of factors it holds" in str(FORMAT.check(slot, odd))
+    config = FORMAT.config([(slot, layer)], [], torch.float32)
+    packed = FORMAT.pack(slot, layer)
+    packed["a.b.weight_pivots"] = packed["a.b.weight_pivots"] & 0
+    with pytest.raises(ValueError, match="0 pivots are not those of rank 7"):
+        FORMAT.unpack(slot, packed.__getitem__, config)
+    packed = FORMAT.pack(slot, layer) | {"a.b.weight_right": torch.zeros(6, 64)}
+    with pytest.raises(ValueError, match="a factor"):
+        FORMAT.unpack(slot, packed.__getitem__, config)
+
+
+def test_parts_that_do_not_fit_are_seen() -> None:
+    left, right = Dense(torch.zeros(24, 3)), Dense(torch.zeros(3, 64))
+    check_blocks(LowRank(left, right))
+    with pytest.raises(ValueError, match="no product"):
+        check_blocks(LowRank(left, Dense(torch.zeros(4, 64))))
+    with pytest.raises(ValueError, match="are not those that stand for"):
+        check_blocks(LowRank(left, right, torch.zeros(27, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="have no sum"):
+        check_blocks(Sum((LowRank(left, right), Dense(torch.zeros(24, 63)))))
+    table = Codebook(torch.zeros(24, 64, dtype=torch.uint8), torch.zeros(5, 4), 2)
+    with pytest.raises(ValueError, match="do not share"):
+        check_blocks(Sum((LowRank(left, right), table)))
+    codes = Quantized(torch.zeros(3, 64, dtype=torch.int8), Dense(torch.zeros(3, 2)), None, None, (1, 64), 8)
+    with pytest.raises(ValueError, match="do not cover"):
+        check_blocks(LowRank(left, codes))

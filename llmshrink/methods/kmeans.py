@@ -27,7 +27,7 @@ FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
 OVERHEAD = {1: 0.25, 2: 0.25, 3: 0.2}  # bits a weight that tables may take
 USUAL_OVERHEAD = 0.16
 STRETCH = 1 << 21  # weights that are clustered at a time, where tables do not span more
-STEPS = 4  # of conjugate gradients, in which tables move
+STEPS = 1  # of conjugate gradients, in which tables move: more in one pass gain less than another pass (LOG)
 
 
 class KmeansConfig(DampConfig):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 
-NUMBERS = 1 << 17  # whose tables are looked for at a time, at least those of one table
-CELLS = 1 << 18  # costs that are in memory at a time
-EXACT = 512  # numbers of which all ends are tried
+NUMBERS = 1 << 16  # whose tables are looked for at a time, at least those of one table
+CELLS = 1 << 17  # costs that are in memory at a time
+EXACT = 64  # numbers of which all ends are tried
 DENSE = 512  # places whose stretches all are weighed at once
 REACH = 8  # steps that an end may go at a time
 PATTERNS = 1 << 16  # of the bits of a bfloat16
@@ -107,7 +107,7 @@ def _solved(values: Tensor, mass: Tensor, count: int) -> Tensor:
     shifted = values - centre
     sums = [torch.nn.functional.pad(mass * shifted**power, (1, 0)).cumsum(1) for power in (0, 1, 2)]
     count_there = min(count, n)
-    if n <= EXACT or count > MOST:
+    if n <= max(EXACT, 2 * BINS[0] * count) or count > MOST:
         bounds = _bounds(sums, count_there)
     else:
         tried = [
@@ -184,7 +184,7 @@ def _between_bins(sums: list[Tensor], values: Tensor, mass: Tensor, bins: int, c
     wanted = torch.arange(1, bins, device=values.device, dtype=torch.float64) / bins
     edges = torch.searchsorted(share.contiguous(), (total * wanted).contiguous())
     edges = torch.nn.functional.pad(edges, (1, 0))
-    edges = torch.cat([edges, torch.full_like(edges[:, :1], values.shape[1])], 1)
+    edges = torch.cat([edges, (mass > 0).sum(1, keepdim=True)], 1)  # behind the last number, wherever others end
     picked = _bounds([one.gather(1, edges) for one in sums], count)
     around = [edges.gather(1, (picked + step).clamp(0, bins)) for step in (-1, 0, 1)]
     return around[1], torch.maximum(around[2] - around[1], around[1] - around[0])

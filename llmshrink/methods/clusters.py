@@ -10,7 +10,7 @@ Numbers that are equal are one number with their weights added up. Of a large gr
 thousand: there are no more than 65 536, and most of them are far out. Where all these are still many, and the stretches
 are 32 or fewer, they are first solved with the ends of stretches at the edges of bins only; then, exactly again, with
 each end within a few steps of where it was, the steps half as long each time, down to single numbers. That is the
-optimum of a whole matrix in 449 of 450 trials, and of a table for a few rows in 95 to 99 of 100; the others cost up to
+optimum of a whole matrix in 449 of 450 trials, and of a table for a few rows in 94 to 98 of 100; the others cost up to
 0.5 % more (bench/results.md).
 """
 
@@ -28,7 +28,7 @@ DENSE = 512  # places whose stretches all are weighed at once
 REACH = 8  # steps that an end may go at a time
 PATTERNS = 1 << 16  # of the bits of a bfloat16
 MANY = PATTERNS  # numbers that are counted by their patterns
-BINS, ONE = (12,), (14, 23)  # for each stretch, between whose edges ends lie at first; several are tried of one group
+BINS, ONE = (8,), (14, 23)  # for each stretch, between whose edges ends lie at first; several are tried of one group
 MOST = 32  # stretches that are looked for so
 TURNS = 32  # of moving ends at most
 SMALLEST = 1e-12  # of a group's mean weight: what numbers without any weight get, so that they are near something

@@ -196,11 +196,15 @@ class GroupCompressor:
 
     def _or_baseline(self, method: Method[Any], matrix: Matrix, tokens: int) -> tuple[Method[Any], Event | None]:
         """An expert that saw fewer tokens than it has inputs has a singular Hessian: only its weights count."""
-        starved = matrix.site.expert is not None and tokens < matrix.shape[1]
-        if method.baseline is None or not starved:
+        if method.baseline is None or not starved(matrix, tokens):
             return method, None
         message = f"{method.baseline} from the weights alone: it saw {tokens} calibration tokens"
         return by_weights(method), Event("expert_fallback", message, data={"tokens": float(tokens)})
+
+
+def starved(matrix: Matrix, tokens: int) -> bool:
+    """Whether an expert saw too few tokens for what is known of its inputs to count."""
+    return matrix.site.expert is not None and tokens < matrix.shape[1]
 
 
 def by_weights(method: Method[Any]) -> Method[Any]:

@@ -45,6 +45,8 @@ def applied(form: Form, x: Tensor) -> Tensor:
     if isinstance(form, Sum):
         first, *others = form.parts
         return sum((applied(part, x) for part in others), applied(first, x))
+    if isinstance(form, Dense):
+        return torch.nn.functional.linear(x, form.weight.to(x.dtype))
     if not isinstance(form, LowRank):
         return torch.nn.functional.linear(x, decode(form).to(x.dtype))
     inner = applied(form.right, x)

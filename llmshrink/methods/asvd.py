@@ -13,8 +13,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from llmshrink.forms import Event
 from llmshrink.methods.base import Prepared
-from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, Metric
+from llmshrink.methods.lowrank import FALLBACK, LowRankConfig, LowRankMethod, Metric
 from llmshrink.statistics import Magnitude, Statistic
 
 
@@ -40,12 +41,19 @@ class Asvd(LowRankMethod):
     def prepare(self, statistic: Statistic) -> Prepared:
         """What each input counts."""
         assert isinstance(statistic, Magnitude) and isinstance(self.config, AsvdConfig)
-        return Seen(square=statistic.mean.double() ** (2 * self.config.alpha))
+        kind, words = FALLBACK
+        if statistic.tokens == 0:
+            return Prepared((Event(kind, f"{words}: no calibration token reached it"),))
+        if not statistic.mean.isfinite().all():
+            return Prepared((Event(kind, f"{words}: its inputs are not finite"),))
+        dead = int((statistic.mean == 0).sum())
+        message = f"{dead} of {len(statistic.mean)} inputs were always zero: their weights are not counted"
+        told = (Event("dead_columns", message, data={"columns": float(dead)}),) if dead else ()
+        return Seen(told, square=statistic.mean.double() ** (2 * self.config.alpha))
 
     def metric(self, prepared: Prepared) -> Metric:
-        """The squares of S."""
-        assert isinstance(prepared, Seen)
-        return Metric(prepared.square)
+        """The squares of S; all inputs weigh the same where nothing is known of them."""
+        return Metric(prepared.square) if isinstance(prepared, Seen) else Metric(None)
 
 
 METHOD = Asvd

@@ -118,6 +118,10 @@ class Method(ABC, Generic[C]):
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""
         return None
 
+    def pointless(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix [out, in] of this shape is left as it is, unless it is asked for, or None."""
+        return None
+
     def scratch(self, shape: tuple[int, int]) -> int:
         """Bytes that `compress` holds of a matrix [out, in], or of the stretch of one that is taken at a time."""
         return SWEEP * FLOAT * shape[0] * shape[1]

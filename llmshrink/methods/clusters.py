@@ -7,11 +7,10 @@ rest lies between neighbours, and each layer of the table takes O(n log n) (Grø
 of a level's j, and all groups of numbers, are looked at together here.
 
 Numbers that are equal are one number with their weights added up. Of a large group of bfloat16 that leaves a few
-thousand: there are no more than 65 536, and most of them are far out. Where all these are still many, and the stretches
-are 32 or fewer, they are first solved with the ends of stretches at the edges of bins only; then, exactly again, with
-each end within a few steps of where it was, the steps half as long each time, down to single numbers. That is the
-optimum of a whole matrix in 449 of 450 trials, and of a table for a few rows in 94 to 98 of 100; the others cost up to
-0.5 % more (bench/results.md).
+thousand: there are no more than 65 536, and most of them are far out. Where these are still many, they are first solved
+with the ends of stretches at the edges of bins only; then, exactly again, with each end within a few steps of where it
+was, the steps half as long each time, down to single numbers. Nothing proves that this is the optimum; it nearly always
+was (how often, and by how much it was not, is in bench/results.md).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ REACH = 8  # steps that an end may go at a time
 PATTERNS = 1 << 16  # of the bits of a bfloat16
 MANY = PATTERNS  # numbers that are counted by their patterns
 BINS, ONE = (8,), (14, 23)  # for each stretch, between whose edges ends lie at first; several are tried of one group
-MOST = 32  # stretches that are looked for so
+EDGES = 1024  # of bins at most, but for four to a stretch
 TURNS = 32  # of moving ends at most
 SMALLEST = 1e-12  # of a group's mean weight: what numbers without any weight get, so that they are near something
 
@@ -51,7 +50,7 @@ def centroids(values: Tensor, weights: Tensor | None, count: int) -> Tensor:
     for part in range(0, len(values), size):
         rows = slice(part, part + size)
         order, mass = _merged(values[rows], None if weights is None else weights[rows])
-        found.append(_solved(order, mass, count))
+        found.append(_solved(order, mass, count, alone=len(values) == 1))
     return torch.cat(found)
 
 
@@ -100,19 +99,18 @@ def _counted(patterns: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     return numbers[None], mass[None]
 
 
-def _solved(values: Tensor, mass: Tensor, count: int) -> Tensor:
+def _solved(values: Tensor, mass: Tensor, count: int, *, alone: bool) -> Tensor:
     """The centroids of rows of rising numbers [groups, n] under their masses, which are zero from some number on."""
     groups, n = values.shape
     centre = (values * mass).sum(1, keepdim=True) / mass.sum(1, keepdim=True)  # sums of squares lose less around it
     shifted = values - centre
     sums = [torch.nn.functional.pad(mass * shifted**power, (1, 0)).cumsum(1) for power in (0, 1, 2)]
     count_there = min(count, n)
-    if n <= max(EXACT, 2 * BINS[0] * count) or count > MOST:
+    if n <= max(EXACT, 2 * BINS[0] * count):
         bounds = _bounds(sums, count_there)
     else:
         tried = [
-            _moved(sums, _between_bins(sums, shifted, mass, bins, count_there))
-            for bins in (BINS if groups > 1 else ONE)
+            _moved(sums, _between_bins(sums, shifted, mass, bins, count_there)) for bins in (ONE if alone else BINS)
         ]
         bounds = _cheapest(sums, tried)
     zeroth, first = (one.gather(1, bounds).diff(dim=1) for one in sums[:2])
@@ -177,7 +175,7 @@ def _between_bins(sums: list[Tensor], values: Tensor, mass: Tensor, bins: int, c
 
     Each holds as much of density^(1/3), which is how many values of the best table lie there (Panter and Dite 1951).
     """
-    bins *= count
+    bins = count * min(bins, max(4, EDGES // count))
     gaps = values.diff(dim=1, prepend=values[:, :1])
     share = (mass * gaps.square()).pow(1 / 3).cumsum(1)
     total = share[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)

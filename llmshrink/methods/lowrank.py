@@ -19,10 +19,10 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmshrink.forms import Codebook, Dense, Event, Form, Layer, LowRank, Objective, Quantized, Sum, decode
@@ -31,9 +31,11 @@ from llmshrink.methods.gptq import Gptq, GptqConfig
 from llmshrink.methods.kmeans import STRETCH, Kmeans, KmeansConfig
 from llmshrink.statistics import Hessian
 
+KEEP = 0.8  # of the numbers, where nobody says how many
 FEW = 0.1  # bits a weight that factors beside codes take, where nobody says their rank
 FACTOR_BITS: Literal[4] = 4  # of theirs, the same
 SOLVABLE = 1e-9  # of its mean, added to the diagonal of normal equations
+FALLBACK = ("svd_fallback", "factored by the weights alone")
 POOR = "correction_poor"
 TILE = 512  # columns of H that are in float64 at a time
 DOUBLE = 8  # bytes
@@ -43,9 +45,13 @@ COPIES, SQUARES = 4, 6  # float64 numbers while a matrix is factored: of its own
 class LowRankConfig(ShareConfig):
     """Settings of the methods that make products."""
 
-    keep: float = Field(0.8, gt=0, lt=1, description="share of a matrix's numbers that its factors have")
+    keep: float | None = Field(
+        None, gt=0, lt=1, description="share of a matrix's numbers that its factors have; null: 0.8, or as `rank` says"
+    )
     rank: int | None = Field(
-        None, ge=1, description="rank of every product; null: the largest that `keep` allows, or 0.1 bits a weight"
+        None,
+        ge=1,
+        description="rank of every product; null: the largest that `keep` allows, or with `bits` 0.1 bits a weight",
     )
     pivots: bool | None = Field(
         None,
@@ -63,10 +69,22 @@ class LowRankConfig(ShareConfig):
     )
     rounds: int = Field(4, ge=1, description="with bits: times that factors and codes are fitted to each other")
 
+    @model_validator(mode="after")
+    def _check_keep(self) -> Self:
+        said = next((name for name in ("rank", "bits") if getattr(self, name) is not None), None)
+        if self.keep is not None and said is not None:
+            raise ValueError(f"`{said}` says how many numbers are kept: leave out `keep`")
+        return self
+
+    @property
+    def kept(self) -> float:
+        """`keep` with its default worked out."""
+        return KEEP if self.keep is None else self.keep
+
     @property
     def share(self) -> float:
         """The share of the numbers that is saved."""
-        return 1 - self.keep
+        return 1 - self.kept
 
     def at(self, share: float) -> dict[str, Any] | None:
         """The keys of a layer that saves another share; None where it saves nothing."""
@@ -77,7 +95,7 @@ class LowRankConfig(ShareConfig):
         """Percents kept, or the rank."""
         if self.rank is None and self.bits is not None:
             return "r"
-        return f"{self.keep:.0%}".rstrip("%") if self.rank is None else f"r{self.rank}"
+        return f"{self.kept:.0%}".rstrip("%") if self.rank is None else f"r{self.rank}"
 
     @property
     def by_rows(self) -> bool:
@@ -110,7 +128,7 @@ class LowRankConfig(ShareConfig):
         if self.rank is not None:
             return self.rank
         if self.bits is None:
-            return self.within(shape, self.keep)
+            return self.within(shape, self.kept)
         return max(1, round(FEW * math.prod(shape) / ((self.coded or 16) * sum(shape))))
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
@@ -120,7 +138,7 @@ class LowRankConfig(ShareConfig):
             return f"rank {rank} saves nothing: the largest that does is {most}"
         if rank < 1:
             least = self.numbers(shape, 1) / math.prod(shape)
-            return f"keep {self.keep:g} leaves no rank: rank 1 has {least:.3g} of its numbers"
+            return f"keep {self.kept:g} leaves no rank: rank 1 has {least:.3g} of its numbers"
         return None
 
 
@@ -140,6 +158,10 @@ class LowRankMethod(Method[LowRankConfig]):
         whole, square = shape[0] * shape[1], min(shape) ** 2
         codes = 0 if self.config.bits is None else self._rest.scratch((1, min(whole, STRETCH))) + FLOAT * whole
         return DOUBLE * (COPIES * whole + SQUARES * square) + codes
+
+    def pointless(self, shape: tuple[int, int]) -> str | None:
+        """Why no product of a matrix [out, in] of this shape saves anything, or None."""
+        return None if self.config.rank or self.config.most(shape) else "no product has fewer numbers"
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be factored so, or None."""
@@ -164,7 +186,9 @@ class LowRankMethod(Method[LowRankConfig]):
         """The nearest product to W, as it is stored."""
         U = principal(W, H, self.config.rank_of((len(W), W.shape[1])))
         if not self.config.by_rows:
-            right = self._stored(U.T @ W, prepared, dtype)
+            V = U.T @ W
+            V /= V.norm(dim=1, keepdim=True).sqrt().clamp(min=torch.finfo(dtype).tiny)  # both factors about as large
+            right = self._stored(V, prepared, dtype)
             left = fitted(W, decode(right).double(), H)
             return LowRank(_turned(self._stored(left.T, Prepared(), dtype)), right)
         chosen = pivots(U)
@@ -176,7 +200,7 @@ class LowRankMethod(Method[LowRankConfig]):
         """A factor in the dtype of the model, or as codes with a scale for each row."""
         if self.config.coded is None:
             return Dense(factor.to(dtype).contiguous())
-        rounding = Gptq(GptqConfig(bits=self.config.coded, group_size=-1), self.scales)
+        rounding = Gptq(GptqConfig(bits=self.config.coded, group_size=-1), self.scales or dtype)
         return rounding.compress(factor.to(torch.float32).contiguous(), prepared).weight
 
     def _corrected(self, W: Tensor, H: Metric, prepared: Prepared, dtype: torch.dtype) -> Layer:

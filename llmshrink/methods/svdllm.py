@@ -10,10 +10,8 @@ from typing import ClassVar
 
 from llmshrink.methods.base import Prepared
 from llmshrink.methods.hessian import DampConfig, Factors, factorised
-from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, Metric
+from llmshrink.methods.lowrank import FALLBACK, LowRankConfig, LowRankMethod, Metric
 from llmshrink.statistics import Hessian, Statistic
-
-FALLBACK = ("svd_fallback", "factored by the weights alone")
 
 
 class SvdLlmConfig(LowRankConfig, DampConfig):

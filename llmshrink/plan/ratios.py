@@ -47,15 +47,17 @@ class Ratios:
         config = load_method(str(stage.method.name)).Config(**stage.method.settings)
         assert isinstance(config, ShareConfig)
         self.config, self.sparsity = config, config.share
-        if self.sparsity > MOST:
+        if self.sparsity > MOST and isinstance(self.spec, RatioSpec):
             raise PlanError(
                 f"`ratios` leave at least {1 - MOST:.0%} of each layer, and {self.sparsity:g} of all numbers are to go."
             )
         self._stage = stage.model_copy(update={"ratios": None})
-        self.units = [Unit(matrices, ()) for matrices in self._alike(model)]
-        if not self.units:
-            raise PlanError("`ratios` has nothing to find: `layers` and `ignore` say what every layer gets.")
         self.work = resolve(recipe, self._stage, changeable(stage.transform, model) if stage.transform else model)
+        left = {m.key for m in self.work.left}
+        found = ([m for m in matrices if m.key not in left] for matrices in self._alike(model))
+        self.units = [Unit(tuple(matrices), ()) for matrices in found if matrices]
+        if not self.units and isinstance(self.spec, RatioSpec):
+            raise PlanError("`ratios` has nothing to find: `layers` and `ignore` say what every layer gets.")
         if recipe.output is None:
             self.work.output = self.work.output.with_name(f"{self.work.output.name}-{self.spec.name}")
         self._recipe = recipe.model_copy(update={"output": str(self.work.output)})

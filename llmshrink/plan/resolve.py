@@ -35,6 +35,11 @@ GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 ENOUGH, NEARLY_ALL = 0.5, 0.9
 UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a whole encoder is more
 OWN = {Sparse: "sparse", Codebook: "codebook", LowRank: "low-rank", Sum: "low-rank"}  # how a form is usually written
+HINT = "set on_indivisible to smaller_group, skip or channel, or choose another group_size"
+HINTS = {
+    "cluster": "choose other bits or rows, or leave the layers out with `ignore`",
+    "factorize": "choose another rank or keep, or leave the layers out with `ignore`",
+}
 TOWERS = 0.05  # of all weights
 
 
@@ -77,11 +82,14 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         method, reason = _fit(spec, stage, matrix, size, events)
         if method is None:
             left[matrix] = reason or ""
+        elif why := method.pointless(matrix.shape):
+            left[matrix] = why
+            events.append(Event("skipped", f"left as it is: {why}", matrix.name))
         elif why := method.check(matrix.shape):
             problems.append(f"{matrix.name} {list(matrix.shape)}: {why}")
         else:
             methods[matrix] = method
-    refuse(problems, "set on_indivisible to smaller_group, skip or channel, or choose another group_size")
+    refuse(problems, HINTS.get(stage.task, HINT))
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
     _propagated(recipe, methods, events)
@@ -100,9 +108,9 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     if stage.reconstruct is not None and not any(learnable(work.form(m).weight) for m in inside):
         name = method_name(next(iter(methods.values())))
         raise PlanError(
-            f"`reconstruct` learns integer codes in the blocks, and {name} has none.",
-            hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), or leave out `reconstruct` "
-            "(--preset best).",
+            f"`reconstruct` learns integer codes, tables or floats in the blocks, and {name} has none that it can.",
+            hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), factors without `factor_bits`, or "
+            "leave out `reconstruct` (--preset best).",
         )
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)
@@ -311,7 +319,7 @@ def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], event
     if own is not None:
         if not any(m.kind == "experts" for m in methods):
             return load_format(own)
-        events.append(Event("default_format", f"written dense: no loader takes {own} experts"))
+        events.append(Event("default_format", f"written dense, which is no smaller: no loader takes {own} experts"))
         return load_format("dense")
     bitsandbytes = getattr(layer.weight, "levels", None) is not None or layer.input is not None
     return load_format("bnb" if bitsandbytes else "compressed-tensors")

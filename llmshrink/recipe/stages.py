@@ -316,6 +316,9 @@ class FactorizeStage(WeightStage):
         said = next((key for key in ("rank", "bits") if settings.get(key) is not None), None)
         if self.ratios is not None and said is not None:
             raise refuse([fault(("ratios",), f"the method's `{said}` says the rank: leave out one or the other")])
+        if self.allocate is not None and self.allocate.candidates is None and said is not None:
+            message = f"the method's `{said}` leaves it nothing to choose: give it `candidates`"
+            raise refuse([fault(("allocate",), message)])
         if self.ratios is not None and self.allocate is not None:
             raise refuse([fault(("ratios",), "`allocate` chooses the ranks: leave out one or the other")])
         return self

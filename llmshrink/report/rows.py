@@ -235,7 +235,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_transformed(stage.transforms))
     if stage.allocation is not None:
         lines += _allocated(stage.allocation)
-    if stage.ratios is not None:
+    if stage.ratios is not None and stage.ratios.units:
         lines.append(_shares(stage.ratios))
     if stage.blocks:
         lines.append(_learned(stage.blocks, fitted=stage.cut is not None))

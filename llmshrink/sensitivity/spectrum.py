@@ -16,8 +16,9 @@ from torch import Tensor
 
 from llmshrink.allocate.solver import Option, solve
 from llmshrink.engine.gather import gather
+from llmshrink.engine.groups import by_weights, starved
 from llmshrink.engine.hidden import Hidden
-from llmshrink.errors import PlanError
+from llmshrink.errors import InputError, PlanError
 from llmshrink.memory import trim
 from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, spectrum
 from llmshrink.model.anatomy import Block, Group, Matrix
@@ -42,6 +43,8 @@ def by_spectrum(
         economy: how much is in memory at a time.
         progress: told of the steps.
     """
+    if not ratios.units:
+        return []
     blocks = model.anatomy.blocks
     unit_of = {matrix.key: number for number, unit in enumerate(ratios.units) for matrix in unit.matrices}
     lost: list[Tensor | None] = [None] * len(ratios.units)
@@ -88,11 +91,18 @@ def _tails(
         for group in wanted:
             for matrix in (m for m in group.matrices if m.key in open_):
                 method = methods[matrix.key]
+                if group in gathered and starved(matrix, gathered[group][NoStatistic].tokens):
+                    method = by_weights(method)  # as it will be compressed
                 assert isinstance(method, LowRankMethod)
                 kind = method.statistic
                 seen = gathered[group][kind] if group in gathered else kind(group.width, model.device)
-                weight = model.read(matrix).double()
-                yield matrix, tails_of(spectrum(weight, method.metric(method.prepare(seen))))
+                found = spectrum(model.read(matrix).double(), method.metric(method.prepare(seen)))
+                if not found.isfinite().all():
+                    raise InputError(
+                        f"{matrix.name}: its singular values are infinite or undefined.",
+                        hint="Leave the layer out with `ignore`, or calibrate on other text.",
+                    )
+                yield matrix, tails_of(found)
 
 
 def tails_of(found: Tensor) -> Tensor:
@@ -120,11 +130,13 @@ def best_ranks(
     for shape, count, lost in zip(shapes, counts, tails, strict=True):
         most = config.most(shape)
         tried = sorted({max(1, round(most * step / RANKS)) for step in range(1, RANKS + 1)}) if most else []
-        ranks.append([*tried, None])
         products = [Option(count * config.numbers(shape, rank), float(lost[rank])) for rank in tried]
-        options.append([*products, Option(count * shape[0] * shape[1], 0.0)])
+        # Beside codes a matrix of floats would have more bytes than its numbers say.
+        whole = [Option(count * shape[0] * shape[1], 0.0)] if config.coded is None else []
+        ranks.append([*tried, *([None] if whole else [])])
+        options.append([*products, *whole])
     total = sum(count * shape[0] * shape[1] for shape, count in zip(shapes, counts, strict=True))
-    found = solve(options, int(config.keep * total))
+    found = solve(options, int(config.kept * total))
     if found is None:
-        raise PlanError(f"keep {config.keep:g}: rank 1 everywhere has more numbers.", hint="Keep more.")
+        raise PlanError(f"keep {config.kept:g}: rank 1 everywhere has more numbers.", hint="Keep more.")
     return [of[i] for of, i in zip(ranks, found, strict=True)]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers import ROUNDING, Stopping, content, decoded_model, load, logits, recipe
 from safetensors.torch import load_file
-from tiny import FAMILIES, config
+from tiny import FAMILIES, build_model, config
+from transformers import Qwen2MoeConfig
 
 from llmshrink import run
 from llmshrink.cli import main
@@ -166,6 +167,37 @@ def test_refused_before_any_compute(smallest: Path, text_file: Path, tmp_path: P
         wanted(smallest, tmp_path / "out", text_file, stage={"inputs": "int8"})
     with pytest.raises(RecipeError, match="`rank` says the rank"):
         wanted(smallest, tmp_path / "out", text_file, stage={"ratios": {}}, rank=4)
+
+
+def test_what_no_rank_suits_is_left(text_file: Path, tmp_path: Path) -> None:
+    """The gate of Qwen2-MoE's shared expert has one output."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "vocab_size": 160}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 2}
+    experts = {"num_experts_per_tok": 1, "shared_expert_intermediate_size": 32}
+    build_model(tmp_path / "model", Qwen2MoeConfig(**shape, **heads, **experts))
+    report = factorize(tmp_path / "model", tmp_path / "out", text_file, name="svd")
+    assert any(e.kind == "skipped" and "fewer numbers" in e.message for e in report.events)
+    stage = report.stages[0]
+    assert stage.ratios is not None and not any("shared_expert_gate" in unit.layers for unit in stage.ratios.units)
+
+
+def test_layers_that_are_all_named_need_no_search(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"layers": {".*": {"rank": 4}}}
+    report = factorize(smallest, tmp_path / "out", text_file, stage=stage, name="svd")
+    assert {layer.rank for layer in report.stages[0].layers if layer.method} == {4}
+
+
+def test_factors_in_codes_leave_no_matrix_dense(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    (stage,) = factorize(smallest, tmp_path / "out", text_file, name="svd", keep=0.9, factor_bits=8).stages
+    assert all(layer.method for layer in stage.layers if ".layers." in layer.name and len(layer.shape) == 2)
+
+
+def test_ranks_are_chosen_to_a_size(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    allocate = {"bpw": 31, "candidates": [{"keep": 0.3}, {"keep": 0.9}], "rows": 2, "length": 16}
+    (stage,) = factorize(smallest, tmp_path / "out", text_file, stage={"allocate": allocate}, name="svd").stages
+    assert stage.allocation is not None and stage.ratios is None
+    with pytest.raises(RecipeError, match="give it `candidates`"):
+        wanted(smallest, tmp_path / "out", text_file, stage={"allocate": {"bpw": 31}}, rank=4)
 
 
 def test_experts_are_written_dense_and_told(

@@ -79,6 +79,7 @@ def test_it_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "NUMBERS", 700)
     monkeypatch.setattr(clusters, "CELLS", 500)
     assert torch.equal(centroids(values, None, 8), whole)
+    assert torch.equal(centroids(values[:5], None, 8), whole[:5])  # the last of them alone
 
 
 @pytest.mark.parametrize("weighed", [False, True])

@@ -11,7 +11,7 @@ import torch
 from correlated import WIDTH, hessian
 from torch import Tensor
 
-from llmshrink.forms import Codebook, Dense, LowRank, Quantized, Sum, decode
+from llmshrink.forms import Codebook, Dense, LowRank, Quantized, Sum, applied, decode
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
 from llmshrink.methods.hessian import Factors
@@ -136,6 +136,28 @@ def test_the_rank_is_the_largest_that_keeps_the_share(shape: tuple[int, int], by
     assert config.at(0.0) is None
 
 
+def test_inputs_that_are_always_zero_are_told() -> None:
+    method = make("asvd")
+    statistic = method.statistic(WIDTH, torch.device("cpu"))
+    statistic.update(torch.ones(4, WIDTH) * (torch.arange(WIDTH) > 4))
+    statistic.finish()
+    assert [event.kind for event in method.prepare(statistic).events] == ["dead_columns"]
+
+
+def test_no_factor_is_much_larger_than_the_other() -> None:
+    """In float16 what stands between them must stay finite where the outputs do."""
+    W = (matrix((1024, 1)) @ matrix((1, WIDTH)) * 20).half()
+    layer = compressed(make("svd", rank=8, pivots=False), W)
+    x = torch.sign(W[0]).half() * 4
+    assert (W @ x).isfinite().all() and applied(layer.weight, x).isfinite().all()
+
+
+def test_what_says_the_rank_is_said_once() -> None:
+    for other in ({"rank": 4}, {"bits": 2}):
+        with pytest.raises(ValueError, match="says how many numbers are kept"):
+            LowRankConfig(keep=0.5, **other)
+
+
 def test_ranks_that_save_nothing_are_refused() -> None:
     assert "the largest that does is 127" in str(make("svd", rank=128, pivots=False).check((256, 256)))
     assert make("svd", rank=127, pivots=False).check((256, 256)) is None
@@ -184,9 +206,15 @@ def test_factors_that_gain_little_are_told() -> None:
     assert not compressed(make("svd", bits=3, rank=1), (spike + matrix((WIDTH, WIDTH))).float()).events
 
 
-def test_nothing_known_of_the_inputs_is_told() -> None:
-    method, W = make("svdllm"), matrix((24, WIDTH)).float()
-    prepared = method.prepare(Hessian(WIDTH, torch.device("cpu")))
+@pytest.mark.parametrize("name", ["svdllm", "asvd"])
+@pytest.mark.parametrize("value", [None, torch.inf])
+def test_nothing_known_of_the_inputs_is_told(name: str, value: float | None) -> None:
+    method, W = make(name), matrix((24, WIDTH)).float()
+    statistic = method.statistic(WIDTH, torch.device("cpu"))
+    if value is not None:
+        statistic.update(torch.full((3, WIDTH), value))
+        statistic.finish()
+    prepared = method.prepare(statistic)
     assert [event.kind for event in prepared.events] == ["svd_fallback"]
     plain = make("svd")
     alone = plain.compress(W, plain.prepare(NoStatistic(WIDTH, torch.device("cpu"))))

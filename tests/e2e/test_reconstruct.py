@@ -111,7 +111,7 @@ def test_codes_of_a_table_and_without_a_zero_are_refused_before_any_compute(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, method: str
 ) -> None:
     other = wanted(models_folder("llama"), tmp_path / "out", text_file, {"name": method}, stage={"format": None})
-    with pytest.raises(PlanError, match=f"learns integer codes in the blocks, and {method} has none"):
+    with pytest.raises(PlanError, match=f"learns integer codes, tables or floats in the blocks, and {method} has none"):
         run.make_plan(other)
 
 

@@ -108,8 +108,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = applied(self.form(), x)
-        return out if self.bias is None else out + self.bias
+        return applied(self.form(), x, self.bias)
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
         """The same as a linear with a weight of its own."""

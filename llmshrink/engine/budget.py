@@ -246,9 +246,10 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         for group, size in zip(groups[part], sizes[part], strict=True):
             methods = [work.methods[m] for m in group.matrices if m in work.methods]
             factors = _factors(work, group)
-            sweep = max(work.methods[m].scratch(m.shape) for m in group.matrices if m in work.methods)
             if all(method.in_stretches for method in methods):
                 sweep = SWEEP * FLOAT * min(sum(m.numel for m in group.matrices), STACK)
+            else:
+                sweep = max(work.methods[m].scratch(m.shape) for m in group.matrices if m in work.methods)
             lanes = lanes_of(work.model.device) if is_small(group) else 1
             phases.append(kept + lanes * max(factors, factors // 3 + sweep))
             kept -= size

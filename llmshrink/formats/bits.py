@@ -117,6 +117,22 @@ def scattered(groups: Tensor, size: int, count: int, name: str) -> Tensor | None
     return found
 
 
+def pack_flat(values: Tensor, bits: int) -> Tensor:
+    """Integers of any shape below 2^bits, in the order of rows -> uint8 [bytes], whole words of 32 bits."""
+    words = math.ceil(values.numel() * bits / 32)
+    if values.is_meta:
+        return torch.empty(4 * words, dtype=torch.uint8, device="meta")
+    rows = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % 32)).view(-1, 32)  # each ends with a word
+    return pack(rows, bits).flatten()[:words].view(torch.uint8)
+
+
+def unpack_flat(packed: Tensor, bits: int, n: int) -> Tensor:
+    """uint8 [bytes] -> uint8 [n], or int32 as of `unpack`: the inverse of `pack_flat`; the bytes may lie in a file."""
+    words = packed.clone().view(torch.int32)
+    rows = torch.nn.functional.pad(words, (0, -len(words) % bits)).view(-1, bits)
+    return unpack(rows, bits, 32).flatten()[:n]
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool of any shape -> uint8 [ceil(n / 8)]: a bit each, least significant first."""
     total = mask.numel()

@@ -18,7 +18,6 @@ from llmshrink.formats.base import Slot
 from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
 from llmshrink.forms import Codebook, Form, Layer
 
-WORD = 32  # bits
 TABLE = "_table"
 
 
@@ -56,7 +55,7 @@ class CodebookFormat(OwnFormat):
 
 def pack(form: Codebook, key: str) -> dict[str, Tensor]:
     """The codes as `key`, and the tables beside it."""
-    return {key: packed(form.codes, form.bits), key + TABLE: form.table}
+    return {key: bitpack.pack_flat(form.codes, form.bits), key + TABLE: form.table}
 
 
 def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor]) -> Codebook:
@@ -64,7 +63,7 @@ def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Te
     bits, table = int(entry["bits"]), get(key + TABLE)
     if len(table) < 1 or shape[0] % len(table) or table.shape[1] != 1 << bits:
         raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
-    return Codebook(unpacked(get(key), shape, bits), table, bits)
+    return Codebook(bitpack.unpack_flat(get(key), bits, math.prod(shape)).view(shape), table, bits)
 
 
 def describe(form: Codebook) -> Entry:
@@ -76,21 +75,6 @@ def meta(entry: Entry, shape: tuple[int, int]) -> Codebook:
     """The structure without data."""
     table = empty((int(entry["tables"]), 1 << int(entry["bits"])), getattr(torch, entry["values"]))
     return Codebook(empty(shape, torch.uint8), table, int(entry["bits"]))
-
-
-def packed(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [bytes]: codes [out, in] below 2^bits in the order of rows, in whole words."""
-    if codes.is_meta:
-        return empty((4 * math.ceil(codes.numel() * bits / WORD),), torch.uint8)
-    rows = codes if codes.shape[1] * bits % WORD == 0 else codes.reshape(1, -1)
-    return bitpack.pack(rows, bits).flatten().view(torch.uint8)
-
-
-def unpacked(stored: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
-    """uint8 [out, in]: the inverse of `packed`."""
-    (out, width), words = shape, stored.clone().view(torch.int32)
-    rows = out if width * bits % WORD == 0 else 1
-    return bitpack.unpack(words.view(rows, -1), bits, out * width // rows).view(out, width)
 
 
 def _shape(entry: Entry) -> tuple[int, int]:

@@ -7,6 +7,7 @@ under `_scale`s. The codes of the rest are `weight_rest` and `weight_rest_table`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -114,7 +115,7 @@ def _packed(factor: Form, key: str) -> dict[str, Tensor]:
         return {key: factor.weight}
     assert isinstance(factor, Quantized) and isinstance(factor.scale, Dense)
     codes = factor.codes if factor.codes.is_meta else bitpack.unsigned(factor.codes, factor.bits)
-    return {key: codebook.packed(codes, factor.bits), f"{key}_scale": factor.scale.weight}
+    return {key: bitpack.pack_flat(codes, factor.bits), f"{key}_scale": factor.scale.weight}
 
 
 def _describe(factor: Form) -> Entry:
@@ -139,7 +140,7 @@ def _read(entry: Entry, shape: Shape, key: str, get: Callable[[str], Tensor]) ->
             raise ValueError(f"a factor {list(found.shape)} where {list(shape)} is meant")
         return Dense(found)
     bits = int(entry["bits"])
-    codes = bitpack.signed(codebook.unpacked(get(key), shape, bits), bits)
+    codes = bitpack.signed(bitpack.unpack_flat(get(key), bits, math.prod(shape)).view(shape), bits)
     return Quantized(codes, Dense(get(f"{key}_scale")), None, None, _block(entry), bits)
 
 

@@ -61,13 +61,13 @@ class SparseFormat(OwnFormat):
         out, width = (int(n) for n in entry["shape"])
         kept, pattern, bits = int(entry["kept"]), _pattern(entry), entry.get("bits")
         mask = _unpacked_mask(get(f"{key}_mask"), (out, width), pattern)
-        stored = get(key).clone()
+        stored = get(key)
         if bits is None:
-            own = stored.view(getattr(torch, entry["dtype"]))
+            own = stored.clone().view(getattr(torch, entry["dtype"]))
             values: Form = Dense(own.new_zeros(out, width).masked_scatter_(mask, own[:kept]))
         else:
             zero = get(f"{key}_zero") if not entry["symmetric"] else None
-            codes = bitpack.signed(bitpack.unpack(stored.view(torch.int32)[None], bits, kept)[0], bits)
+            codes = bitpack.signed(bitpack.unpack_flat(stored, bits, kept), bits)
             size = entry["group_size"] or width
             dropped = torch.zeros(out, width, dtype=torch.int8) if zero is None else zero.repeat_interleave(size, 1)
             values = Quantized(
@@ -119,9 +119,8 @@ def _packed_values(form: Sparse) -> Tensor:
     assert isinstance(form.values, Quantized)
     bits = form.values.bits
     if form.values.codes.is_meta:
-        return torch.empty(4 * math.ceil(form.kept * bits / 32), dtype=torch.uint8, device="meta")
-    codes = bitpack.unsigned(form.values.codes[form.mask], bits)
-    return bitpack.pack(codes[None], bits)[0].view(torch.uint8)
+        return bitpack.pack_flat(empty((form.kept,), torch.uint8), bits)
+    return bitpack.pack_flat(bitpack.unsigned(form.values.codes[form.mask], bits), bits)
 
 
 def _packed_mask(form: Sparse) -> Tensor:
@@ -132,11 +131,11 @@ def _packed_mask(form: Sparse) -> Tensor:
     n, m = form.pattern
     bits = _choice_bits(n, m)
     if mask.is_meta:
-        return torch.empty(4 * math.ceil(total // m * bits / 32), dtype=torch.uint8, device="meta")
+        return bitpack.pack_flat(empty((total // m,), torch.uint8), bits)
     numbers = (mask.view(-1, m).int() << torch.arange(m, dtype=torch.int32, device=mask.device)).sum(1)
     ranks = torch.zeros(1 << m, dtype=torch.int32)
     ranks[_choices(n, m)] = torch.arange(math.comb(m, n), dtype=torch.int32)
-    return bitpack.pack(ranks.to(mask.device)[numbers][None], bits)[0].view(torch.uint8)
+    return bitpack.pack_flat(ranks.to(mask.device)[numbers], bits)
 
 
 def _unpacked_mask(packed: Tensor, shape: tuple[int, int], pattern: tuple[int, int] | None) -> Tensor:
@@ -145,7 +144,7 @@ def _unpacked_mask(packed: Tensor, shape: tuple[int, int], pattern: tuple[int, i
     if pattern is None:
         return bitpack.unpack_mask(packed, total).view(shape)
     n, m = pattern
-    ranks = bitpack.unpack(packed.clone().view(torch.int32)[None], _choice_bits(n, m), total // m)[0].long()
+    ranks = bitpack.unpack_flat(packed, _choice_bits(n, m), total // m).long()
     numbers = _choices(n, m).to(packed.device)[ranks]
     return ((numbers[:, None] >> torch.arange(m, device=packed.device)) & 1).bool().view(shape)
 

@@ -40,22 +40,21 @@ def decode(form: Form) -> Tensor:
     return values if form.offset is None else values.add_(form.offset.float())
 
 
-def applied(form: Form, x: Tensor) -> Tensor:
+def applied(form: Form, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """What a linear with this weight makes of inputs [..., in]: [..., out] in their dtype. No product is formed."""
     if isinstance(form, Sum):
         first, *others = form.parts
-        return sum((applied(part, x) for part in others), applied(first, x))
-    if isinstance(form, Dense):
-        return torch.nn.functional.linear(x, form.weight.to(x.dtype))
+        return sum((applied(part, x) for part in others), applied(first, x, bias))
     if not isinstance(form, LowRank):
-        return torch.nn.functional.linear(x, decode(form).to(x.dtype))
+        weight = form.weight if isinstance(form, Dense) else decode(form)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     inner = applied(form.right, x)
-    product = applied(form.left, inner)
     if form.pivots is None:
-        return product
+        return applied(form.left, inner, bias)
+    product = applied(form.left, inner)
     whole = inner.new_empty((*inner.shape[:-1], len(form.pivots)))
     whole[..., form.pivots], whole[..., ~form.pivots] = inner, product
-    return whole
+    return whole if bias is None else whole.add_(bias)
 
 
 def check_blocks(form: Form) -> None:

@@ -196,11 +196,17 @@ class LowRankMethod(Method[LowRankConfig]):
         left = fitted(W, decode(right).double(), H)[~chosen]
         return LowRank(self._stored(left, Prepared(), dtype), right, chosen)
 
-    def _stored(self, factor: Tensor, prepared: Prepared, dtype: torch.dtype) -> Form:
-        """A factor in the dtype of the model, or as codes with a scale for each row."""
+    def _rounding(self, dtype: torch.dtype) -> Gptq | None:
+        """What makes codes of a factor of a matrix in `dtype`, with a scale for each row; None: it stays as floats."""
         if self.config.coded is None:
+            return None
+        return Gptq(GptqConfig(bits=self.config.coded, group_size=-1), self.scales or dtype)
+
+    def _stored(self, factor: Tensor, prepared: Prepared, dtype: torch.dtype) -> Form:
+        """A factor in the dtype of the model, or as codes."""
+        rounding = self._rounding(dtype)
+        if rounding is None:
             return Dense(factor.to(dtype).contiguous())
-        rounding = Gptq(GptqConfig(bits=self.config.coded, group_size=-1), self.scales or dtype)
         return rounding.compress(factor.to(torch.float32).contiguous(), prepared).weight
 
     def _corrected(self, W: Tensor, H: Metric, prepared: Prepared, dtype: torch.dtype) -> Layer:
@@ -222,22 +228,21 @@ class LowRankMethod(Method[LowRankConfig]):
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
-        (out, width), rank, config = shape, self.config.rank_of(shape), self.config
-        rows = out - rank if config.by_rows else out
+        (out, width), rank = shape, self.config.rank_of(shape)
         right = self._meta((rank, width), dtype)
-        if config.by_rows:
-            product = LowRank(self._meta((rows, rank), dtype), right, torch.empty(out, dtype=torch.bool, device="meta"))
+        if self.config.by_rows:
+            chosen = torch.empty(out, dtype=torch.bool, device="meta")
+            product = LowRank(self._meta((out - rank, rank), dtype), right, chosen)
         else:
-            product = LowRank(self._meta((rows, rank), dtype, (rows, 1)), right)
-        return Layer(product if config.bits is None else Sum((product, self._rest.form(shape, dtype).weight)))
+            product = LowRank(_turned(self._meta((rank, out), dtype)), right)
+        return Layer(product if self.config.bits is None else Sum((product, self._rest.form(shape, dtype).weight)))
 
-    def _meta(self, shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int] | None = None) -> Form:
-        if self.config.coded is None:
+    def _meta(self, shape: tuple[int, int], dtype: torch.dtype) -> Form:
+        """What `_stored` makes, without data."""
+        rounding = self._rounding(dtype)
+        if rounding is None:
             return Dense(torch.empty(shape, dtype=dtype, device="meta"))
-        tile = block or (1, shape[1])
-        scales = torch.empty(shape[0] // tile[0], shape[1] // tile[1], dtype=self.scales or dtype, device="meta")
-        codes = torch.empty(shape, dtype=torch.int8, device="meta")
-        return Quantized(codes, Dense(scales), None, None, tile, self.config.coded)
+        return rounding.form(shape, dtype).weight
 
 
 @dataclass(frozen=True)
@@ -281,17 +286,11 @@ class Metric:
 
 def principal(W: Tensor, H: Metric, rank: int) -> Tensor:
     """The directions [out, rank] of its outputs in which W [out, in], float64, gives most; orthonormal, most first."""
-    if len(W) <= W.shape[1]:
-        return _last(H.weigh(W) @ W.T, rank)
-    seen = H.root(W)
-    directions: Tensor = torch.linalg.qr(seen @ _last(seen.T @ seen, rank))[0]
-    return directions
-
-
-def _last(M: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of a symmetric matrix, those of the largest eigenvalues, the largest first."""
-    vectors: Tensor = torch.linalg.eigh(M)[1]
-    return vectors[:, -rank:].flip(1)
+    products, seen = _products(W, H)
+    vectors: Tensor = torch.linalg.eigh(products)[1][:, -rank:].flip(1)
+    if seen is not None:
+        vectors = torch.linalg.qr(seen @ vectors)[0]
+    return vectors
 
 
 def spectrum(W: Tensor, H: Metric) -> Tensor:
@@ -299,13 +298,16 @@ def spectrum(W: Tensor, H: Metric) -> Tensor:
 
     They are those of W S for H = S S^T; the error of the nearest product of rank r is the sum of all but the first r.
     """
-    if len(W) <= W.shape[1]:
-        product = H.weigh(W) @ W.T
-    else:
-        seen = H.root(W)
-        product = seen.T @ seen
-    found: Tensor = torch.linalg.eigvalsh(product)
+    found: Tensor = torch.linalg.eigvalsh(_products(W, H)[0])
     return found.flip(0).clamp_(min=0)
+
+
+def _products(W: Tensor, H: Metric) -> tuple[Tensor, Tensor | None]:
+    """W S times its transpose, on its smaller side; and W S [out, in], where that is the side of the inputs."""
+    if len(W) <= W.shape[1]:
+        return H.weigh(W) @ W.T, None
+    seen = H.root(W)
+    return seen.T @ seen, seen
 
 
 def fitted(W: Tensor, right: Tensor, H: Metric) -> Tensor:

@@ -19,9 +19,11 @@ from llmshrink.methods import load_method, method_names
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
+from llmshrink.plugin import Packed
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import StageReport
 
 ROUNDING = 1e-5  # of the spread of logits
 FORMATS = {"cast": {"format": {"name": "gguf"}}}  # of methods that no other format stores
@@ -89,6 +91,27 @@ SMALL = {
 def close(found: Tensor, right: Tensor, rounding: float = ROUNDING) -> bool:
     """Whether logits are the same but for the rounding of float32."""
     return bool((found - right).abs().max() <= rounding * right.std())
+
+
+def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Path, rounding: float = ROUNDING) -> None:
+    """A result in a format of llmshrink's own is as planned, loads whole, means what it stores, and is saved again."""
+    assert all(check.passed for check in stage.checks if check.name != "reader"), stage.checks
+    assert stage.bytes_after == stage.planned_bytes_after
+    model, info = load(out)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    treated = [layer for layer in stage.layers if layer.method]
+    assert sum(isinstance(module, Packed) for module in model.modules()) == len(treated)
+    right = logits(decoded_model(out, original))
+    assert close(logits(model), right, rounding)
+    assert not close(logits(load(original)[0]), right, rounding)
+    if model.can_generate():
+        tokens = model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=4, max_new_tokens=4, do_sample=False)
+        assert tokens.shape == (1, 7)
+    model.save_pretrained(again)
+    assert close(logits(load(again)[0]), right, rounding)
+    model.dequantize()
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert close(logits(model), right, rounding)
 
 
 def content(folder: Path) -> dict[str, str]:

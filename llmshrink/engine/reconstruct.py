@@ -28,7 +28,7 @@ from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.forms import Codebook, Dense, Form, LowRank, Quantized, Sparse, Sum, coded, decode, learnable, on
-from llmshrink.methods.clusters import middles, nearest
+from llmshrink.methods.codes import nearest
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.model.anatomy import Block, Matrix
 from llmshrink.model.rounding import as_stored, straight_through
@@ -36,6 +36,7 @@ from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.report.schema import BlockReport
 
 CELL = 0.49  # steps from a code within which its latent starts; at half a step it would be the next code's
+ROOM = 1 << 22  # distances that are in memory at a time
 PACES = (1.0, 0.25)  # the second where a block gets no better: one that is nearly right already
 BETAS = (0.9, 0.95)  # few steps: an average of squares over 1000 would not follow
 
@@ -133,7 +134,7 @@ class _Floats:
 
 
 class _Tables:
-    """One matrix as latents and tables of values: each weight is the value nearest to its latent.
+    """One matrix as latents and tables: each weight, or vector of them, is the entry nearest to its latent.
 
     Values move by the gradients of all weights that have them, and weights go over to others as latents move (DKM, Cho
     et al. 2022, arXiv 2108.12659, learns tables so; there weights are mixtures of all values while they are learned).
@@ -142,38 +143,61 @@ class _Tables:
     def __init__(self, form: Codebook, weight: Tensor) -> None:
         """`weight` is the original, float32 [out, in]."""
         self.form, self._values = form, form.table.float()
-        groups, count = self._values.shape
-        ends = self._values[:, [0, -1]]
-        self._unit = (ends.diff(dim=1) / max(1, count - 1)).clamp_(min=torch.finfo(torch.float32).tiny)
-        codes = form.codes.view(groups, -1).long()
-        edges = torch.cat([ends[:, :1] - self._unit, middles(self._values), ends[:, 1:] + self._unit], 1)
-        own, low, high = self._values.gather(1, codes), edges.gather(1, codes), edges.gather(1, codes + 1)
-        exact = weight.reshape(groups, -1)
-        inside = torch.clamp(exact, own + 2 * CELL * (low - own), own + 2 * CELL * (high - own))
-        self.latent = (inside / self._unit).requires_grad_()
+        groups, count, dim = self._values.shape
+        self._scale = torch.ones_like(weight[:, :1]) if form.scale is None else form.scale.float()[:, None]
+        low, high = self._values.amin(1, keepdim=True), self._values.amax(1, keepdim=True)
+        step = (high - low).mean(2, keepdim=True) / max(1, count ** (1 / dim) - 1)
+        self._unit = step.clamp_(min=torch.finfo(torch.float32).tiny)
+        exact = (weight / self._scale).reshape(groups, -1, dim)
+        self.latent = (self._inside(exact) / self._unit).requires_grad_()
         self.shift = torch.zeros_like(self._values).requires_grad_()
+        self.factor = torch.zeros_like(self._scale).requires_grad_(form.scale is not None)
+
+    def _inside(self, exact: Tensor) -> Tensor:
+        """The points next to `exact` [groups, n, dim] of which the entries that the codes name are the nearest."""
+        codes = self.form.codes.view(len(exact), -1).long()
+        found = []
+        for x, code, table in zip(exact, codes, self._values, strict=True):
+            for part, own in zip(
+                torch.split(x, ROOM // len(table)), torch.split(code, ROOM // len(table)), strict=True
+            ):
+                apart = (table - table[:, None]).square().sum(2)[own]  # from the entry that each has, to all others
+                way = part - table[own]
+                along = way @ table.T - (way * table[own]).sum(1, keepdim=True)
+                limit = torch.where((along > 0) & (apart > 0), apart / (2 * along), torch.inf).amin(1, keepdim=True)
+                found.append(table[own] + way * (2 * CELL * limit).clamp_(max=1))
+        return torch.cat(found).view(exact.shape)
 
     def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
-        """Latents and shifts of values, in mean distances between the values of a table."""
-        rate = spec.rate_of(self.form.bits)
-        return [{"params": [self.latent], "lr": pace * rate}, {"params": [self.shift], "lr": pace * rate}]
+        """Latents and shifts of values, in mean distances between the entries of a table, and factors of scales."""
+        scales = [{"params": [self.factor], "lr": pace * spec.scale_rate}] if self.factor.requires_grad else []
+        rate = spec.rate_of(self.form.bits // self._values.shape[2])
+        return [{"params": [self.latent], "lr": pace * rate}, {"params": [self.shift], "lr": pace * rate}, *scales]
 
     def _table(self) -> Tensor:
         stored = as_stored(self._values + self.shift * self._unit, self.form.table.dtype)
-        return stored.sort(1).values  # values may pass each other
+        return stored.sort(1).values if stored.shape[2] == 1 else stored  # single values may pass each other
+
+    def _stored(self) -> Tensor:
+        if self.form.scale is None:
+            return self._scale
+        return as_stored(self._scale * (1 + self.factor), self.form.scale.dtype)
 
     def weight(self) -> Tensor:
-        """The nearest values, float32 [out, in]; gradients reach them, and pass through to the latents."""
+        """The nearest entries, float32 [out, in]; gradients reach them, and pass through to the latents."""
         table, latent = self._table(), self.latent * self._unit
-        found = table.gather(1, nearest(latent.detach(), table.detach()))
-        return (found + (latent - latent.detach())).view(self.form.codes.shape)
+        codes = nearest(latent.detach(), table.detach())
+        found = table.gather(1, codes[..., None].expand_as(latent))
+        units: Tensor = (found + (latent - latent.detach())).view(self.form.shape)
+        return units * self._stored()
 
     @torch.no_grad()
     def result(self) -> Codebook:
         """What is to be stored."""
         table = self._table()
         codes = nearest(self.latent * self._unit, table).to(torch.uint8).view(self.form.codes.shape)
-        return replace(self.form, codes=codes, table=table.to(self.form.table.dtype))
+        scale = None if self.form.scale is None else self._stored()[:, 0].to(self.form.scale.dtype)
+        return replace(self.form, codes=codes, table=table.to(self.form.table.dtype), scale=scale)
 
 
 class _Product:

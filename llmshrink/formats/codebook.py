@@ -1,7 +1,8 @@
 """`codebook`: weights as codes into tables of values, which stretches of rows share.
 
-On disk a matrix is its codes, 1 to 8 bits each, as flat bytes under its own name, and `weight_table` [groups, 2^bits]
-in the model's dtype: rows i * out / groups to (i + 1) * out / groups share the table i.
+On disk a matrix is its codes, 1 to 8 bits each, as flat bytes under its own name; `weight_table` [groups, 2^bits], rows
+i * out / groups to (i + 1) * out / groups sharing the table i, or [groups, 2^bits, dim] where a code stands for `dim`
+adjacent inputs; and where rows have scales, `weight_scale` [out], by which a row's values are multiplied.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from llmshrink.formats.base import Slot
 from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
 from llmshrink.forms import Codebook, Form, Layer
 
-TABLE = "_table"
+TABLE, SCALE = "_table", "_scale"
 
 
 class CodebookFormat(OwnFormat):
-    """Codes, and the tables of values that they name."""
+    """Codes, the tables of values that they name, and what these are multiples of."""
 
     name: ClassVar[str] = "codebook"
-    parts: ClassVar[tuple[str, ...]] = (".weight", f".weight{TABLE}")
+    parts: ClassVar[tuple[str, ...]] = (".weight", f".weight{TABLE}", f".weight{SCALE}")
     marks: ClassVar[tuple[str, ...]] = (f".weight{TABLE}",)
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
@@ -35,12 +36,12 @@ class CodebookFormat(OwnFormat):
         return None if slot.key.endswith(".weight") else "its tensor is not named `.weight`"
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
-        """Codes in whole words of 32 bits, and the tables."""
+        """Codes in whole words of 32 bits, tables and scales."""
         assert isinstance(layer.weight, Codebook)
         return pack(layer.weight, slot.key)
 
     def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
-        """The codes and their tables."""
+        """The codes, their tables and scales."""
         return read(key, entry, _shape(entry), get)
 
     def describe(self, layer: Layer) -> Entry:
@@ -54,27 +55,36 @@ class CodebookFormat(OwnFormat):
 
 
 def pack(form: Codebook, key: str) -> dict[str, Tensor]:
-    """The codes as `key`, and the tables beside it."""
-    return {key: bitpack.pack_flat(form.codes, form.bits), key + TABLE: form.table}
+    """The codes as `key`, and beside it the tables, and the scales if there are any."""
+    table = form.table if form.table.shape[2] > 1 else form.table[..., 0]
+    scales = {} if form.scale is None else {key + SCALE: form.scale}
+    return {key: bitpack.pack_flat(form.codes, form.bits), key + TABLE: table, **scales}
 
 
 def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor]) -> Codebook:
-    """The codes [out, in] behind `key`, and their tables."""
-    bits, table = int(entry["bits"]), get(key + TABLE)
-    if len(table) < 1 or shape[0] % len(table) or table.shape[1] != 1 << bits:
+    """The codes behind `key` of a matrix [out, in], their tables and scales."""
+    bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
+    if len(table) < 1 or shape[0] % len(table) or table[0].numel() != dim << bits or shape[1] % dim:
         raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
-    return Codebook(bitpack.unpack_flat(get(key), bits, math.prod(shape)).view(shape), table, bits)
+    codes = bitpack.unpack_flat(get(key), bits, math.prod(shape) // dim).view(shape[0], -1)
+    scale = get(key + SCALE) if entry.get("scales") else None
+    return Codebook(codes, table.view(len(table), -1, dim), bits, scale)
 
 
 def describe(form: Codebook) -> Entry:
     """What of it is not in its shape."""
-    return {"bits": form.bits, "tables": len(form.table), "values": dtype_name(form.table.dtype)}
+    values = {"values": dtype_name(form.table.dtype)}
+    dim = {} if form.table.shape[2] == 1 else {"dim": form.table.shape[2]}
+    scales = {} if form.scale is None else {"scales": dtype_name(form.scale.dtype)}
+    return {"bits": form.bits, **dim, "tables": len(form.table), **values, **scales}
 
 
 def meta(entry: Entry, shape: tuple[int, int]) -> Codebook:
     """The structure without data."""
-    table = empty((int(entry["tables"]), 1 << int(entry["bits"])), getattr(torch, entry["values"]))
-    return Codebook(empty(shape, torch.uint8), table, int(entry["bits"]))
+    bits, dim = int(entry["bits"]), int(entry.get("dim", 1))
+    table = empty((int(entry["tables"]), 1 << bits, dim), getattr(torch, entry["values"]))
+    scale = empty(shape[:1], getattr(torch, entry["scales"])) if entry.get("scales") else None
+    return Codebook(empty((shape[0], shape[1] // dim), torch.uint8), table, bits, scale)
 
 
 def _shape(entry: Entry) -> tuple[int, int]:

@@ -29,7 +29,8 @@ class LowRankFormat(OwnFormat):
 
     name: ClassVar[str] = "low-rank"
     parts: ClassVar[tuple[str, ...]] = tuple(
-        f".weight{part}" for part in ("", "_scale", RIGHT, f"{RIGHT}_scale", PIVOTS, REST, f"{REST}{codebook.TABLE}")
+        f".weight{part}"
+        for part in ("", "_scale", RIGHT, f"{RIGHT}_scale", PIVOTS, REST, REST + codebook.TABLE, REST + codebook.SCALE)
     )
     marks: ClassVar[tuple[str, ...]] = (f".weight{RIGHT}",)
 

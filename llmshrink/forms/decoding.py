@@ -64,6 +64,8 @@ def check_blocks(form: Form) -> None:
     if isinstance(form, Codebook):
         if len(form.codes) % len(form.table):
             raise ValueError(f"{len(form.table)} tables do not share {len(form.codes)} rows")
+        if form.scale is not None and len(form.scale) != len(form.codes):
+            raise ValueError(f"{len(form.scale)} scales are not those of {len(form.codes)} rows")
         return
     if isinstance(form, LowRank):
         _check_factors(form)
@@ -131,4 +133,6 @@ def shape_of(form: Form) -> torch.Size:
         return torch.Size((rows, shape_of(form.right)[1]))
     if isinstance(form, Sum):
         return shape_of(form.parts[0])
-    return form.codes.shape if isinstance(form, Quantized | Codebook) else form.weight.shape
+    if isinstance(form, Codebook):
+        return form.shape
+    return form.codes.shape if isinstance(form, Quantized) else form.weight.shape

@@ -73,24 +73,32 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Codes into tables of values, which stretches of rows have in common."""
+    """Codes into tables, which stretches of rows have in common; each names a value, or those of adjacent inputs."""
 
-    codes: Tensor  # uint8 [out, in], below 2^bits
-    table: Tensor  # [groups, 2^bits], as stored; the first out / groups rows share the first table
-    bits: int
+    codes: Tensor  # uint8 [out, in / dim], below 2^bits
+    table: Tensor  # [groups, 2^bits, dim], as stored; the first out / groups rows share the first table
+    bits: int  # of a code
+    scale: Tensor | None = None  # [out], as stored: what the values of a row are multiples of; None: of 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix: [out, in]."""
+        return torch.Size((len(self.codes), self.codes.shape[1] * self.table.shape[2]))
 
     def values(self) -> Tensor:
         """What the codes mean, float32 [out, in]."""
-        groups, entries = self.table.shape
-        values = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
-        codes, found, table = (x.view(groups, -1) for x in (self.codes, values, self.table.float()))
-        size = max(1, LOOKED_UP // codes.shape[1])
-        for start in range(0, groups, size):  # an index is four times as large as a code
-            part = slice(start, start + size)
-            first = torch.arange(0, len(codes[part]) * entries, entries, dtype=torch.int32, device=codes.device)
-            index = (codes[part].int() + first[:, None]).flatten()
-            torch.index_select(table[part].flatten(), 0, index, out=found[part].view(-1))
-        return values
+        groups, entries, dim = self.table.shape
+        values = torch.empty(self.shape, dtype=torch.float32, device=self.codes.device)
+        table, found = self.table.float().view(-1, dim), values.view(-1, dim)
+        out, width = self.codes.shape
+        first = torch.arange(groups, dtype=torch.int32, device=table.device).mul_(entries)
+        first = first.repeat_interleave(out // groups)[:, None]
+        size = max(1, LOOKED_UP // width)
+        for start in range(0, out, size):  # an index is four times as large as a code
+            stop = min(start + size, out)
+            index = (self.codes[start:stop] + first[start:stop]).flatten()
+            torch.index_select(table, 0, index, out=found[start * width : stop * width])
+        return values if self.scale is None else values.mul_(self.scale.float()[:, None])
 
 
 @dataclass(frozen=True)

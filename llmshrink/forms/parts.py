@@ -63,7 +63,9 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
         return replace(first, mask=mask, values=combine([form.values for form in parts], how), kept=kept)
     if isinstance(first, Codebook):
         books = [form for form in forms if isinstance(form, Codebook)]
-        return replace(first, codes=how([f.codes for f in books]), table=how([f.table for f in books]))
+        scales = [form.scale for form in books if form.scale is not None]
+        codes, table = how([form.codes for form in books]), how([form.table for form in books])
+        return replace(first, codes=codes, table=table, scale=how(scales) if scales else None)
     if isinstance(first, LowRank):
         products = [form for form in forms if isinstance(form, LowRank)]
         pivots = [form.pivots for form in products if form.pivots is not None]

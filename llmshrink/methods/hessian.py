@@ -43,7 +43,13 @@ class Factors(Prepared):
 
 
 def factorised(
-    statistic: Hessian, config: DampConfig, *, act_order: bool, otherwise: tuple[str, str], dead: str
+    statistic: Hessian,
+    config: DampConfig,
+    *,
+    act_order: bool,
+    otherwise: tuple[str, str],
+    dead: str,
+    adjacent: int = 1,
 ) -> Factors | Prepared:
     """Order the columns and factorise the Hessian once for all linears fed by the same tensor.
 
@@ -53,6 +59,7 @@ def factorised(
         act_order: the inputs with the largest mean square come first; else the order is theirs.
         otherwise: kind of the event where nothing can be factorised, and what is done then.
         dead: what becomes of the weights of inputs that are always zero.
+        adjacent: inputs that stay together in the order.
 
     Returns:
         Factors, or a plain Prepared with the event.
@@ -67,7 +74,10 @@ def factorised(
     if zero:
         message = f"{zero} of {len(H)} inputs were always zero: their weights are {dead}"
         events.append(Event("dead_columns", message, data={"columns": float(zero)}))
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
+    order = torch.arange(len(H), device=H.device).view(-1, adjacent)
+    if act_order:
+        order = order[diagonal.view(-1, adjacent).sum(1).argsort(descending=True, stable=True)]
+    order = order.flatten()
     mean = float(diagonal.sum()) / max(len(H) - zero, 1) or 1.0
     for share in (config.damp * factor for factor in LADDER):
         factors = _factorise(H, order, share * mean)

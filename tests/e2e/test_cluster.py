@@ -44,7 +44,7 @@ def test_transformers_loads_every_family(
     assert stage.format == "codebook"
     treated = [layer for layer in stage.layers if layer.method]
     assert all(layer.bits == 3 and (layer.objective or 0) <= 1 for layer in treated)
-    assert all(layer.bits_per_weight <= 3.26 for layer in treated)
+    assert all(layer.bits_per_weight <= 3.5 for layer in treated)
     assert_loads_packed(stage, out, original, tmp_path / "again")
 
 
@@ -66,7 +66,7 @@ def test_export_gives_the_same_weights_dense(smallest: Path, text_file: Path, tm
             assert torch.equal(value.float(), dense[key].to(value.dtype).float())
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 2, "rows": -1, "weighting": "none"}])
+@pytest.mark.parametrize("settings", [{"bits": 2, "dim": 2}, {"bits": 2, "rows": -1, "weighting": "none"}])
 def test_a_stopped_run_gives_the_same_bytes(
     smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -204,6 +204,8 @@ TRIALS = {
     "stages.factorize.method.svdllm.damp": Trial(0.9, PRODUCTS["svdllm"]),
     "stages.factorize.method.name": Trial("svd", PRODUCTS["svdllm"]),
     "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),
+    "stages.cluster.method.kmeans.dim": Trial(2, CLUSTERED),
+    "stages.cluster.method.kmeans.scales": Trial(False, CLUSTERED),
     "stages.cluster.method.kmeans.rows": Trial(16, CLUSTERED),
     "stages.cluster.method.kmeans.weighting": Trial("none", CLUSTERED),
     "stages.cluster.method.kmeans.feedback": Trial(False, CLUSTERED),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -203,35 +203,49 @@ def test_forms_that_cannot_be_learned_say_so() -> None:
 # --- tables of values
 
 
-def clustered(weight: Tensor) -> Codebook:
-    method = Kmeans(KmeansConfig(bits=2, rows=4, weighting="none"))
+CLUSTERED = [{"bits": 2, "rows": 4, "scales": False}, {"bits": 2, "rows": -1}, {"bits": 1, "dim": 4, "rows": 4}]
+
+
+def clustered(weight: Tensor, settings: dict[str, Any]) -> Codebook:
+    method = Kmeans(KmeansConfig(weighting="none", **settings))
     return cast(Codebook, method.compress(weight.bfloat16(), Prepared()).weight)
 
 
-def test_tables_start_from_what_is_stored() -> None:
-    form = clustered(some_weights())
+@pytest.mark.parametrize("settings", CLUSTERED)
+def test_tables_start_from_what_is_stored(settings: dict[str, Any]) -> None:
+    form = clustered(some_weights(), settings)
     learned = _learned(form, some_weights())
     assert torch.equal(learned.weight(), decode(form))
     result = cast(Codebook, learned.result())
     assert torch.equal(result.codes, form.codes) and torch.equal(result.table, form.table)
 
 
-def test_tables_that_are_learned_are_written() -> None:
-    learned, noise = _Tables(clustered(some_weights()), some_weights()), torch.Generator().manual_seed(4)
+@pytest.mark.parametrize("settings", CLUSTERED)
+def test_latents_start_next_to_the_weights(settings: dict[str, Any]) -> None:
+    learned = _Tables(clustered(some_weights(), settings), some_weights())
+    latent = (learned.latent.detach() * learned._unit).view(8, 256) * learned._scale
+    before = (decode(learned.form) - some_weights()).norm()
+    assert (latent - some_weights().bfloat16()).norm() < 0.1 * before
+
+
+@pytest.mark.parametrize("settings", CLUSTERED)
+def test_tables_that_are_learned_are_written(settings: dict[str, Any]) -> None:
+    learned, noise = _Tables(clustered(some_weights(), settings), some_weights()), torch.Generator().manual_seed(4)
     with torch.no_grad():
-        learned.latent += torch.randn(learned.latent.shape, generator=noise)
-        learned.shift += torch.randn(learned.shift.shape, generator=noise)  # values pass each other
+        for each in (learned.latent, learned.shift, learned.factor):  # values pass each other
+            each += 0.5 * torch.randn(each.shape, generator=noise)
     result = learned.result()
     assert torch.equal(decode(result), learned.weight().detach())
-    assert bool((result.table.float().diff(dim=1) >= 0).all()) and result.table.dtype == torch.bfloat16
+    assert result.table.dtype == learned.form.table.dtype
+    assert settings.get("dim", 1) > 1 or bool((result.table.float().diff(dim=1) >= 0).all())
 
 
 def test_gradients_reach_latents_and_values() -> None:
-    learned = _Tables(clustered(some_weights()), some_weights())
+    learned = _Tables(clustered(some_weights(), CLUSTERED[0]), some_weights())
     upstream = torch.randn(8, 256, generator=torch.Generator().manual_seed(5))
     (learned.weight() * upstream).sum().backward()
     assert learned.latent.grad is not None and learned.shift.grad is not None
-    assert torch.allclose(learned.latent.grad, upstream.view(2, -1) * learned._unit)
+    assert torch.allclose(learned.latent.grad, upstream.view(2, -1, 1) * learned._unit)
     codes = learned.form.codes.view(2, -1).long()
-    right = torch.zeros(2, 4).scatter_add_(1, codes, upstream.view(2, -1)) * learned._unit
-    assert torch.allclose(learned.shift.grad, right, rtol=1e-4)
+    right = torch.zeros(2, 4).scatter_add_(1, codes, upstream.view(2, -1))
+    assert torch.allclose(learned.shift.grad, right[..., None] * learned._unit, rtol=1e-4)

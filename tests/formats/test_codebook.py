@@ -12,18 +12,19 @@ from llmshrink.formats.codebook import FORMAT
 from llmshrink.forms import Codebook, Dense, Layer, decode
 
 
-def made(bits: int, shape: tuple[int, int], groups: int, dtype: torch.dtype) -> Layer:
+def made(bits: int, shape: tuple[int, int], groups: int, dtype: torch.dtype, dim: int = 1) -> Layer:
     generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
-    table = torch.randn(groups, 1 << bits, generator=generator).sort(1).values
-    return Layer(Codebook(codes, table.to(dtype), bits))
+    codes = torch.randint(0, 1 << bits, (shape[0], shape[1] // dim), generator=generator, dtype=torch.uint8)
+    table = torch.randn(groups, 1 << bits, dim, generator=generator).sort(1).values
+    scale = torch.rand(shape[0], generator=generator).bfloat16() if dim == 2 else None
+    return Layer(Codebook(codes, table.to(dtype), bits, scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(12, 64), (9, 50)])
+@pytest.mark.parametrize(("shape", "dim"), [((12, 64), 1), ((9, 50), 1), ((9, 50), 2), ((12, 64), 4)])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_bits_come_back(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    layer, slot = made(bits, shape, 3, dtype), Slot("a.b.weight", "a.b", shape, dtype)
+def test_bits_come_back(bits: int, shape: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
+    layer, slot = made(bits, shape, 3, dtype, dim), Slot("a.b.weight", "a.b", shape, dtype)
     assert FORMAT.check(slot, layer) is None
     packed = FORMAT.pack(slot, layer)
     config = FORMAT.config([(slot, layer)], [], dtype)
@@ -35,13 +36,15 @@ def test_bits_come_back(bits: int, shape: tuple[int, int], dtype: torch.dtype) -
     assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
     assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)
     assert packed["a.b.weight"].ndim == 1  # which no loader takes for a matrix
-    assert len(packed["a.b.weight"]) == 4 * -(-shape[0] * shape[1] * bits // 32)
+    assert len(packed["a.b.weight"]) == 4 * -(-shape[0] * shape[1] // dim * bits // 32)
 
 
-def test_what_codes_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = made(3, (12, 64), 4, torch.float32).weight
+@pytest.mark.parametrize("dim", [1, 2, 4])
+def test_what_codes_mean(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = made(3, (12, 64), 4, torch.float32, dim).weight
     assert isinstance(form, Codebook)
-    right = torch.stack([form.table[row // 3][form.codes[row].long()] for row in range(12)])
+    right = torch.stack([form.table[row // 3][form.codes[row].long()].flatten() for row in range(12)])
+    right = right if form.scale is None else right * form.scale.float()[:, None]
     assert torch.equal(decode(form), right)
     monkeypatch.setattr("llmshrink.forms.kinds.LOOKED_UP", 100)
     assert torch.equal(decode(form), right)

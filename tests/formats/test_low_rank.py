@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,9 +88,12 @@ def test_parts_that_do_not_fit_are_seen() -> None:
         check_blocks(LowRank(left, right, torch.zeros(27, dtype=torch.bool)))
     with pytest.raises(ValueError, match="have no sum"):
         check_blocks(Sum((LowRank(left, right), Dense(torch.zeros(24, 63)))))
-    table = Codebook(torch.zeros(24, 64, dtype=torch.uint8), torch.zeros(5, 4), 2)
+    table = Codebook(torch.zeros(24, 64, dtype=torch.uint8), torch.zeros(5, 4, 1), 2)
     with pytest.raises(ValueError, match="do not share"):
         check_blocks(Sum((LowRank(left, right), table)))
+    scaled = replace(table, table=torch.zeros(6, 4, 1), scale=torch.ones(23))
+    with pytest.raises(ValueError, match="23 scales are not those of 24 rows"):
+        check_blocks(Sum((LowRank(left, right), scaled)))
     codes = Quantized(torch.zeros(3, 64, dtype=torch.int8), Dense(torch.zeros(3, 2)), None, None, (1, 64), 8)
     with pytest.raises(ValueError, match="do not cover"):
         check_blocks(LowRank(left, codes))

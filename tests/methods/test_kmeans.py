@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from correlated import WIDTH, hessian
+from pydantic import ValidationError
 from torch import Tensor
 
 from llmshrink.forms import Codebook, decode
 from llmshrink.methods.clusters import cost
+from llmshrink.methods.codes import Codes, in_order, moved, refitted, rescaled, swept
 from llmshrink.methods.hessian import Factors
-from llmshrink.methods.kmeans import Kmeans, KmeansConfig, _Codes, _moved, _refitted, _swept
+from llmshrink.methods.kmeans import Kmeans, KmeansConfig
 from llmshrink.statistics import Hessian, NoStatistic
+
+KINDS = [
+    {"bits": 1, "dim": 1, "scales": False},
+    {"bits": 2, "dim": 1, "scales": True},
+    {"bits": 4, "dim": 1, "scales": False},
+    {"bits": 2, "dim": 2, "scales": True},
+    {"bits": 1, "dim": 4, "scales": False},
+]
 
 
 def matrix(seed: int) -> Tensor:
@@ -29,76 +41,97 @@ def damped(found: Factors) -> Tensor:
     return found.H.double() + found.damp * torch.eye(WIDTH, dtype=torch.float64)
 
 
-def objective(W: Tensor, codes: _Codes, H: Tensor) -> Tensor:
+def objective(W: Tensor, codes: Codes, H: Tensor) -> Tensor:
     rest = W.double() - codes.weight().double()
     return ((rest @ H) * rest).sum(1)
 
 
-def start(method: Kmeans, found: Factors) -> tuple[Tensor, _Codes]:
-    W = matrix(3)
-    return W, method._nearest(W, 4, found.importance, torch.float32)
+def begin(kind: dict[str, Any]) -> tuple[Tensor, Factors, Codes]:
+    """A matrix whose rows differ in size, what its inputs weigh, and tables for four rows each."""
+    method = Kmeans(KmeansConfig(rows=4, **kind))
+    found, W = factors(method), matrix(3) * torch.arange(1, 17)[:, None]
+    return W, found, method._nearest(W, method.config.sharing((16, WIDTH), torch.float32), found.importance)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_codes_are_those_of_brute_force(bits: int) -> None:
-    method = Kmeans(KmeansConfig(bits=bits, rows=4))
-    found = factors(method)
-    W, first = start(method, found)
-    swept = _swept(W, first.table, found)
+def entries(found: Codes) -> Tensor:
+    """What each code of each row could mean, float64 [out, count, dim]."""
+    return (found.table.repeat_interleave(4, 0) * found.scale[..., None]).double()
 
-    H, rest = damped(found), W.double().clone()
-    table = first.table.double().repeat_interleave(4, 0)
-    order = found.order.tolist()
-    for position, column in enumerate(order):
-        free = order[position:]
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_those_of_brute_force(kind: dict[str, Any]) -> None:
+    W, found, first = begin(kind)
+    codes = swept(W, first, found).codes
+    H, rest, meant = damped(found), W.double().clone(), entries(first)
+    order, dim = found.order.tolist(), first.table.shape[2]
+    for position in range(0, WIDTH, dim):
+        free, own = order[position:], order[position : position + dim]
+        assert own == list(range(own[0], own[0] + dim))  # a vector stays together
         inverse = torch.linalg.inv(H[free][:, free])
-        code = (rest[:, column, None] - table).abs().argmin(1)
-        assert torch.equal(swept.codes[:, column], code)
-        error = rest[:, column] - table.gather(1, code[:, None])[:, 0]
-        rest[:, free] -= error[:, None] * inverse[0] / inverse[0, 0]
+        cost_of = torch.linalg.inv(inverse[:dim, :dim])  # once the inputs after it have made up for it
+        error = rest[:, None, own] - meant
+        code = torch.einsum("rki,ij,rkj->rk", error, cost_of, error).argmin(1)
+        assert torch.equal(codes[:, own[0] // dim], code)
+        rest[:, free] -= error[torch.arange(16), code] @ cost_of @ inverse[:dim]
 
 
-def test_tables_are_those_of_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmshrink.methods.kmeans.STEPS", 60)
-    method = Kmeans(KmeansConfig(bits=2, rows=4))
-    found = factors(method)
-    W, first = start(method, found)
-    fitted = _refitted(W, first, found, torch.float32)
-    H = damped(found)
-    for group in range(len(first.table)):
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_are_those_of_least_squares(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmshrink.methods.codes.STEPS", 80)
+    W, found, first = begin(kind)
+    fitted, H = refitted(W, first, found, torch.float32), damped(found)
+    groups, count, dim = first.table.shape
+    for group in range(groups):
         part = slice(4 * group, 4 * group + 4)
-        spread = torch.nn.functional.one_hot(first.codes[part], 4).double()  # [rows, in, values]
+        spread = torch.zeros(4, WIDTH, count, dim, dtype=torch.float64)
+        for column in range(WIDTH):
+            spread[torch.arange(4), column, first.codes[part, column // dim], column % dim] = 1
+        spread = (spread * first.scale[part].double()[:, :, None, None]).flatten(2)
         normal = torch.einsum("rik,ij,rjl->kl", spread, H, spread)
         right = torch.einsum("rik,ij,rj->k", spread, H, W[part].double())
-        exact = torch.linalg.lstsq(normal, right[:, None]).solution[:, 0]
-        assert torch.allclose(fitted.table[group].double(), exact.sort().values, atol=1e-3)
+        exact = torch.linalg.lstsq(normal, right[:, None]).solution.view(count, dim)
+        exact = exact.sort(0).values if dim == 1 else exact
+        assert torch.allclose(fitted.table[group].double(), exact, atol=2e-3 * float(exact.abs().max()))
 
 
-def test_no_move_makes_it_worse_and_none_is_left() -> None:
-    method = Kmeans(KmeansConfig(bits=2, rows=4))
-    found = factors(method)
-    W, codes = start(method, found)
+def test_scales_are_those_of_least_squares() -> None:
+    W, found, first = begin({"bits": 2, "dim": 1, "scales": True})
+    fitted, H, units = rescaled(W, first, found, torch.float32), damped(found), first.units().double()
+    for row in range(16):
+        exact = (units[row] @ H @ W[row].double()) / (units[row] @ H @ units[row])
+        assert float(fitted.scale[row]) == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_move_makes_it_worse_and_none_is_left(kind: dict[str, Any]) -> None:
+    W, found, codes = begin(kind)
     H = damped(found)
     values = [objective(W, codes, H)]
     for _ in range(40):
-        codes = _moved(W, codes, found)
+        codes = moved(W, codes, found)
         values.append(objective(W, codes, H))
     for before, after in zip(values, values[1:], strict=False):
         assert bool((after <= before * (1 + 1e-5)).all())
-    table = codes.table.repeat_interleave(4, 0)
-    for column in range(0, WIDTH, 7):  # at the end no other value of a table would be better for any code
-        for value in range(4):
-            other = codes.weight().clone()
-            other[:, column] = table[:, value]
-            rest = W.double() - other.double()
+    meant, dim = entries(codes), codes.table.shape[2]
+    for column in range(0, WIDTH, 2 * dim):  # at the end no other entry of a table would be better for any code
+        for value in range(meant.shape[1]):
+            other = codes.weight().double()
+            other[:, column : column + dim] = meant[:, value]
+            rest = W.double() - other
             assert bool((((rest @ H) * rest).sum(1) >= values[-1] * (1 - 1e-5)).all())
+
+
+def test_values_that_passed_each_other_are_put_in_order() -> None:
+    _, _, found = begin({"bits": 2, "dim": 1, "scales": True})
+    turned = Codes(found.table.flip(1), found.scale, 3 - found.codes)
+    assert torch.equal(turned.weight(), found.weight()) and torch.equal(in_order(turned).codes, found.codes)
 
 
 def test_each_step_is_worth_it() -> None:
     W, H = matrix(5), hessian().matrix.double()
 
     def error(**settings: object) -> float:
-        method = Kmeans(KmeansConfig.model_validate({"bits": 3, "rows": 4, **settings}))
+        method = Kmeans(KmeansConfig.model_validate({"bits": 3, "dim": 1, "rows": 4, **settings}))
         statistic = hessian() if method.statistic is Hessian else NoStatistic(WIDTH, torch.device("cpu"))
         form = method.compress(W, method.prepare(statistic)).weight
         rest = W.double() - decode(form).double()
@@ -112,25 +145,49 @@ def test_each_step_is_worth_it() -> None:
 
 def test_without_text_it_is_the_best_of_the_weights() -> None:
     W = matrix(6)
-    method = Kmeans(KmeansConfig(bits=3, rows=8, weighting="none"))
+    method = Kmeans(KmeansConfig(bits=3, dim=1, scales=False, rows=8, weighting="none"))
     form = method.compress(W, method.prepare(method.statistic(WIDTH, torch.device("cpu")))).weight
     assert isinstance(form, Codebook)
     groups = W.reshape(len(form.table), -1)
     own = (W - decode(form)).double().square().view(len(form.table), -1).sum(1)
-    assert torch.allclose(own, cost(groups, None, form.table.float()), rtol=1e-4)
+    assert torch.allclose(own, cost(groups, None, form.table[..., 0].float()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("bits", "shape", "rows"), [(4, (768, 256), 8), (3, (256, 768), 1), (2, (64, 64), 4), (8, (1024, 4096), 8)]
+    ("settings", "shape", "right"),
+    [
+        ({"bits": 4, "scales": False}, (768, 256), (1, 8, False)),
+        ({"bits": 3, "scales": False}, (256, 768), (1, 1, False)),
+        ({"bits": 2, "scales": False}, (64, 64), (1, 4, False)),
+        ({"bits": 8}, (1024, 4096), (1, 512, True)),
+        ({"bits": 4}, (1024, 4096), (2, 512, True)),
+        ({"bits": 3}, (256, 512), (2, 256, True)),
+        ({"bits": 2}, (4096, 1024), (4, 2048, True)),
+        ({"bits": 2}, (64, 64), (1, 64, True)),
+        ({"bits": 4}, (64, 32), (1, 64, False)),
+    ],
 )
-def test_as_few_rows_share_as_keep_the_tables_small(bits: int, shape: tuple[int, int], rows: int) -> None:
-    assert KmeansConfig(bits=bits).shared(shape) == rows
+def test_rows_share_tables_as_far_as_it_pays(
+    settings: dict[str, Any], shape: tuple[int, int], right: tuple[int, int, bool]
+) -> None:
+    found = KmeansConfig(**settings).sharing(shape, torch.bfloat16)
+    assert (found.dim, found.rows, found.scaled) == right
 
 
 def test_what_cannot_be_is_refused() -> None:
-    assert "does not divide" in str(Kmeans(KmeansConfig(rows=5)).check((24, 64)))
+    assert "does not divide its 24" in str(Kmeans(KmeansConfig(rows=5)).check((24, 64)))
+    assert "does not divide its 66" in str(Kmeans(KmeansConfig(dim=4, bits=2)).check((24, 66)))
     assert "256 values would stand for 128 weights" in str(Kmeans(KmeansConfig(bits=8, rows=2)).check((24, 64)))
     assert Kmeans(KmeansConfig(rows=-1)).check((24, 64)) is None
+    with pytest.raises(ValidationError, match="with dim 2, bits is 4"):
+        KmeansConfig(bits=5, dim=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_zeros_stay_so(kind: dict[str, Any]) -> None:
+    W, method = matrix(4), Kmeans(KmeansConfig(rows=4, **kind))
+    W[:4] = 0
+    assert not decode(method.compress(W, method.prepare(hessian())).weight)[:4].any()
 
 
 def test_long_matrices_are_taken_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.formats.base import Format, Slot
 from llmshrink.forms import (
+    Codebook,
     Event,
     Form,
     Layer,
@@ -249,7 +250,7 @@ def _report(
         method=method_name(method),
         form=type(form).__name__,
         format=stored_as.name,
-        bits=None if codes is None else codes.bits,
+        bits=None if codes is None else codes.bits // (codes.dim if isinstance(codes, Codebook) else 1),
         group_size=_group_size(grid, matrix.shape[1]),
         rank=None if product is None else shape_of(product.right)[0],
         type=stored_as.type_of(layer),

@@ -171,7 +171,7 @@ class _Tables:
     def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
         """Latents and shifts of values, in mean distances between the entries of a table, and factors of scales."""
         scales = [{"params": [self.factor], "lr": pace * spec.scale_rate}] if self.factor.requires_grad else []
-        rate = spec.rate_of(self.form.bits // self._values.shape[2])
+        rate = spec.rate_of(self.form.bits // self.form.dim)
         return [{"params": [self.latent], "lr": pace * rate}, {"params": [self.shift], "lr": pace * rate}, *scales]
 
     def _table(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 On disk a matrix is its codes, 1 to 8 bits each, as flat bytes under its own name; `weight_table` [groups, 2^bits], rows
 i * out / groups to (i + 1) * out / groups sharing the table i, or [groups, 2^bits, dim] where a code stands for `dim`
-adjacent inputs; and where rows have scales, `weight_scale` [out], by which a row's values are multiplied.
+adjacent inputs; and where rows have scales, `weight_scale` [out], by which a row's values are multiplied. What single
+weights have beside their codes is `weight_apart`, row after row, with their columns and how many each row has.
 """
 
 from __future__ import annotations
@@ -17,41 +18,69 @@ from torch import Tensor
 from llmshrink.formats import bits as bitpack
 from llmshrink.formats.base import Slot
 from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
-from llmshrink.forms import Codebook, Form, Layer
+from llmshrink.forms import Codebook, Form, Layer, Scattered, Sum
 
 TABLE, SCALE = "_table", "_scale"
+BESIDE = ("_apart", "_apart_columns", "_apart_counts")
 
 
 class CodebookFormat(OwnFormat):
     """Codes, the tables of values that they name, and what these are multiples of."""
 
     name: ClassVar[str] = "codebook"
-    parts: ClassVar[tuple[str, ...]] = (".weight", f".weight{TABLE}", f".weight{SCALE}")
+    parts: ClassVar[tuple[str, ...]] = tuple(f".weight{part}" for part in ("", TABLE, SCALE, *BESIDE))
     marks: ClassVar[tuple[str, ...]] = (f".weight{TABLE}",)
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """Only matrices that were clustered."""
-        if not isinstance(layer.weight, Codebook):
+        form = layer.weight
+        both = isinstance(form, Sum) and [type(part) for part in form.parts] == [Codebook, Scattered]
+        if not both and not isinstance(form, Codebook):
             return "it is for clustered matrices, and this one has no tables of values"
         return None if slot.key.endswith(".weight") else "its tensor is not named `.weight`"
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
-        """Codes in whole words of 32 bits, tables and scales."""
-        assert isinstance(layer.weight, Codebook)
-        return pack(layer.weight, slot.key)
+        """Codes in whole words of 32 bits, tables and scales, and the weights beside them."""
+        book, apart = _parts(layer.weight)
+        if apart is None:
+            return pack(book, slot.key)
+        names = (slot.key + part for part in BESIDE)
+        return pack(book, slot.key) | dict(zip(names, (apart.values, apart.columns, apart.counts), strict=True))
 
     def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
         """The codes, their tables and scales."""
-        return read(key, entry, _shape(entry), get)
+        out, width = _shape(entry)
+        book = read(key, entry, (out, width), get)
+        if not entry.get("apart"):
+            return book
+        values, columns, counts = (get(key + part) for part in BESIDE)
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < width:
+            raise ValueError(f"a weight beside the codes stands outside of {width} columns")
+        return Sum((book, Scattered(values, columns, counts, width)))
 
     def describe(self, layer: Layer) -> Entry:
         """Bits of a code, and how many tables of which dtype there are."""
-        assert isinstance(layer.weight, Codebook)
-        return describe(layer.weight)
+        book, apart = _parts(layer.weight)
+        if apart is None:
+            return describe(book)
+        kinds = {"values": dtype_name(apart.values.dtype), "columns": dtype_name(apart.columns.dtype)}
+        return {**describe(book), "apart": {"number": len(apart.values), **kinds}}
 
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""
-        return Layer(meta(entry, _shape(entry)))
+        (out, width), apart = _shape(entry), entry.get("apart")
+        book = meta(entry, (out, width))
+        if not apart:
+            return Layer(book)
+        places, number = getattr(torch, apart["columns"]), (int(apart["number"]),)
+        values = empty(number, getattr(torch, apart["values"]))
+        return Layer(Sum((book, Scattered(values, empty(number, places), empty((out,), places), width))))
+
+
+def _parts(form: Form) -> tuple[Codebook, Scattered | None]:
+    book, apart = form.parts if isinstance(form, Sum) else (form, None)
+    assert isinstance(book, Codebook) and (apart is None or isinstance(apart, Scattered))
+    return book, apart
 
 
 def pack(form: Codebook, key: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmshrink.forms.kinds import Codebook, Dense, Form, LowRank, Quantized, Sparse, Sum
+from llmshrink.forms.kinds import Codebook, Dense, Form, LowRank, Quantized, Scattered, Sparse, Sum
 
 
 def decode(form: Form) -> Tensor:
@@ -16,6 +16,8 @@ def decode(form: Form) -> Tensor:
         return decode(form.values).masked_fill(~form.mask, 0)
     if isinstance(form, Codebook):
         return form.values()
+    if isinstance(form, Scattered):
+        return form.weight()
     if isinstance(form, LowRank):
         return _product(form)
     if isinstance(form, Sum):
@@ -42,7 +44,7 @@ def decode(form: Form) -> Tensor:
 
 def applied(form: Form, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """What a linear with this weight makes of inputs [..., in]: [..., out] in their dtype. No product is formed."""
-    if isinstance(form, Sum):
+    if isinstance(form, Sum) and isinstance(form.parts[0], LowRank):
         first, *others = form.parts
         return sum((applied(part, x) for part in others), applied(first, x, bias))
     if not isinstance(form, LowRank):
@@ -66,6 +68,10 @@ def check_blocks(form: Form) -> None:
             raise ValueError(f"{len(form.table)} tables do not share {len(form.codes)} rows")
         if form.scale is not None and len(form.scale) != len(form.codes):
             raise ValueError(f"{len(form.scale)} scales are not those of {len(form.codes)} rows")
+        return
+    if isinstance(form, Scattered):
+        if len(form.columns) != len(form.values) or not _counts(form.counts, len(form.values)):
+            raise ValueError(f"{len(form.values)} values are not those of {len(form.columns)} places")
         return
     if isinstance(form, LowRank):
         _check_factors(form)
@@ -108,8 +114,8 @@ def _check_factors(form: LowRank) -> None:
     check_blocks(form.right)
 
 
-def _counts(mask: Tensor, number: int) -> bool:
-    return mask.is_meta or int(mask.sum()) == number
+def _counts(numbers: Tensor, total: int) -> bool:
+    return numbers.is_meta or int(numbers.sum()) == total
 
 
 def _product(form: LowRank) -> Tensor:
@@ -133,6 +139,6 @@ def shape_of(form: Form) -> torch.Size:
         return torch.Size((rows, shape_of(form.right)[1]))
     if isinstance(form, Sum):
         return shape_of(form.parts[0])
-    if isinstance(form, Codebook):
+    if isinstance(form, Codebook | Scattered):
         return form.shape
     return form.codes.shape if isinstance(form, Quantized) else form.weight.shape

@@ -81,9 +81,14 @@ class Codebook:
     scale: Tensor | None = None  # [out], as stored: what the values of a row are multiples of; None: of 1
 
     @property
+    def dim(self) -> int:
+        """How many adjacent inputs have one code."""
+        return self.table.shape[2]
+
+    @property
     def shape(self) -> torch.Size:
         """Of the matrix: [out, in]."""
-        return torch.Size((len(self.codes), self.codes.shape[1] * self.table.shape[2]))
+        return torch.Size((len(self.codes), self.codes.shape[1] * self.dim))
 
     def values(self) -> Tensor:
         """What the codes mean, float32 [out, in]."""
@@ -99,6 +104,30 @@ class Codebook:
             index = (self.codes[start:stop] + first[start:stop]).flatten()
             torch.index_select(table, 0, index, out=found[start * width : stop * width])
         return values if self.scale is None else values.mul_(self.scale.float()[:, None])
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Single weights of a matrix; all others are zero."""
+
+    values: Tensor  # [n], any float dtype, those of one row after those of the row before
+    columns: Tensor  # int [n], their inputs, rising within a row
+    counts: Tensor  # int [out], how many of each row there are
+    width: int  # inputs of the matrix
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix: [out, in]."""
+        return torch.Size((len(self.counts), self.width))
+
+    def weight(self) -> Tensor:
+        """The matrix, float32 [out, in]."""
+        weight = torch.zeros(self.shape, device=self.values.device)
+        if self.values.is_meta:
+            return weight
+        rows = torch.arange(len(self.counts), device=weight.device).repeat_interleave(self.counts.long())
+        weight[rows, self.columns.long()] = self.values.float()
+        return weight
 
 
 @dataclass(frozen=True)
@@ -121,7 +150,7 @@ class Sum:
     parts: tuple[Form, ...]
 
 
-Form = Dense | Quantized | Sparse | Codebook | LowRank | Sum
+Form = Dense | Quantized | Sparse | Codebook | Scattered | LowRank | Sum
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llmshrink.forms.kinds import Codebook, Dense, Form, LowRank, Quantized, Sparse, Sum
+from llmshrink.forms.kinds import Codebook, Dense, Form, LowRank, Quantized, Scattered, Sparse, Sum
 
 F = TypeVar("F", bound=Form)
 
@@ -66,6 +66,10 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
         scales = [form.scale for form in books if form.scale is not None]
         codes, table = how([form.codes for form in books]), how([form.table for form in books])
         return replace(first, codes=codes, table=table, scale=how(scales) if scales else None)
+    if isinstance(first, Scattered):
+        apart = [form for form in forms if isinstance(form, Scattered)]
+        values, columns, counts = (how([getattr(f, name) for f in apart]) for name in ("values", "columns", "counts"))
+        return Scattered(values, columns, counts, first.width)
     if isinstance(first, LowRank):
         products = [form for form in forms if isinstance(form, LowRank)]
         pivots = [form.pivots for form in products if form.pivots is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmshrink.methods import clusters, vectors
 from llmshrink.methods.hessian import Factors, descended, in_halves
 
+STORED = torch.bfloat16  # of what lies beside codes
 STEPS = 1  # of conjugate gradients, in which tables move: more in one pass gain less than another pass (LOG)
 
 
@@ -29,6 +30,8 @@ class Codes:
     table: Tensor  # [groups, count, dim]; with dim 1 values rise
     scale: Tensor  # [out, 1], of ones where rows have none
     codes: Tensor  # int64 [out, in / dim]
+    free: Tensor | None = None  # bool [out, in], true for weights that have a number beside their code (dim 1 only)
+    apart: Tensor | None = None  # float32 [out, in], these numbers as they are stored; of others 0
 
     def units(self) -> Tensor:
         """What they mean in units of the scales, float32 [out, in]."""
@@ -38,7 +41,8 @@ class Codes:
 
     def weight(self) -> Tensor:
         """What they mean, float32 [out, in]."""
-        return self.units().mul_(self.scale)
+        weight = self.units().mul_(self.scale)
+        return weight if self.apart is None else weight.add_(self.apart)
 
 
 def nearest(units: Tensor, table: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -87,6 +91,8 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
     dim, order = search.dim, factors.order
     rest = W.T[order]  # once a column has its codes, the error it leaves
     codes = torch.empty(len(order) // dim, len(W), dtype=torch.long, device=W.device)
+    free = None if start.free is None else start.free.T[order]
+    apart = torch.zeros_like(rest) if free is not None else None
     within, roots = _within(spread, factors.pivots, dim)
 
     def one_by_one(first: int, stop: int) -> None:
@@ -94,6 +100,9 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
         for i in range(first, stop, dim):
             own = rest[i : i + dim]
             codes[i // dim], meant = search.nearest(own, roots[i // dim])
+            if free is not None and apart is not None:
+                apart[i] = beside(own[0] - meant[0], free[i])
+                meant = meant + apart[i]
             error = errors[i - first : i - first + dim]
             torch.mm(within[i // dim], own - meant, out=error)
             block.addmm_(spread[i : i + dim, first:stop].T, error, alpha=-1)
@@ -104,7 +113,14 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
 
     in_halves(0, len(order), one_by_one, pass_on)
     found = torch.empty_like(codes).index_copy_(0, order[::dim] // dim, codes)
-    return replace(start, codes=found.T.contiguous())
+    if apart is not None:
+        apart = torch.empty_like(apart).index_copy_(0, order, apart).T.contiguous()
+    return replace(start, codes=found.T.contiguous(), apart=apart)
+
+
+def beside(rest: Tensor, free: Tensor) -> Tensor:
+    """What is stored beside codes that leave this rest: as much where weights are free, else nothing."""
+    return torch.where(free, rest.to(STORED).float(), 0)
 
 
 def _within(spread: Tensor, pivots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +150,8 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
     gradient.add_(weights - W.T, alpha=factors.damp)
     codes = found.codes.T.clone(memory_format=torch.contiguous_format)
     change = torch.empty_like(weights)
+    free = None if found.free is None else found.free.T.contiguous()
+    apart = torch.zeros_like(weights) if free is not None else None
     inverse, roots = _curvature(H, factors.damp, dim)
 
     def one_by_one(first: int, stop: int) -> None:
@@ -142,6 +160,9 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
             part, vector = slice(i, i + dim), i // dim
             wanted = torch.addmm(weights[part], inverse[vector], gradient[part], alpha=-1)
             codes[vector], meant = search.nearest(wanted, roots[vector])
+            if free is not None and apart is not None:
+                apart[i] = beside(wanted[0] - meant[0], free[i])
+                meant = meant + apart[i]
             torch.sub(meant, weights[part], out=change[part])
             block.addmm_(columns[:, part], change[part])
 
@@ -149,7 +170,7 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
         gradient[middle:stop].addmm_(H[middle:stop, first:middle], change[first:middle])
 
     in_halves(0, len(weights), one_by_one, pass_on)
-    return replace(found, codes=codes.T.contiguous())
+    return replace(found, codes=codes.T.contiguous(), apart=None if apart is None else apart.T.contiguous())
 
 
 def _curvature(H: Tensor, damp: float, dim: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +198,7 @@ def refitted(W: Tensor, found: Codes, factors: Factors, dtype: torch.dtype) -> C
         return torch.zeros(groups, count * dim, device=W.device).scatter_add_(1, index, values.reshape(groups, -1))
 
     def curved(table: Tensor) -> Tensor:
-        change = replace(found, table=table.view(groups, count, dim)).weight()
+        change = replace(found, table=table.view(groups, count, dim), apart=None).weight()
         return added(_curved(change, factors).mul_(found.scale))
 
     diagonal = (factors.H.diagonal() + factors.damp) * found.scale.square()
@@ -201,6 +222,7 @@ def rescaled(W: Tensor, found: Codes, factors: Factors, dtype: torch.dtype) -> C
     """The same codes and tables under scales that bring each row's outputs nearest to those of W, by least squares."""
     units = found.units()
     seen = _curved(units, factors)
+    W = W if found.apart is None else W - found.apart
     scale = (seen * W).sum(1, keepdim=True) / (seen * units).sum(1, keepdim=True)
     usable = (scale > 0) & scale.isfinite()
     return replace(found, scale=torch.where(usable, scale, found.scale).to(dtype).float())

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmshrink.forms import Codebook, Layer, Objective, combine
+from llmshrink.forms import Codebook, Form, Layer, Objective, Scattered, Sum, combine
 from llmshrink.methods import clusters, vectors
 from llmshrink.methods.base import Method, Prepared, Task
-from llmshrink.methods.codes import Codes, moved, nearest, refitted, rescaled, swept
+from llmshrink.methods.codes import STORED, Codes, beside, moved, nearest, refitted, rescaled, swept
 from llmshrink.methods.hessian import DampConfig, Factors, factorised, output_error
 from llmshrink.statistics import Hessian, NoStatistic, Statistic
 
@@ -61,6 +61,12 @@ class KmeansConfig(DampConfig):
         description="outputs that share a table; -1: the whole matrix; null: with scales as many as are clustered at a "
         "time, without as few as keep tables below 0.16 bits a weight (0.2 with 3 bits, 0.25 with fewer)",
     )
+    outliers: float = Field(
+        0.0,
+        ge=0,
+        le=0.05,
+        description="share of the weights, the largest of their rows, that have a number beside their code: 32 bits",
+    )
     weighting: Literal["hessian", "none"] = Field(
         "hessian",
         description="what an error counts: by the Hessian of the layer's outputs; or all alike: no text, no feedback",
@@ -72,6 +78,8 @@ class KmeansConfig(DampConfig):
     def _check_code(self) -> Self:
         if self.dim is not None and self.bits * self.dim > LONGEST:
             raise ValueError(f"a code has {LONGEST} bits at most: with dim {self.dim}, bits is {LONGEST // self.dim}")
+        if self.outliers and (self.dim or 1) > 1:
+            raise ValueError("`outliers` stand beside codes of single weights: leave out `dim`")
         return self
 
     def sharing(self, shape: tuple[int, int], dtype: torch.dtype) -> Sharing:
@@ -88,6 +96,8 @@ class KmeansConfig(DampConfig):
 
     def most(self, width: int) -> int:
         """How many inputs, of this many, may have one code."""
+        if self.outliers:
+            return 1
         return next(
             dim for dim in (self.dim or 4, 2, 1) if self.dim or (self.bits * dim <= LONGEST and not width % dim)
         )
@@ -142,13 +152,13 @@ class Kmeans(Method[KmeansConfig]):
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Cluster one matrix [out, in]."""
         sharing = self.config.sharing((len(weight), weight.shape[1]), weight.dtype)
-        size = max(1, STRETCH // (sharing.rows * weight.shape[1])) * sharing.rows
-        found = [self._stretch(part, prepared, sharing) for part in torch.split(weight, size)]
+        size = _stretch(sharing, weight.shape[1])
+        found = [self._clustered(part, prepared, sharing) for part in torch.split(weight, size)]
         known = [layer.objective for layer in found if layer.objective is not None]
         joined = Objective(torch.cat([o.own for o in known]), torch.cat([o.baseline for o in known])) if known else None
         return replace(found[0], weight=combine([layer.weight for layer in found], torch.cat), objective=joined)
 
-    def _stretch(self, weight: Tensor, prepared: Prepared, sharing: Sharing) -> Layer:
+    def _clustered(self, weight: Tensor, prepared: Prepared, sharing: Sharing) -> Layer:
         W = weight.float()
         factors = prepared if isinstance(prepared, Factors) else None
         first = self._nearest(W, sharing, self._importance(factors))
@@ -172,30 +182,78 @@ class Kmeans(Method[KmeansConfig]):
 
     def _nearest(self, W: Tensor, sharing: Sharing, importance: Tensor | None) -> Codes:
         """The best tables for the rows under their scales, and the nearest of their entries."""
-        scale, groups = torch.ones_like(W[:, :1]), len(W) // sharing.rows
-        if sharing.scaled:
-            size = W.square().mean(1, keepdim=True).sqrt()
-            scale = torch.where(size > 0, size, 1).to(SCALE).float()
-        units, weights = (W / scale).reshape(groups, -1, sharing.dim), None
-        if importance is not None or sharing.scaled:
+        groups, free = len(W) // sharing.rows, self._free(W)
+        scale, weights = _scale(W, sharing, free), None
+        units = (W / scale).reshape(groups, -1, sharing.dim)
+        if importance is not None or sharing.scaled or free is not None:
             weights = scale.square() * (W.new_ones(W.shape[1]) if importance is None else importance)
+            weights = weights if free is None else weights.masked_fill_(free, 0)
             weights = weights.view(groups, -1, sharing.dim)
         table = _tables(units, weights, 1 << self.config.bits * sharing.dim).to(sharing.values).float()
-        return Codes(table, scale, nearest(units, table, weights).view(len(W), -1))
+        found = Codes(table, scale, nearest(units, table, weights).view(len(W), -1), free)
+        return found if free is None else replace(found, apart=beside(W - found.weight(), free))
 
-    def _form(self, found: Codes, sharing: Sharing) -> Codebook:
+    def _free(self, W: Tensor) -> Tensor | None:
+        """Which weights of a stretch keep numbers of their own: bool [out, in], or None."""
+        number = self._outliers(W.numel())
+        if not number:
+            return None
+        size = (W / _rms(W, None)).abs_().flatten()
+        return torch.zeros_like(size, dtype=torch.bool).index_fill_(0, size.topk(number).indices, True).view(W.shape)
+
+    def _outliers(self, weights: int) -> int:
+        return round(self.config.outliers * weights)
+
+    def _form(self, found: Codes, sharing: Sharing) -> Form:
         scale = found.scale[:, 0].to(SCALE) if sharing.scaled else None
         codes, table = found.codes.to(torch.uint8), found.table.to(sharing.values)
-        return Codebook(codes, table, self.config.bits * sharing.dim, scale)
+        book = Codebook(codes, table, self.config.bits * sharing.dim, scale)
+        if found.free is None or found.apart is None:
+            return book
+        width, free = found.free.shape[1], found.free
+        columns, counts = free.nonzero()[:, 1].to(_places(width)), free.sum(1).to(_places(width))
+        return Sum((book, Scattered(found.apart[free].to(STORED), columns, counts, width)))
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""
         (out, width), sharing = shape, self.config.sharing(shape, dtype)
         code = self.config.bits * sharing.dim
-        codes = torch.empty(out, width // sharing.dim, dtype=torch.uint8, device="meta")
-        table = torch.empty(out // sharing.rows, 1 << code, sharing.dim, dtype=sharing.values, device="meta")
-        scale = torch.empty(out, dtype=SCALE, device="meta") if sharing.scaled else None
-        return Layer(Codebook(codes, table, code, scale))
+        codes = _empty((out, width // sharing.dim), torch.uint8)
+        table = _empty((out // sharing.rows, 1 << code, sharing.dim), sharing.values)
+        book = Codebook(codes, table, code, _empty((out,), SCALE) if sharing.scaled else None)
+        rows = range(0, out, _stretch(sharing, width))
+        number = sum(self._outliers(min(rows.step, out - start) * width) for start in rows)
+        if not number:
+            return Layer(book)
+        places = _places(width)
+        apart = Scattered(_empty((number,), STORED), _empty((number,), places), _empty((out,), places), width)
+        return Layer(Sum((book, apart)))
+
+
+def _stretch(sharing: Sharing, width: int) -> int:
+    """How many rows are clustered at a time."""
+    return max(1, STRETCH // (sharing.rows * width)) * sharing.rows
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _places(width: int) -> torch.dtype:
+    """What numbers of columns, and how many there are of them in a row, are stored as."""
+    return torch.int16 if width <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def _scale(W: Tensor, sharing: Sharing, free: Tensor | None) -> Tensor:
+    """What each row is counted in [out, 1], as it is stored."""
+    return _rms(W, free).to(SCALE).float() if sharing.scaled else torch.ones_like(W[:, :1])
+
+
+def _rms(W: Tensor, free: Tensor | None) -> Tensor:
+    """The root mean square of each row's weights, but for those that are free; 1 where it is 0: [out, 1]."""
+    kept = torch.ones_like(W) if free is None else (~free).float()
+    size = ((W * kept).square().sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_(min=1)).sqrt()
+    return torch.where(size > 0, size, 1)
 
 
 def _tables(units: Tensor, weights: Tensor | None, count: int) -> Tensor:
@@ -214,10 +272,13 @@ def _better(W: Tensor, one: Codes, other: Codes, H: Tensor) -> tuple[Codes, Obje
     groups = len(one.table)
     better = own.view(groups, -1).sum(1) <= baseline.view(groups, -1).sum(1)
     rows = better.repeat_interleave(len(W) // groups)
+    mine, theirs = better[:, None, None], rows[:, None]
     chosen = Codes(
-        torch.where(better[:, None, None], other.table, one.table),
-        torch.where(rows[:, None], other.scale, one.scale),
-        torch.where(rows[:, None], other.codes, one.codes),
+        torch.where(mine, other.table, one.table),
+        torch.where(theirs, other.scale, one.scale),
+        torch.where(theirs, other.codes, one.codes),
+        one.free,
+        None if one.apart is None or other.apart is None else torch.where(theirs, other.apart, one.apart),
     )
     return chosen, Objective(torch.where(rows, own, baseline), baseline)
 

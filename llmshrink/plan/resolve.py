@@ -34,7 +34,7 @@ GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
 ENOUGH, NEARLY_ALL = 0.5, 0.9
 UNUSED = 0.2  # of what is on disk: heads for several tokens ahead are less, a whole encoder is more
-OWN = {Sparse: "sparse", Codebook: "codebook", LowRank: "low-rank", Sum: "low-rank"}  # how a form is usually written
+OWN = {Sparse: "sparse", Codebook: "codebook", LowRank: "low-rank"}  # how a form is usually written
 HINT = "set on_indivisible to smaller_group, skip or channel, or choose another group_size"
 HINTS = {
     "cluster": "choose other bits or rows, or leave the layers out with `ignore`",
@@ -315,7 +315,7 @@ def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], event
         return load_format(stage.format.name)
     matrix, method = next(iter(methods.items()))
     layer = method.form(matrix.shape, matrix.dtype)
-    own = OWN.get(type(layer.weight))
+    own = OWN.get(type(layer.weight.parts[0] if isinstance(layer.weight, Sum) else layer.weight))
     if own is not None:
         if not any(m.kind == "experts" for m in methods):
             return load_format(own)

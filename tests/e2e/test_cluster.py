@@ -66,7 +66,9 @@ def test_export_gives_the_same_weights_dense(smallest: Path, text_file: Path, tm
             assert torch.equal(value.float(), dense[key].to(value.dtype).float())
 
 
-@pytest.mark.parametrize("settings", [{"bits": 2, "dim": 2}, {"bits": 2, "rows": -1, "weighting": "none"}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": 2, "dim": 2}, {"bits": 2, "rows": -1, "weighting": "none", "outliers": 0.01}]
+)
 def test_a_stopped_run_gives_the_same_bytes(
     smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

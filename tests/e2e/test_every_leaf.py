@@ -205,6 +205,7 @@ TRIALS = {
     "stages.factorize.method.name": Trial("svd", PRODUCTS["svdllm"]),
     "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),
     "stages.cluster.method.kmeans.dim": Trial(2, CLUSTERED),
+    "stages.cluster.method.kmeans.outliers": Trial(0.01, CLUSTERED),
     "stages.cluster.method.kmeans.scales": Trial(False, CLUSTERED),
     "stages.cluster.method.kmeans.rows": Trial(16, CLUSTERED),
     "stages.cluster.method.kmeans.weighting": Trial("none", CLUSTERED),

@@ -9,7 +9,7 @@ from helpers import tensors
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
 from llmshrink.formats.codebook import FORMAT
-from llmshrink.forms import Codebook, Dense, Layer, decode
+from llmshrink.forms import Codebook, Dense, Layer, Scattered, Sum, check_blocks, decode
 
 
 def made(bits: int, shape: tuple[int, int], groups: int, dtype: torch.dtype, dim: int = 1) -> Layer:
@@ -37,6 +37,30 @@ def test_bits_come_back(bits: int, shape: tuple[int, int], dim: int, dtype: torc
     assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)
     assert packed["a.b.weight"].ndim == 1  # which no loader takes for a matrix
     assert len(packed["a.b.weight"]) == 4 * -(-shape[0] * shape[1] // dim * bits // 32)
+
+
+@pytest.mark.parametrize("width", [50, 40000])
+def test_weights_beside_codes_come_back(width: int) -> None:
+    book, shape = made(3, (6, width), 2, torch.float16).weight, (6, width)
+    there = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.05
+    places = torch.int16 if width == 50 else torch.int32
+    columns, counts = there.nonzero()[:, 1].to(places), there.sum(1).to(places)
+    apart = Scattered(torch.randn(len(columns)).bfloat16(), columns, counts, width)
+    layer, slot = Layer(Sum((book, apart))), Slot("a.b.weight", "a.b", shape, torch.float16)
+    assert FORMAT.check(slot, layer) is None
+    packed, config = FORMAT.pack(slot, layer), FORMAT.config([(slot, layer)], [], torch.float16)
+    assert config is not None
+    form = FORMAT.unpack(slot, packed.__getitem__, config)
+    right = decode(book)
+    right[there] += apart.values.float()
+    assert torch.equal(decode(form), right)
+    promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
+    assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
+    packed["a.b.weight_apart_columns"][0] = -1
+    with pytest.raises(ValueError, match="outside of"):
+        FORMAT.unpack(slot, packed.__getitem__, config)
+    with pytest.raises(ValueError, match="not those of"):
+        check_blocks(Scattered(apart.values[1:], columns, counts, width))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 4])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from correlated import WIDTH, hessian
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmshrink.forms import Codebook, decode
+from llmshrink.forms import Codebook, Scattered, Sum, decode
 from llmshrink.methods.clusters import cost
 from llmshrink.methods.codes import Codes, in_order, moved, refitted, rescaled, swept
 from llmshrink.methods.hessian import Factors
@@ -181,6 +182,45 @@ def test_what_cannot_be_is_refused() -> None:
     assert Kmeans(KmeansConfig(rows=-1)).check((24, 64)) is None
     with pytest.raises(ValidationError, match="with dim 2, bits is 4"):
         KmeansConfig(bits=5, dim=2)
+
+
+def test_outliers_make_no_error_and_others_make_up_for_less() -> None:
+    W = matrix(8)
+    W[torch.arange(16), torch.arange(16)] = 12.0  # one in each row that is far out
+    method = Kmeans(KmeansConfig(bits=2, rows=8, outliers=1 / WIDTH))
+    found, H = method.prepare(hessian()), hessian().matrix.double()
+    form = method.compress(W, found).weight
+    assert isinstance(form, Sum)
+    book, apart = form.parts
+    assert isinstance(apart, Scattered) and torch.equal(apart.columns.long(), torch.arange(16))
+    assert apart.counts.tolist() == [1] * 16 and method.form((16, WIDTH), torch.float32).weight.parts[
+        1
+    ].values.shape == (16,)
+    rest = (W - decode(form)).double()
+    without = Kmeans(KmeansConfig(bits=2, dim=1, rows=8))
+    other = (W - decode(without.compress(W, without.prepare(hessian())).weight)).double()
+    assert float(((rest @ H) * rest).sum()) < 0.5 * float(((other @ H) * other).sum())
+    with pytest.raises(ValidationError, match="leave out `dim`"):
+        KmeansConfig(outliers=0.01, dim=2, bits=2)
+
+
+def test_free_weights_are_swept_and_moved_as_brute_force_does() -> None:
+    W, found, first = begin({"bits": 2, "dim": 1, "scales": True})
+    free = torch.rand(W.shape, generator=torch.Generator().manual_seed(9)) < 0.1
+    codes = swept(W, replace(first, free=free), found)
+    H, rest, meant = damped(found), W.double().clone(), entries(first)[..., 0]
+    order = found.order.tolist()
+    for position, column in enumerate(order):
+        inverse = torch.linalg.inv(H[order[position:]][:, order[position:]])
+        code = (rest[:, column, None] - meant).abs().argmin(1)
+        error = rest[:, column] - meant.gather(1, code[:, None])[:, 0]
+        stored = torch.where(free[:, column], error.bfloat16().double(), 0)
+        assert torch.allclose(codes.apart[:, column].double(), stored, rtol=2**-7, atol=1e-4)
+        error -= codes.apart[:, column].double()
+        rest[:, order[position:]] -= error[:, None] * inverse[0] / inverse[0, 0]
+    before = objective(W, codes, H)
+    after = objective(W, moved(W, codes, found), H)
+    assert bool((after <= before * (1 + 1e-4)).all()) and float(after.sum()) < 0.95 * float(before.sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)

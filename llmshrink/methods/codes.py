@@ -57,25 +57,28 @@ def nearest(units: Tensor, table: Tensor, weights: Tensor | None = None) -> Tens
 
 
 class _Search:
-    """Which vector of each table is the nearest, when errors weigh as a triangular matrix says."""
+    """Which entry of each table is the nearest to a column, or to adjacent ones, when errors weigh as roots say."""
 
-    def __init__(self, found: Codes) -> None:
-        self.table, self.dim = found.table, found.table.shape[2]
-        self._scale = found.scale.T
-        self._middle = clusters.middles(found.table[..., 0]) if self.dim == 1 else None
+    def __init__(self, found: Codes, roots: Tensor) -> None:
+        """`roots` [vectors, dim, dim]: of vector i the error e [dim] costs |roots[i] e|^2."""
+        self._table, self._scale, self._roots = found.table, found.scale.T, roots
+        groups, _, dim = found.table.shape
+        if dim == 1:
+            self._middle = clusters.middles(found.table[..., 0])
+            return
+        values = torch.einsum("gkd,ved->vgek", found.table, roots)
+        self._values = torch.cat([-2 * values, values.square().sum(2, keepdim=True)], 2)
+        self._wanted = torch.ones(groups, len(found.scale) // groups, dim + 1, device=values.device)
 
-    def nearest(self, wanted: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [out] of the entries nearest to `wanted` [dim, out] under `root`, and what they mean [dim, out]."""
-        groups = len(self.table)
-        units = wanted / self._scale
-        if self._middle is not None:
+    def nearest(self, vector: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [out] of the entries nearest to `wanted` [dim, out], and what they mean [dim, out]."""
+        (groups, _, dim), units = self._table.shape, wanted / self._scale
+        if dim == 1:
             code = torch.searchsorted(self._middle, units.view(groups, -1))
-            return code.flatten(), self.table[..., 0].gather(1, code).view(1, -1).mul_(self._scale)
-        seen = (root @ units).view(self.dim, groups, -1).permute(1, 2, 0)
-        values = self.table @ root.T
-        distance = torch.baddbmm(values.square().sum(2)[:, None], seen, values.transpose(1, 2), alpha=-2)
-        code = distance.argmin(2)
-        meant = self.table.gather(1, code[..., None].expand(-1, -1, self.dim)).view(-1, self.dim).T
+            return code.flatten(), self._table[..., 0].gather(1, code).view(1, -1).mul_(self._scale)
+        self._wanted[..., :dim] = (self._roots[vector] @ units).view(dim, groups, -1).permute(1, 2, 0)
+        code = vectors.smallest(self._wanted @ self._values[vector])
+        meant = self._table.gather(1, code[..., None].expand(-1, -1, dim)).view(-1, dim).T
         return code.flatten(), meant * self._scale
 
 
@@ -87,19 +90,19 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
         start: tables and scales.
         factors: of the Hessian; their order keeps the inputs of a vector together.
     """
-    search, spread = _Search(start), factors.spread
-    dim, order = search.dim, factors.order
+    spread, dim, order = factors.spread, start.table.shape[2], factors.order
     rest = W.T[order]  # once a column has its codes, the error it leaves
     codes = torch.empty(len(order) // dim, len(W), dtype=torch.long, device=W.device)
     free = None if start.free is None else start.free.T[order]
     apart = torch.zeros_like(rest) if free is not None else None
     within, roots = _within(spread, factors.pivots, dim)
+    search = _Search(start, roots)
 
     def one_by_one(first: int, stop: int) -> None:
         block, errors = rest[first:stop], torch.empty_like(rest[first:stop])
         for i in range(first, stop, dim):
             own = rest[i : i + dim]
-            codes[i // dim], meant = search.nearest(own, roots[i // dim])
+            codes[i // dim], meant = search.nearest(i // dim, own)
             if free is not None and apart is not None:
                 apart[i] = beside(own[0] - meant[0], free[i])
                 meant = meant + apart[i]
@@ -143,8 +146,7 @@ def _within(spread: Tensor, pivots: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
     """One pass of exact coordinate descent over all codes: each moves to its best given all the others."""
-    H, search = factors.H, _Search(found)
-    dim = search.dim
+    H, dim = factors.H, found.table.shape[2]
     weights = found.weight().T.clone(memory_format=torch.contiguous_format)
     gradient = H @ (weights - W.T)
     gradient.add_(weights - W.T, alpha=factors.damp)
@@ -153,13 +155,14 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
     free = None if found.free is None else found.free.T.contiguous()
     apart = torch.zeros_like(weights) if free is not None else None
     inverse, roots = _curvature(H, factors.damp, dim)
+    search = _Search(found, roots)
 
     def one_by_one(first: int, stop: int) -> None:
         block, columns = gradient[first:stop], H[first:stop]
         for i in range(first, stop, dim):
             part, vector = slice(i, i + dim), i // dim
             wanted = torch.addmm(weights[part], inverse[vector], gradient[part], alpha=-1)
-            codes[vector], meant = search.nearest(wanted, roots[vector])
+            codes[vector], meant = search.nearest(vector, wanted)
             if free is not None and apart is not None:
                 apart[i] = beside(wanted[0] - meant[0], free[i])
                 meant = meant + apart[i]

@@ -27,7 +27,7 @@ FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
 OVERHEAD = {1: 0.25, 2: 0.25, 3: 0.2}  # bits a weight that tables may take where rows have no scales
 USUAL_OVERHEAD = 0.16
 SCALED = 64  # inputs from which rows have scales: 0.25 bits a weight there, and less the more there are
-VECTORS = 0.05  # bits a weight that a table may take for its entries to be vectors, unless they are asked for
+VECTORS = 0.1  # bits a weight that a table may take for its entries to be vectors, unless they are asked for
 STRETCH = 1 << 21  # weights that are clustered at a time, where tables do not span more
 LONGEST = 8  # bits of a code
 SCALE, UNITS = torch.bfloat16, torch.float16  # of scales, which are rounded before the rest is fitted; of tables there
@@ -50,7 +50,7 @@ class KmeansConfig(DampConfig):
     dim: Literal[1, 2, 4] | None = Field(
         None,
         description="adjacent inputs that have one code, so that entries are vectors; null: as many as leave codes of "
-        "8 bits and a table below 0.05 bits a weight",
+        "8 bits and a table below 0.1 bits a weight",
     )
     scales: bool | None = Field(
         None,

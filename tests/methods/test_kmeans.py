@@ -162,7 +162,8 @@ def test_without_text_it_is_the_best_of_the_weights() -> None:
         ({"bits": 2, "scales": False}, (64, 64), (1, 4, False)),
         ({"bits": 8}, (1024, 4096), (1, 512, True)),
         ({"bits": 4}, (1024, 4096), (2, 512, True)),
-        ({"bits": 3}, (256, 512), (2, 256, True)),
+        ({"bits": 3}, (64, 512), (2, 64, True)),
+        ({"bits": 3}, (64, 256), (1, 64, True)),
         ({"bits": 2}, (4096, 1024), (4, 2048, True)),
         ({"bits": 2}, (64, 64), (1, 64, True)),
         ({"bits": 4}, (64, 32), (1, 64, False)),
@@ -199,7 +200,7 @@ def test_outliers_make_no_error_and_others_make_up_for_less() -> None:
     rest = (W - decode(form)).double()
     without = Kmeans(KmeansConfig(bits=2, dim=1, rows=8))
     other = (W - decode(without.compress(W, without.prepare(hessian())).weight)).double()
-    assert float(((rest @ H) * rest).sum()) < 0.5 * float(((other @ H) * other).sum())
+    assert float(((rest @ H) * rest).sum()) < 0.6 * float(((other @ H) * other).sum())
     with pytest.raises(ValidationError, match="leave out `dim`"):
         KmeansConfig(outliers=0.01, dim=2, bits=2)
 

@@ -43,6 +43,10 @@ class CodebookFormat(OwnFormat):
         """The codes and their tables."""
         return read(key, entry, _shape(entry), get)
 
+    def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
+        """The codes of these rows, each with its table."""
+        return read_rows(key, entry, _shape(entry), get, rows)
+
     def describe(self, layer: Layer) -> Entry:
         """Bits of a code, and how many tables of which dtype there are."""
         assert isinstance(layer.weight, Codebook)
@@ -64,6 +68,12 @@ def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Te
     if len(table) < 1 or shape[0] % len(table) or table.shape[1] != 1 << bits:
         raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
     return Codebook(bitpack.unpack_flat(get(key), bits, math.prod(shape)).view(shape), table, bits)
+
+
+def read_rows(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor], rows: Tensor) -> Codebook:
+    """The codes [n, in] of some rows behind `key`, and a table for each of them."""
+    bits, table = int(entry["bits"]), get(key + TABLE)
+    return Codebook(bitpack.unpack_rows(get(key), bits, shape[1], rows), table[rows // (shape[0] // len(table))], bits)
 
 
 def describe(form: Codebook) -> Entry:

@@ -95,9 +95,19 @@ class Kmeans(Method[KmeansConfig]):
         return factorised(statistic, self.config, act_order=True, otherwise=FALLBACK, dead=FALLBACK[1])
 
     @property
+    def alone(self) -> Kmeans:
+        """The same by weights alone."""
+        return Kmeans(self.config.model_copy(update={"weighting": "none"}), self.scales)
+
+    @property
     def in_stretches(self) -> bool:
         """Whether a large matrix is taken a stretch of rows at a time: those that share a table stay together."""
         return self.config.rows != -1
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that `compress` holds of a stretch of a matrix [out, in]."""
+        together = self.config.shared(shape) * shape[1]  # weights under one table
+        return super().scratch((1, max(together, min(STRETCH, shape[0] * shape[1]))))
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Cluster one matrix [out, in]."""
@@ -111,7 +121,7 @@ class Kmeans(Method[KmeansConfig]):
     def _stretch(self, weight: Tensor, prepared: Prepared, rows: int) -> Layer:
         W = weight.float()
         factors = prepared if isinstance(prepared, Factors) else None
-        first = self._nearest(W, rows, self._importance(factors), weight.dtype)
+        first = _with_zeros(W, self._nearest(W, rows, self._importance(factors), weight.dtype))
         if factors is None:
             return Layer(self._form(first, weight.dtype))
         found = first
@@ -119,7 +129,7 @@ class Kmeans(Method[KmeansConfig]):
             found = _swept(W, found.table, factors)
             for _ in range(self.config.refine):
                 found = _moved(W, _refitted(W, found, factors, weight.dtype), factors)
-        return self._better(W, first, found, factors.H, weight.dtype)
+        return self._better(W, first, _with_zeros(W, found), factors.H, weight.dtype)
 
     def _importance(self, factors: Factors | None) -> Tensor | None:
         """What an error of each input counts [in]: with feedback what is left of it once others make up for it."""
@@ -155,6 +165,21 @@ class Kmeans(Method[KmeansConfig]):
         return Layer(
             Codebook(codes, torch.empty(groups, 1 << self.config.bits, dtype=dtype, device="meta"), self.config.bits)
         )
+
+
+def _with_zeros(W: Tensor, found: _Codes) -> _Codes:
+    """The same with rows of zeros as zeros: the value next to zero becomes it.
+
+    Of a table of tokens it is the one for padding, which is often the first of every text too: a norm makes any small
+    state that it leaves as large as all others.
+    """
+    groups, empty = len(found.table), W.count_nonzero(1) == 0
+    if not empty.any():
+        return found
+    table, least = found.table.clone(), found.table.abs().argmin(1)
+    there = empty.view(groups, -1).any(1).nonzero()[:, 0]
+    table[there, least[there]] = 0
+    return _Codes(table, torch.where(empty[:, None], least.repeat_interleave(len(W) // groups)[:, None], found.codes))
 
 
 def _swept(W: Tensor, table: Tensor, factors: Factors) -> _Codes:

@@ -17,6 +17,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.loading import fused
 from llmshrink.plan.resolve import resolve
+from llmshrink.plan.targets import targeted
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.allocate import AllocateSpec
@@ -130,8 +131,7 @@ class Choices:
         anatomy = self.model.anatomy
         ties = {} if self._gguf else {m: tuple(alike) for b in anatomy.blocks for alike in fused(b) for m in alike}
         seen: set[Matrix] = set()
-        inside = [m for block in anatomy.blocks for m in block.matrices]
-        for matrix in anatomy.matrices if self._gguf else inside:
+        for matrix in anatomy.matrices if self._gguf else targeted(self._stage, self.model):
             if matrix not in seen and not self._stage.names(matrix.name):
                 alike = tuple(m for m in ties.get(matrix, (matrix,)) if not self._stage.names(m.name))
                 seen.update(alike)

@@ -22,8 +22,7 @@ from llmshrink.formats.base import Slot
 from llmshrink.formats.own import METHOD, OwnFormat
 from llmshrink.forms import Form, applied, decode
 
-STRETCH = 1 << 22  # weights of a matrix that are decoded at a time, where it is larger than any linear of a block
-TALL = 4  # outputs of a matrix for each input from which on it is taken for a head
+STRETCH = 1 << 21  # weights of a head that are decoded at a time
 
 if TYPE_CHECKING:  # it is only being imported when this module is
     from transformers import PreTrainedModel
@@ -59,9 +58,11 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
         if why or not isinstance(fmt, OwnFormat):
             raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
+        head = model.get_output_embeddings()
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
-            packed = (PackedEmbedding if isinstance(old, nn.Embedding) else Packed)(name, entry, fmt, config, old)
+            kind = PackedEmbedding if isinstance(old, nn.Embedding) else PackedHead if old is head else Packed
+            packed = kind(name, entry, fmt, config, old)
             model.set_submodule(entry["module"], packed)
             _tie(model, entry["module"], packed)
 
@@ -143,10 +144,14 @@ class Packed(nn.Module):
         """Some rows of the weight, by their numbers, int64 [n]."""
         return self._format.read_rows(self._slot.key, self._entry, self._get, numbers)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., in] -> [..., out]; where few inputs have many outputs, a stretch of these at a time."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return applied(self.form(), x, self.bias)
+
+    def in_stretches(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out], a stretch of the outputs at a time."""
         out, width = self._slot.shape
-        if out < TALL * width or out * width <= STRETCH or self._format.factored(self._entry):
+        if out * width <= STRETCH or self._format.factored(self._entry):
             return applied(self.form(), x, bias)
         whole = x.new_empty(*x.shape[:-1], out)
         step = max(1, STRETCH // width)
@@ -154,10 +159,6 @@ class Packed(nn.Module):
             stop = min(start + step, out)
             whole[..., start:stop] = applied(self.rows(torch.arange(start, stop, device=x.device)), x)
         return whole if bias is None else whole.add_(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return self.multiply(x, self.bias)
 
     def weight_in(self, dtype: torch.dtype) -> nn.Parameter:
         """The whole matrix [out, in], decoded."""
@@ -173,6 +174,14 @@ class Packed(nn.Module):
     def extra_repr(self) -> str:
         """What it is."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self._format.name}"
+
+
+class PackedHead(Packed):
+    """A linear with an output for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., tokens]."""
+        return self.in_stretches(x, self.bias)
 
 
 class PackedEmbedding(Packed):
@@ -223,7 +232,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., tokens]."""
-        return self._table[0].multiply(x, self.bias)
+        return self._table[0].in_stretches(x, self.bias)
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """A linear, whose weight is tied later."""

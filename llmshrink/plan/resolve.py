@@ -21,7 +21,7 @@ from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs, says_types
-from llmshrink.plan.targets import kind_of, targeted
+from llmshrink.plan.targets import kind_of, targeted, with_names
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
@@ -50,7 +50,7 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     Raises:
         PlanError: layers that cannot be done as asked (all are listed), an expression that matches nothing.
     """
-    mix = mix_of(stage)
+    stage, mix = with_names(stage, model), mix_of(stage)
     matrices = [m for block in model.anatomy.blocks for m in block.matrices]
     targets = targeted(stage, model)
     if not matrices:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from typing import TypeVar
+
 from llmshrink.errors import PlanError
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.recipe.stages import MatrixStage, Target
 
+S = TypeVar("S", bound=MatrixStage)
 OUTSIDE: dict[str, Target] = {"embedding": "embedding", "head": "head"}  # by the kind of a matrix; others are linears
 
 
 def kind_of(matrix: Matrix) -> Target:
     """What a recipe calls a matrix."""
     return OUTSIDE.get(matrix.kind, "linears")
+
+
+def with_names(stage: S, model: StreamedModel) -> S:
+    """The stage with the embedding and the head by their own names, where `layers` and `ignore` say just that."""
+    anatomy = model.anatomy
+    found = {"embedding": anatomy.embedding, "head": anatomy.embedding if anatomy.tied else anatomy.head}
+    known = {word: re.escape(matrix.name) for word, matrix in found.items() if matrix is not None}
+    layers = {known.get(pattern, pattern): keys for pattern, keys in stage.layers.items()}
+    return stage.model_copy(update={"layers": layers, "ignore": [known.get(p, p) for p in stage.ignore]})
 
 
 def targeted(stage: MatrixStage, model: StreamedModel) -> list[Matrix]:

@@ -51,8 +51,8 @@ class MatrixStage(Section):
     layers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="regular expression over whole layer names -> the method's keys, or `inputs`, that differ there; "
-        "null or `skip` leaves the layers as they are. The last match wins; an expression that matches nothing is an "
-        "error",
+        "null or `skip` leaves the layers as they are. `embedding` and `head` stand for these whatever their names are. "
+        "The last match wins; an expression that matches nothing is an error",
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions over whole layer names; these are left as they are"

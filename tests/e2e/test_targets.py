@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmshrink import plugin, run
 from llmshrink.cli import main
 from llmshrink.errors import InterruptedRun, PlanError, RecipeError
-from llmshrink.plugin import Packed, PackedEmbedding
+from llmshrink.plugin import PackedEmbedding
 from llmshrink.progress import Silent
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import Report
@@ -85,7 +86,7 @@ def test_products_load(
 def test_layers_gives_the_embedding_bits_of_its_own(
     smallest: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage = {"layers": {"model.embed_tokens": {"bits": 6}}, "ignore": ["lm_head"]}
+    stage = {"layers": {"embedding": {"bits": 6}}, "ignore": ["lm_head"]}
     (done,) = cluster(smallest, tmp_path / "out", text_file, ["linears", "embedding", "head"], stage, bits=2).stages
     bits = {layer.name: layer.bits for layer in done.layers}
     assert bits.pop("model.embed_tokens") == 6 and bits.pop("lm_head") is None
@@ -94,6 +95,9 @@ def test_layers_gives_the_embedding_bits_of_its_own(
     named = ["--targets", "linears, head", "--set", "layers={lm_head: {bits: 5}}"]
     assert main(["cluster", str(smallest), "--bits", "3", *named, "--plan"]) == 0
     assert "lm_head" in capsys.readouterr().out
+    assert main(["cluster", str(smallest), "-r", "kmeans-w4-e6", "--json", "--plan"]) == 0
+    outside = json.loads(capsys.readouterr().out)["outside"]
+    assert [layer["bytes_after"] > 160 * 32 * 6 / 8 for layer in outside] == [True, True]
 
 
 def test_what_does_not_exist_is_refused(

@@ -22,7 +22,8 @@ from llmshrink.formats.base import Slot
 from llmshrink.formats.own import METHOD, OwnFormat
 from llmshrink.forms import Form, applied, decode
 
-STRETCH = 1 << 21  # weights of a head that are decoded at a time
+STRETCH = 1 << 19  # weights of a head that are decoded at a time; on a GPU so many more, as each stretch takes a start:
+WIDER = 32
 
 if TYPE_CHECKING:  # it is only being imported when this module is
     from transformers import PreTrainedModel
@@ -154,7 +155,7 @@ class Packed(nn.Module):
         if out * width <= STRETCH or self._format.factored(self._entry):
             return applied(self.form(), x, bias)
         whole = x.new_empty(*x.shape[:-1], out)
-        step = max(1, STRETCH // width)
+        step = max(1, STRETCH * (1 if x.device.type == "cpu" else WIDER) // width)
         for start in range(0, out, step):
             stop = min(start + step, out)
             whole[..., start:stop] = applied(self.rows(torch.arange(start, stop, device=x.device)), x)

@@ -51,7 +51,7 @@ class MatrixStage(Section):
     layers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="regular expression over whole layer names -> the method's keys, or `inputs`, that differ there; "
-        "null or `skip` leaves the layers as they are. `embedding` and `head` stand for these whatever their names are. "
+        "null or `skip` leaves the layers as they are. `embedding` and `head` stand for these in any model. "
         "The last match wins; an expression that matches nothing is an error",
     )
     ignore: list[str] = Field(

@@ -14,6 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InterruptedRun
+from llmshrink.formats.base import Format, Slot
+from llmshrink.forms import decode
 from llmshrink.io.files import sha256
 from llmshrink.methods import load_method, method_names
 from llmshrink.model.source import open_source
@@ -117,6 +119,14 @@ def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Pa
     if tied:
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert close(logits(model), right, rounding)
+
+
+def assert_reads_rows(fmt: Format, slot: Slot, packed: dict[str, Tensor], config: dict[str, Any] | None) -> None:
+    """Rows that are decoded alone are those of the whole matrix."""
+    whole = decode(fmt.unpack(slot, packed.__getitem__, config))
+    read = fmt.reader(slot, packed.__getitem__, config)
+    for rows in (torch.tensor([3, 0, 3, len(whole) - 1]), slice(1, 6), slice(len(whole) - 2, len(whole) + 9)):
+        assert torch.allclose(read(rows), whole[rows], atol=1e-5)
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -69,8 +69,10 @@ def tied(models_folder: Callable[..., Path], text_file: Path, tmp_path_factory: 
     return out
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
-@pytest.mark.parametrize("settings", [{"keep": 0.6}, {"rank": 5, "factor_bits": 8}, {"bits": 2, "rank": 2}])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {"keep": 0.6}), ("gemma3", {"rank": 5, "factor_bits": 8}), ("llama-tied", {"bits": 2, "rank": 2})],
+)
 def test_products_load(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, family: str, settings: dict[str, Any]
 ) -> None:
@@ -116,7 +118,7 @@ def test_what_does_not_exist_is_refused(
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, ["embedding"], rows=7))
 
 
-@pytest.mark.parametrize("note", ["model.embed_tokens", "block 0", "block 1"])
+@pytest.mark.parametrize("note", ["model.embed_tokens", "block 1"])
 def test_a_stopped_run_gives_the_same_bytes(
     models_folder: Callable[..., Path], text_file: Path, tmp_path: Path, tied: Path, note: str
 ) -> None:
@@ -229,7 +231,7 @@ def test_a_copy_of_a_tied_head_is_left_out(models_folder: Callable[..., Path], t
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     _copied(models_folder("llama-tied"), model, copied)
-    (stage,) = cluster(model, tmp_path / "out", text_file, ["linears", "head"], bits=3).stages
+    (stage,) = cluster(model, tmp_path / "out", text_file, ["head"], bits=3).stages
     assert_loads_packed(stage, tmp_path / "out", model, tmp_path / "again")
 
 

@@ -1,12 +1,14 @@
 """Lets transformers load the formats that are llmshrink's own: imported by itself once transformers is.
 
 A linear whose weight is stored in such a format becomes a `Packed` module: it holds what the file holds, and decodes
-it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. `dequantize()`
-makes plain linears of them, which are faster and larger.
+it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. Of a packed
+embedding the rows of the tokens asked for are decoded, a large head a stretch of rows at a time; a head that is tied to
+the embedding looks at the embedding's buffers. `dequantize()` makes plain modules of them, which are faster and larger.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,9 @@ from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
 from llmshrink.formats.own import METHOD, OwnFormat
 from llmshrink.forms import Form, applied, decode
+
+STRETCH = 1 << 19  # weights of a head that are decoded at a time; on a GPU so many more, as each stretch takes a start:
+WIDER = 32
 
 if TYPE_CHECKING:  # it is only being imported when this module is
     from transformers import PreTrainedModel
@@ -54,9 +59,13 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
         if why or not isinstance(fmt, OwnFormat):
             raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
+        head = model.get_output_embeddings()
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
-            model.set_submodule(entry["module"], Packed(name, entry, fmt, config, getattr(old, "bias", None)))
+            kind = PackedEmbedding if isinstance(old, nn.Embedding) else PackedHead if old is head else Packed
+            packed = kind(name, entry, fmt, config, old)
+            model.set_submodule(entry["module"], packed)
+            _tie(model, entry["module"], packed)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.quantization_config.dequantize:
@@ -64,9 +73,16 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         return model
 
     def _dequantize(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        heads = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedHead)]
         for name, module in list(model.named_modules()):
             if isinstance(module, Packed):
                 model.set_submodule(name, module.plain(model.dtype))
+        for name, head in heads:
+            model.set_submodule(name, head.plain(model.dtype))
+        if heads:  # the class says what is tied
+            del model._tied_weights_keys
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            model.tie_weights()
         return model
 
     def is_serializable(self, **_: Any) -> bool:
@@ -79,6 +95,21 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         return False
 
 
+def _tie(model: PreTrainedModel, name: str, packed: Packed) -> None:
+    """Let the heads that are tied to what was the module `name` look at what it holds now.
+
+    They have no tensor of their own, so nothing is missed when the model is loaded, written twice when it is saved, or
+    apart once it is moved.
+    """
+    tied: dict[str, str] = model.all_tied_weights_keys
+    heads = [target for target, source in tied.items() if source == f"{name}.weight"]
+    for head in (target.removesuffix(".weight") for target in heads):
+        model.set_submodule(head, TiedHead(packed, model.get_submodule(head).bias))
+    if heads:
+        model.all_tied_weights_keys = {target: source for target, source in tied.items() if target not in heads}
+        model._tied_weights_keys = dict(model.all_tied_weights_keys)
+
+
 class Packed(nn.Module):
     """A linear whose weight is held as it is stored.
 
@@ -88,35 +119,124 @@ class Packed(nn.Module):
     """
 
     def __init__(
-        self, name: str, entry: dict[str, Any], fmt: OwnFormat, config: dict[str, Any], bias: Tensor | None
+        self, name: str, entry: dict[str, Any], fmt: OwnFormat, config: dict[str, Any], old: nn.Module
     ) -> None:
-        """A module for the matrix `name` (on disk), with buffers of the shapes that its `entry` says."""
+        """In place of `old`, a module for the matrix `name` (on disk): with buffers of the shapes its `entry` says."""
         super().__init__()
         dtype = getattr(torch, entry["dtype"])
         self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
-        self._format, self._config = fmt, config
+        self._entry, self._format, self._config = entry, fmt, config
         self.out_features, self.in_features = self._slot.shape
         for key, tensor in fmt.pack(self._slot, fmt.meta(entry)).items():
             leaf = key.removeprefix(f"{name}.")
             self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
+        bias = getattr(old, "bias", None)
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+    def _get(self, key: str) -> Tensor:
+        """A stored tensor by its name on disk."""
+        return self.get_buffer(key.removeprefix(f"{self._slot.name}."))
 
     def form(self) -> Form:
         """The weight as it is stored."""
-        prefix = f"{self._slot.name}."
-        return self._format.unpack(self._slot, lambda key: self.get_buffer(key.removeprefix(prefix)), self._config)
+        return self._format.unpack(self._slot, self._get, self._config)
+
+    def rows(self, numbers: Tensor) -> Form:
+        """Some rows of the weight, by their numbers, int64 [n]."""
+        return self._format.read_rows(self._slot.key, self._entry, self._get, numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return applied(self.form(), x, self.bias)
 
-    def plain(self, dtype: torch.dtype) -> nn.Linear:
-        """The same as a linear with a weight of its own."""
+    def in_stretches(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out], a stretch of the outputs at a time."""
+        out, width = self._slot.shape
+        if out * width <= STRETCH or self._format.factored(self._entry):
+            return applied(self.form(), x, bias)
+        whole = x.new_empty(*x.shape[:-1], out)
+        step = max(1, STRETCH * (1 if x.device.type == "cpu" else WIDER) // width)
+        for start in range(0, out, step):
+            stop = min(start + step, out)
+            whole[..., start:stop] = applied(self.rows(torch.arange(start, stop, device=x.device)), x)
+        return whole if bias is None else whole.add_(bias)
+
+    def weight_in(self, dtype: torch.dtype) -> nn.Parameter:
+        """The whole matrix [out, in], decoded."""
+        return nn.Parameter(decode(self.form()).to(dtype), requires_grad=False)
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """The same as a module with a weight of its own."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(decode(self.form()).to(dtype), requires_grad=False)
+        linear.weight = self.weight_in(dtype)
         linear.register_parameter("bias", self.bias)
         return linear
 
     def extra_repr(self) -> str:
         """What it is."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self._format.name}"
+
+
+class PackedHead(Packed):
+    """A linear with an output for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., tokens]."""
+        return self.in_stretches(x, self.bias)
+
+
+class PackedEmbedding(Packed):
+    """A table of vectors, of which those that are asked for are decoded.
+
+    Attributes:
+        table: The module that this one stands for, with a table of no rows: it gets the rows that a call needs, and
+            does with them what its class does (Gemma's scales them). Its dtype is what they are given out in.
+    """
+
+    def __init__(
+        self, name: str, entry: dict[str, Any], fmt: OwnFormat, config: dict[str, Any], old: nn.Module
+    ) -> None:
+        """As of `Packed`."""
+        super().__init__(name, entry, fmt, config, old)
+        assert isinstance(old, nn.Embedding)
+        empty = torch.empty(0, self.in_features, dtype=old.weight.dtype, device=old.weight.device)
+        del old.weight
+        old.register_buffer("weight", empty, persistent=False)
+        old.padding_idx = None  # of no meaning where no gradient reaches it, and not among a call's rows
+        self.table = old
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> [..., width]."""
+        numbers, places = torch.unique(ids, return_inverse=True)
+        table = copy(self.table)  # another object: other threads may ask for other rows
+        table.__dict__["weight"] = decode(self.rows(numbers)).to(self.table.weight.dtype)
+        found: Tensor = table(places)
+        return found
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """The same as a module with a weight of its own."""
+        module = self.table
+        del module.weight
+        module.weight = self.weight_in(dtype)
+        return module
+
+
+class TiedHead(nn.Module):
+    """A head whose weight is that of the embedding."""
+
+    def __init__(self, table: Packed, bias: nn.Parameter | None) -> None:
+        """`table` is no part of it: it is moved and saved where it stands."""
+        super().__init__()
+        self._table = (table,)  # a module in a tuple is not registered
+        self.in_features, self.out_features = table.in_features, table.out_features
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., tokens]."""
+        return self._table[0].in_stretches(x, self.bias)
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """A linear, whose weight is tied later."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
+        linear.register_parameter("bias", self.bias)
+        return linear

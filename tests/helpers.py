@@ -14,12 +14,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InterruptedRun
+from llmshrink.formats.base import Format, Slot
+from llmshrink.forms import decode
 from llmshrink.io.files import sha256
 from llmshrink.methods import load_method, method_names
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
-from llmshrink.plugin import Packed
+from llmshrink.plugin import Packed, TiedHead
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
@@ -53,7 +55,7 @@ def decoded_model(folder: Path, original: Path) -> PreTrainedModel:
     """The original's class with the weights that llmshrink decodes from `folder`, float32."""
     streamed = StreamedModel(open_source(str(folder)), torch.device("cpu"))
     model = load(original)[0]
-    kinds = {m.key: m.kind for block in streamed.anatomy.blocks for m in block.matrices}
+    kinds = {m.key: m.kind for m in streamed.anatomy.matrices}
 
     def get(key: str) -> torch.Tensor:  # some matrices are rounded to the checkpoint's dtype by the reader
         weights = streamed.weights
@@ -101,6 +103,9 @@ def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Pa
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     treated = [layer for layer in stage.layers if layer.method]
     assert sum(isinstance(module, Packed) for module in model.modules()) == len(treated)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = model.config.tie_word_embeddings and head is not None
+    assert isinstance(head, TiedHead) == bool(tied and isinstance(table, Packed))
     right = logits(decoded_model(out, original))
     assert close(logits(model), right, rounding)
     assert not close(logits(load(original)[0]), right, rounding)
@@ -110,8 +115,18 @@ def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Pa
     model.save_pretrained(again)
     assert close(logits(load(again)[0]), right, rounding)
     model.dequantize()
-    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert not any(isinstance(module, Packed | TiedHead) for module in model.modules())
+    if tied:
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert close(logits(model), right, rounding)
+
+
+def assert_reads_rows(fmt: Format, slot: Slot, packed: dict[str, Tensor], config: dict[str, Any] | None) -> None:
+    """Rows that are decoded alone are those of the whole matrix."""
+    whole = decode(fmt.unpack(slot, packed.__getitem__, config))
+    read = fmt.reader(slot, packed.__getitem__, config)
+    for rows in (torch.tensor([3, 0, 3, len(whole) - 1]), slice(1, 6), slice(len(whole) - 2, len(whole) + 9)):
+        assert torch.allclose(read(rows), whole[rows], atol=1e-5)
 
 
 def content(folder: Path) -> dict[str, str]:

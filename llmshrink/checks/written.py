@@ -122,6 +122,8 @@ def check_layers(
     )
     checkpoint = written.source.checkpoint
     dropped, add = (_left_out(source), checkpoint.norms_add) if isinstance(checkpoint, GgufCheckpoint) else ((), 0.0)
+    if source.anatomy.embedding is not None and source.anatomy.embedding.name in by_name:
+        dropped = (*dropped, *source.anatomy.copies)
     others = (k for k in source.weights.infos if k not in dropped and k not in fitted)
     left = [k for k in others if k.removesuffix(".weight") not in by_name]
     changed = [k for k in left if k not in written.weights.infos or not _equal(meant(k), written.weights.get(k), add)]
@@ -133,11 +135,7 @@ def check_layers(
 
 def _left_out(source: StreamedModel) -> tuple[str, ...]:
     """Tensors on disk that a GGUF file has no place for: those of no parameter, a copy of the tied embedding."""
-    table, head = source.anatomy.embedding, source.model.get_output_embeddings()
-    names = [name for name, module in source.model.named_modules() if module is head]
-    origins = [source.map.origins.get(f"{name}.weight") for name in names if source.source.config.tie_word_embeddings]
-    copies = [key for found in origins if found for key in found.keys if table is None or key != table.key]
-    return (*source.anatomy.unused, *copies)
+    return (*source.anatomy.unused, *source.anatomy.copies)
 
 
 def _stretches(model: StreamedModel, matrix: Matrix) -> Iterator[Tensor]:

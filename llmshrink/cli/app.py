@@ -153,6 +153,7 @@ def cluster(
     recipe: opt.RecipeName = None,
     preset: opt.Preset = None,
     bits: opt.CodeBits = None,
+    targets: opt.Targets = None,
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     target_size: opt.TargetSize = None,
@@ -196,6 +197,7 @@ def factorize(
     keep: opt.Keep = None,
     rank: opt.Rank = None,
     bits: opt.RestBits = None,
+    targets: opt.Targets = None,
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
     target_size: opt.TargetSize = None,

@@ -20,6 +20,7 @@ RECIPE_KEYS = {
     "sparsity": "method.sparsity",
     "pattern": "method.pattern",
     "ratios": "ratios.name",
+    "targets": "targets",
     "keep": "method.keep",
     "rank": "method.rank",
     "neurons": "cut.neurons",
@@ -173,6 +174,14 @@ Ratios = Annotated[
     typer.Option(
         help="Find each layer's own sparsity: owl (by outliers), global (one magnitude for all).",
         metavar="owl|global",
+        rich_help_panel=_WHAT,
+    ),
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="What is compressed, with commas between: linears (the default), embedding, head.",
+        metavar="linears,embedding,head",
         rich_help_panel=_WHAT,
     ),
 ]
@@ -337,6 +346,8 @@ def _plain(flag: str, value: Any) -> Any:
     """A flag's value as a recipe has it."""
     if flag == "layers" and "," in value and all(part.strip().isdecimal() for part in value.split(",")):
         return [int(part) for part in value.split(",")]
+    if flag == "targets":
+        return [part.strip() for part in value.split(",")]
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -95,7 +95,9 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     states = 0 if economy.on_disk else _streams(work) * tokens * work.model.hidden * FLOAT
     blocks = max(_block(work, block, economy, tokens, subset) for block in work.model.anatomy.blocks)
     twin = TWIN * (work.transforms is not None)
-    compressed = states + max(blocks, *(_outside(work, part) + _turned(work, part) for part in work.parts))
+    compressed = states + max(
+        blocks, *(_outside(work, part, economy, tokens) + _turned(work, part) for part in work.parts)
+    )
     # While it is tuned, the states of the compressed model are gone.
     tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
     return FIXED + twin + max(compressed, tuned)
@@ -122,7 +124,7 @@ def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
     ]
     ends = [part for part in works[0].parts if not isinstance(part, Block)]
     outside = [
-        max(_outside(work, part) for work in works)
+        max(_outside(work, part, economy, tokens) for work in works)
         + sum(t.nbytes for m in part.matrices for work in works for t in work.packed(m).values())
         for part in ends
     ]
@@ -327,15 +329,20 @@ def _batch(work: Work, economy: Economy, tokens: int) -> int:
     return min(max(economy.batch_tokens, work.length), tokens or work.length)
 
 
-def _outside(work: Work, part: Part) -> int:
+def _outside(work: Work, part: Part, economy: Economy, tokens: int) -> int:
     """A part that is no block: its matrix is compressed in stretches, and its codes are held in full to be packed."""
     if isinstance(part, Block) or not part.matrices:
         return 0
     matrix, (group,) = part.matrices[0], part.groups
-    size = work.statistic_bytes(group)
+    size, method, model = work.statistic_bytes(group), work.methods[matrix], work.model
     factors = _factors(work, group)
     packed = sum(tensor.nbytes for tensor in work.meta_tensors(part).values())
-    return size + factors + SWEEP * FLOAT * min(matrix.numel, STACK) + PACKING * matrix.numel + packed
+    sweep = SWEEP * FLOAT * min(matrix.numel, STACK) if method.by_row else method.scratch(matrix.shape)
+    compressing = factors + sweep + PACKING * matrix.numel + packed
+    if part.index < 0 and size:  # the way of the states through the original
+        batch = _batch(work, economy, tokens)
+        compressing = max(compressing, *(_weights(model, b) + _forward(model, b, batch) for b in model.anatomy.blocks))
+    return size + compressing
 
 
 def _factors(work: Work, group: Group) -> int:

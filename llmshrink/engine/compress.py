@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink.engine.gather import gather, gather_head
+from llmshrink.engine.gather import gather, gather_head, gather_tied
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.reconstruct import reconstruct
@@ -253,12 +253,17 @@ class Compressor:
     # --- one part
 
     def _outside(self, part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A part that is no block: the embedding from its weights alone, the head from what leaves the last block."""
+        """A part that is no block: the head from what leaves the last block, the embedding from weights alone.
+
+        An embedding that is the head too is compressed for what leaves the original's last block.
+        """
         clock, made = _Clock(), self._begun(part)
         statistics: dict[Group, Gathered] = {}
         for group in part.groups:
             kinds = self._work.needs(group)
-            if self._work.statistic_bytes(group):
+            if self._work.statistic_bytes(group) and part.index < 0:
+                statistics[group] = gather_tied(self._model, group, kinds, self._embed())
+            elif self._work.statistic_bytes(group):
                 statistics[group] = gather_head(self._model, group, kinds, self._hidden)
             else:
                 statistics[group] = {kind: kind(group.width, self._model.device) for kind in kinds}

@@ -25,15 +25,16 @@ from llmshrink.forms import (
     low_rank,
     quantized,
     relative_error,
+    relative_error_of,
     shape_of,
     split_rows,
 )
 from llmshrink.memory import memory_error, release, trim
-from llmshrink.methods import load_method
+from llmshrink.methods import by_weights
 from llmshrink.methods.base import Method, Prepared, method_name
 from llmshrink.methods.sparsity import PRUNED
 from llmshrink.model.anatomy import Group, Matrix
-from llmshrink.model.streamed import Decoded
+from llmshrink.model.streamed import HEAD_ROWS, Decoded
 from llmshrink.plan.work import Work
 from llmshrink.report.schema import LayerReport
 from llmshrink.statistics import Gathered, NoStatistic, Range
@@ -136,8 +137,24 @@ class GroupCompressor:
         # Go on with what the file means, not with what the method meant.
         made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
         made.tensors |= packed
+        if matrix.kind in ("embedding", "head"):
+            return packed, *self._compared(slot, packed, weight)
         decoded = made.decoded[matrix.key].weight()
         return packed, relative_error(weight, decoded), decoded.numel() - int(decoded.count_nonzero())
+
+    def _compared(self, slot: Slot, packed: dict[str, Tensor], weight: Tensor) -> tuple[float, int]:
+        """The distance of a large matrix to the `weight` that it stands for, and its zeros, a stretch at a time."""
+        read = self._work.format.reader(slot, packed.__getitem__, self._work.quantization_config)
+        zeros = 0
+
+        def stretches() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal zeros
+            for start in range(0, len(weight), HEAD_ROWS):
+                decoded = read(slice(start, start + HEAD_ROWS))
+                zeros += decoded.numel() - int(decoded.count_nonzero())
+                yield weight[start : start + HEAD_ROWS], decoded
+
+        return relative_error_of(stretches()), zeros
 
     def _lost(self, made: Made, matrix: Matrix, weight: Tensor) -> list[Event]:
         """What to tell where pruned weights are there again; `weight` is what the method was given."""
@@ -206,16 +223,6 @@ class GroupCompressor:
 def starved(matrix: Matrix, tokens: int) -> bool:
     """Whether an expert saw too few tokens for what is known of its inputs to count."""
     return matrix.site.expert is not None and tokens < matrix.shape[1]
-
-
-def by_weights(method: Method[Any]) -> Method[Any]:
-    """The method that does the same from weights alone: its baseline, or itself where it looks at nothing else."""
-    if method.baseline is None:
-        return method
-    baseline = load_method(method.baseline)
-    known = method.config.model_dump()
-    config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
-    return baseline(config, method.scales)
 
 
 def is_small(group: Group) -> bool:

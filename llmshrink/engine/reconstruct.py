@@ -148,7 +148,7 @@ class _Tables:
         low, high = self._values.amin(1, keepdim=True), self._values.amax(1, keepdim=True)
         step = (high - low).mean(2, keepdim=True) / max(1, count ** (1 / dim) - 1)
         self._unit = step.clamp_(min=torch.finfo(torch.float32).tiny)
-        exact = (weight / self._scale).reshape(groups, -1, dim)
+        exact = (weight / torch.where(self._scale > 0, self._scale, 1)).reshape(groups, -1, dim)
         self.latent = (self._inside(exact) / self._unit).requires_grad_()
         self.shift = torch.zeros_like(self._values).requires_grad_()
         self.factor = torch.zeros_like(self._scale).requires_grad_(form.scale is not None)

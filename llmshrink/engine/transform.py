@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink.engine.groups import by_weights, compressed
+from llmshrink.engine.groups import compressed
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import LlmshrinkError
 from llmshrink.forms import Event, decode
 from llmshrink.io import safetensors
 from llmshrink.memory import trim
+from llmshrink.methods import by_weights
 from llmshrink.methods.base import Method
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.flow import Link

@@ -133,6 +133,31 @@ def unpack_flat(packed: Tensor, bits: int, n: int) -> Tensor:
     return unpack(rows, bits, 32).flatten()[:n]
 
 
+def unpack_rows(packed: Tensor, bits: int, width: int, rows: Tensor) -> Tensor:
+    """Some rows of a matrix [out, width] behind `unpack_flat`, of which nothing else is unpacked.
+
+    A row need not begin with a word: as few adjacent rows as do are taken together.
+
+    Args:
+        packed: uint8 [bytes], in memory or in a file.
+        bits: of a value.
+        width: values in a row.
+        rows: int64 [n], their numbers.
+
+    Returns:
+        uint8 [n, width], or int32 as of `unpack`.
+    """
+    together = 32 // math.gcd(width * bits, 32)
+    size = together * width * bits // 8  # bytes
+    count, place = len(packed) // size, rows // together
+    near = packed[: count * size].view(count, size)[place.clamp(max=count - 1)] if count else packed.new_empty(0)
+    if len(packed) > count * size:  # the last of them is not whole
+        last = torch.nn.functional.pad(packed[count * size :], (0, (count + 1) * size - len(packed)))
+        near = torch.where((place == count)[:, None], last, near if count else last)
+    values = unpack(near.view(torch.int32), bits, together * width).view(len(rows), together, width)
+    return values[torch.arange(len(rows), device=packed.device), rows % together]
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Bool of any shape -> uint8 [ceil(n / 8)]: a bit each, least significant first."""
     total = mask.numel()

@@ -58,6 +58,13 @@ class CodebookFormat(OwnFormat):
             raise ValueError(f"a weight beside the codes stands outside of {width} columns")
         return Sum((book, Scattered(values, columns, counts, width)))
 
+    def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
+        """The codes of these rows, each with its table."""
+        book = read_rows(key, entry, _shape(entry), get, rows)
+        if not entry.get("apart"):
+            return book
+        return Sum((book, _apart_of(rows, *(get(key + part) for part in BESIDE), width=_shape(entry)[1])))
+
     def describe(self, layer: Layer) -> Entry:
         """Bits of a code, and how many tables of which dtype there are."""
         book, apart = _parts(layer.weight)
@@ -75,6 +82,16 @@ class CodebookFormat(OwnFormat):
         places, number = getattr(torch, apart["columns"]), (int(apart["number"]),)
         values = empty(number, getattr(torch, apart["values"]))
         return Layer(Sum((book, Scattered(values, empty(number, places), empty((out,), places), width))))
+
+
+def _apart_of(rows: Tensor, values: Tensor, columns: Tensor, counts: Tensor, *, width: int) -> Scattered:
+    """What stands beside the codes of some rows."""
+    last = counts.long().cumsum(0)[rows]
+    number = counts.long()[rows]
+    first = (last - number).repeat_interleave(number)
+    before = (number.cumsum(0) - number).repeat_interleave(number)
+    places = first + torch.arange(len(first), device=rows.device) - before
+    return Scattered(values[places], columns[places], counts[rows], width)
 
 
 def _parts(form: Form) -> tuple[Codebook, Scattered | None]:
@@ -98,6 +115,14 @@ def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Te
     codes = bitpack.unpack_flat(get(key), bits, math.prod(shape) // dim).view(shape[0], -1)
     scale = get(key + SCALE) if entry.get("scales") else None
     return Codebook(codes, table.view(len(table), -1, dim), bits, scale)
+
+
+def read_rows(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor], rows: Tensor) -> Codebook:
+    """The codes [n, in] of some rows behind `key`, and a table for each of them."""
+    bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
+    codes = bitpack.unpack_rows(get(key), bits, shape[1] // dim, rows)
+    own = table[rows // (shape[0] // len(table))].view(len(rows), -1, dim)
+    return Codebook(codes, own, bits, get(key + SCALE)[rows] if entry.get("scales") else None)
 
 
 def describe(form: Codebook) -> Entry:

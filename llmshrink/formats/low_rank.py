@@ -18,7 +18,7 @@ from llmshrink.formats import bits as bitpack
 from llmshrink.formats import codebook
 from llmshrink.formats.base import Slot
 from llmshrink.formats.own import Entry, OwnFormat, dtype_name, empty
-from llmshrink.forms import Codebook, Dense, Form, Layer, LowRank, Quantized, Sum, low_rank, shape_of
+from llmshrink.forms import Codebook, Dense, Form, Layer, LowRank, Quantized, Sum, decode, low_rank, shape_of
 
 Shape = tuple[int, int]
 RIGHT, PIVOTS, REST = "_right", "_pivots", "_rest"
@@ -89,6 +89,36 @@ class LowRankFormat(OwnFormat):
         if entry["rest"] is None:
             return product
         return Sum((product, codebook.read(key + REST, entry["rest"], (out, width), get)))
+
+    def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
+        """These rows of the product, and their codes of the rest."""
+        (out, width), _, (rank, _) = _shapes(entry)
+        right = decode(_read(entry["right"], (rank, width), key + RIGHT, get))
+        if entry["pivots"]:
+            pivots = bitpack.unpack_mask(get(key + PIVOTS), out)
+            place = torch.where(pivots, pivots.cumsum(0), (~pivots).cumsum(0))[rows] - 1  # in the factor they stand in
+            whole, chosen = right.new_empty(len(rows), width), pivots[rows]
+            whole[chosen] = right[place[chosen]]
+            whole[~chosen] = _factor_rows(entry["left"], rank, key, get, place[~chosen]) @ right
+        else:
+            whole = _factor_rows(entry["left"], rank, key, get, rows) @ right
+        if entry["rest"] is None:
+            return Dense(whole)
+        return Sum((Dense(whole), codebook.read_rows(key + REST, entry["rest"], (out, width), get, rows)))
+
+    def factored(self, entry: Entry) -> bool:
+        """Where factors are floats and nothing stands beside them."""
+        return entry["rest"] is None and all("values" in entry[side] for side in ("left", "right"))
+
+
+def _factor_rows(entry: Entry, rank: int, key: str, get: Callable[[str], Tensor], rows: Tensor) -> Tensor:
+    """Rows of a left factor, float32 [n, rank]."""
+    if "values" in entry:
+        return get(key)[rows].float()
+    bits, (tall, wide) = int(entry["bits"]), _block(entry)
+    codes = bitpack.signed(bitpack.unpack_rows(get(key), bits, rank, rows), bits)
+    scale = Dense(get(f"{key}_scale")[rows // tall])
+    return decode(Quantized(codes, scale, None, None, (1, wide), bits))
 
 
 def _others(form: Form) -> list[Form]:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Form, Layer
+from llmshrink.formats.base import Format, Rows, Slot
+from llmshrink.forms import Dense, Form, Layer, decode
 
 METHOD = "llmshrink"  # the `quant_method` of all of them
 VERSION = 1
@@ -38,6 +38,26 @@ class OwnFormat(Format):
     @abstractmethod
     def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
         """The form behind the tensors of the matrix `key`."""
+
+    def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
+        """The form of some rows of the matrix `key`, by their numbers (int64 [n]); others need not be decoded."""
+        return Dense(decode(self.read(key, entry, get))[rows])
+
+    def factored(self, entry: Entry) -> bool:
+        """Whether inputs are multiplied with what is stored, and nothing is decoded for it."""
+        return False
+
+    def reader(
+        self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None
+    ) -> Callable[[Rows], Tensor]:
+        """What decodes rows of a matrix to float32."""
+        entry = _entry(config, slot.name)
+
+        def read(rows: Rows) -> Tensor:
+            numbers = torch.arange(slot.shape[0])[rows] if isinstance(rows, slice) else rows
+            return decode(self.read_rows(slot.key, entry, get, numbers.to(get(slot.key).device)))
+
+        return read
 
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """The form, as the settings describe it."""

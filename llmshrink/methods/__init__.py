@@ -31,3 +31,13 @@ def load_method(name: str) -> type[Method[Any]]:
         raise KeyError(name)
     found: type[Method[Any]] = import_module(f"llmshrink.methods.{name}").METHOD
     return found
+
+
+def by_weights(method: Method[Any]) -> Method[Any]:
+    """The method that does the same from weights alone: its baseline, or itself where it looks at nothing else."""
+    if method.baseline is None:
+        return method.alone
+    baseline = load_method(method.baseline)
+    known = method.config.model_dump()
+    config = baseline.Config(**{k: v for k, v in known.items() if k in baseline.Config.model_fields})
+    return baseline(config, method.scales)

@@ -114,6 +114,11 @@ class Method(ABC, Generic[C]):
         """Whether a large matrix is taken a stretch of rows at a time, by the engine or by the method itself."""
         return self.by_row
 
+    @property
+    def alone(self) -> Method[Any]:
+        """What does the same from weights alone, where the method needs no baseline for it."""
+        return self
+
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None: asked at plan time."""
         return None

@@ -91,6 +91,8 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
         factors: of the Hessian; their order keeps the inputs of a vector together.
     """
     spread, dim, order = factors.spread, start.table.shape[2], factors.order
+    if factors.adjacent % dim:
+        raise ValueError(f"codes of {dim} inputs, and the order keeps {factors.adjacent} together")
     rest = W.T[order]  # once a column has its codes, the error it leaves
     codes = torch.empty(len(order) // dim, len(W), dtype=torch.long, device=W.device)
     free = None if start.free is None else start.free.T[order]

@@ -40,6 +40,7 @@ class Factors(Prepared):
     order: Tensor  # int64 [in], the columns in the order they are rounded
     spread: Tensor  # float32 [in, in] in that order; row i spreads the error of column i. Below the diagonal: undefined
     pivots: Tensor  # float32 [in] in that order, the cost of an error once the inputs after it have made up for it
+    adjacent: int = 1  # inputs that stay together in the order
 
 
 def factorised(
@@ -85,7 +86,7 @@ def factorised(
             continue
         if share > config.damp:
             events.append(Event("damping", f"raised to {share:g} of the mean diagonal", data={"damp": share}))
-        return replace(factors, events=tuple(events))
+        return replace(factors, events=tuple(events), adjacent=adjacent)
     failed = Event(kind, f"{words}: the Hessian could not be factorised at any damping")
     return Prepared((*events, failed))
 

@@ -145,9 +145,19 @@ class Kmeans(Method[KmeansConfig]):
         return factorised(statistic, self.config, act_order=True, adjacent=dim, otherwise=FALLBACK, dead=FALLBACK[1])
 
     @property
+    def alone(self) -> Kmeans:
+        """The same by weights alone."""
+        return Kmeans(self.config.model_copy(update={"weighting": "none"}), self.scales)
+
+    @property
     def in_stretches(self) -> bool:
         """Whether a large matrix is taken a stretch of rows at a time: those that share a table stay together."""
         return self.config.rows != -1
+
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that `compress` holds of a stretch of a matrix [out, in]."""
+        together = self.config.sharing(shape, UNITS).rows * shape[1]  # weights under one table
+        return super().scratch((1, max(together, min(STRETCH, shape[0] * shape[1]))))
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Cluster one matrix [out, in]."""
@@ -163,6 +173,7 @@ class Kmeans(Method[KmeansConfig]):
         factors = prepared if isinstance(prepared, Factors) else None
         first = self._nearest(W, sharing, self._importance(factors))
         if factors is None:
+            first = _with_zeros(W, first, sharing)
             return Layer(self._form(first, sharing))
         found = first
         if self.config.feedback:
@@ -171,6 +182,7 @@ class Kmeans(Method[KmeansConfig]):
                 if sharing.scaled:
                     found = rescaled(W, found, factors, SCALE)
                 found = moved(W, refitted(W, found, factors, sharing.values), factors)
+        first, found = (_with_zeros(W, codes, sharing) for codes in (first, found))
         chosen, objective = _better(W, first, found, factors.H)
         return Layer(self._form(chosen, sharing), objective)
 
@@ -264,6 +276,25 @@ def _tables(units: Tensor, weights: Tensor | None, count: int) -> Tensor:
     many = units.shape[1] > clusters.MANY  # then bins as fine as bfloat16 say where values are
     seen = units.bfloat16().float() if many else units
     return clusters.centroids(seen[..., 0], None if weights is None else weights[..., 0], count)[..., None]
+
+
+def _with_zeros(W: Tensor, found: Codes, sharing: Sharing) -> Codes:
+    """The same with rows of zeros as zeros: by their scale, or the entry next to zero becomes it.
+
+    Of a table of tokens it is the one for padding, which is often the first of every text too: a norm makes any small
+    state that it leaves as large as all others.
+    """
+    empty = W.count_nonzero(1) == 0
+    if not empty.any():
+        return found
+    apart = None if found.apart is None else found.apart.masked_fill(empty[:, None], 0)
+    if sharing.scaled:
+        return replace(found, scale=found.scale.masked_fill(empty[:, None], 0), apart=apart)
+    least = found.table.square().sum(2).argmin(1)
+    there, table = empty.view(len(least), -1).any(1).nonzero()[:, 0], found.table.clone()
+    table[there, least[there]] = 0
+    codes = torch.where(empty[:, None], least.repeat_interleave(sharing.rows)[:, None], found.codes)
+    return replace(found, table=table, codes=codes, apart=apart)
 
 
 def _better(W: Tensor, one: Codes, other: Codes, H: Tensor) -> tuple[Codes, Objective]:

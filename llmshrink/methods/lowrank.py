@@ -156,7 +156,7 @@ class LowRankMethod(Method[LowRankConfig]):
     def scratch(self, shape: tuple[int, int]) -> int:
         """Bytes that `compress` holds: the matrix and what comes of it, in float64."""
         whole, square = shape[0] * shape[1], min(shape) ** 2
-        codes = 0 if self.config.bits is None else self._rest.scratch((1, min(whole, STRETCH))) + FLOAT * whole
+        codes = 0 if self.config.bits is None else self.rest.scratch((1, min(whole, STRETCH))) + FLOAT * whole
         return DOUBLE * (COPIES * whole + SQUARES * square) + codes
 
     def pointless(self, shape: tuple[int, int]) -> str | None:
@@ -166,10 +166,10 @@ class LowRankMethod(Method[LowRankConfig]):
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be factored so, or None."""
         why = self.config.why_not(shape)
-        return why if why or self.config.bits is None else self._rest.check(shape)
+        return why if why or self.config.bits is None else self.rest.check(shape)
 
     @property
-    def _rest(self) -> Kmeans:
+    def rest(self) -> Kmeans:
         """What makes codes of the rest, by its outputs where they are known."""
         assert self.config.bits is not None
         weighting: Literal["hessian", "none"] = "hessian" if issubclass(self.needs, Hessian) else "none"
@@ -211,7 +211,7 @@ class LowRankMethod(Method[LowRankConfig]):
 
     def _corrected(self, W: Tensor, H: Metric, prepared: Prepared, dtype: torch.dtype) -> Layer:
         """Codes of W, and factors of what they leave, each in turn; of all rounds the best."""
-        method = self._rest
+        method = self.rest
         codes = method.compress(W.to(dtype), prepared).weight
         baseline = H.error(W - decode(codes))
         best, own = None, baseline
@@ -235,7 +235,7 @@ class LowRankMethod(Method[LowRankConfig]):
             product = LowRank(self._meta((out - rank, rank), dtype), right, chosen)
         else:
             product = LowRank(_turned(self._meta((rank, out), dtype)), right)
-        return Layer(product if self.config.bits is None else Sum((product, self._rest.form(shape, dtype).weight)))
+        return Layer(product if self.config.bits is None else Sum((product, self.rest.form(shape, dtype).weight)))
 
     def _meta(self, shape: tuple[int, int], dtype: torch.dtype) -> Form:
         """What `_stored` makes, without data."""

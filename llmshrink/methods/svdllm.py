@@ -27,7 +27,10 @@ class SvdLlm(LowRankMethod):
     def prepare(self, statistic: Statistic) -> Prepared:
         """The second moment of the inputs, damped."""
         assert isinstance(statistic, Hessian) and isinstance(self.config, SvdLlmConfig)
-        return factorised(statistic, self.config, act_order=True, otherwise=FALLBACK, dead="not counted")
+        together = 1 if self.config.bits is None else self.rest.config.most(len(statistic.matrix))
+        return factorised(
+            statistic, self.config, act_order=True, adjacent=together, otherwise=FALLBACK, dead="not counted"
+        )
 
     def metric(self, prepared: Prepared) -> Metric:
         """The second moment; all inputs weigh the same where it could not be used."""

@@ -114,6 +114,8 @@ class Anatomy:
     blocks: tuple[Block, ...]
     embedding: Matrix | None  # of tokens; also the head, where both are tied
     head: Matrix | None  # that is not tied
+    tied: bool  # whether the embedding is the head too
+    copies: tuple[str, ...]  # keys on disk of a tied head: its values are the embedding's, and nobody looks at these
     others: tuple[str, ...]  # keys on disk outside the blocks: embeddings, final norm, head
     unused: tuple[str, ...]  # keys on disk that no parameter takes; copied as they are
     returns: int | None  # how long a tuple the blocks return; None: a tensor
@@ -192,8 +194,17 @@ def dissect(
     others = tuple(k for k in infos if k not in inside and k not in weights.unused)
     table = _outside(model, model.get_input_embeddings(), "embedding", weights, infos)
     tied = model.config.get_text_config(decoder=True).tie_word_embeddings  # a copy on disk is never looked at
-    head = None if tied else _outside(model, model.get_output_embeddings(), "head", weights, infos)
-    return Anatomy(tuple(found), table, head, others, tuple(weights.unused), returns)
+    output = model.get_output_embeddings()
+    head = None if tied else _outside(model, output, "head", weights, infos)
+    shared = bool(tied) and table is not None and isinstance(output, nn.Linear)
+    copies = _copies(model, output, weights, table) if shared else ()
+    return Anatomy(tuple(found), table, head, shared, copies, others, tuple(weights.unused), returns)
+
+
+def _copies(model: PreTrainedModel, head: nn.Module, weights: WeightMap, table: Matrix | None) -> tuple[str, ...]:
+    """The keys on disk of a head's weight, but for the table that it is tied to."""
+    origins = [weights.origins.get(f"{name}.weight") for name, module in model.named_modules() if module is head]
+    return tuple(key for found in origins if found for key in found.keys if table is None or key != table.key)
 
 
 def _outside(

@@ -271,8 +271,8 @@ class StreamedModel:
         return found[0]
 
     def replace(self, matrix: Matrix, rows: Callable[[Rows], Tensor]) -> None:
-        """Take these rows for the embedding (a head tied to it has them too) or for the head, before any is used."""
-        self._replaced = {matrix.key: rows}
+        """Take these rows for the embedding (a head tied to it has them too) or for the head, from now on."""
+        self._replaced, self._moved = {matrix.key: rows}, False
 
     def _read_by_row(self) -> dict[str, list[nn.Embedding | nn.Linear]]:
         """The modules whose rows a CPU reads where they are used, by their key; a GPU holds all in full."""

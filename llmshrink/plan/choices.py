@@ -17,6 +17,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.loading import fused
 from llmshrink.plan.resolve import resolve
+from llmshrink.plan.targets import targeted, with_names
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.allocate import AllocateSpec
@@ -91,7 +92,7 @@ class Choices:
         usual = self.spec.candidates is None
         if usual and stage.on_indivisible is None:
             update["on_indivisible"] = "smaller_group"  # the groups are nobody's wish
-        self._stage = stage.model_copy(update=update)
+        self._stage = with_names(stage.model_copy(update=update), self.model)
         wanted = self._usual() if usual else list(self.spec.candidates or [])
         units = [Unit(ms, tuple(_options(wanted, ms, usual))) for ms in self._alike()]
         used = sorted({c for unit in units for c in unit.options})
@@ -130,8 +131,7 @@ class Choices:
         anatomy = self.model.anatomy
         ties = {} if self._gguf else {m: tuple(alike) for b in anatomy.blocks for alike in fused(b) for m in alike}
         seen: set[Matrix] = set()
-        inside = [m for block in anatomy.blocks for m in block.matrices]
-        for matrix in anatomy.matrices if self._gguf else inside:
+        for matrix in anatomy.matrices if self._gguf else targeted(self._stage, self.model):
             if matrix not in seen and not self._stage.names(matrix.name):
                 alike = tuple(m for m in ties.get(matrix, (matrix,)) if not self._stage.names(m.name))
                 seen.update(alike)

@@ -59,8 +59,9 @@ def describe(
         for block in model.anatomy.blocks
     ]
     ends = (model.anatomy.embedding, model.anatomy.head)
-    outside = [_layer_plan(work, m, m in open_) for m in ends if m in work.methods]
-    inside = {m.key for part in work.parts for m in part.matrices}
+    named = [m for m in ends if m is not None and (m in work.methods or m in work.left)]
+    outside = [_layer_plan(work, m, m in open_) for m in named]
+    inside = {m.key for m in named} | {m.key for part in work.parts for m in part.matrices}
     others = [
         TensorPlan(name=k, bytes_before=work.bytes_before(k), bytes_after=sizes.get(k, 0), parameters=i.numel)
         for k, i in sorted(infos.items())

@@ -7,6 +7,8 @@ from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
+from llmshrink.formats.base import Format
+from llmshrink.formats.own import OwnFormat
 from llmshrink.forms import Event
 from llmshrink.methods.base import Method
 from llmshrink.methods.keep import Keep
@@ -29,7 +31,7 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
     left: dict[Matrix, str] = {}
     problems: list[str] = []
     events: list[Event] = []
-    for matrix in (m for block in model.anatomy.blocks for m in block.matrices):
+    for matrix in _candidates(model, fmt):
         if matrix.key in weights.compressed:
             rounded = weights.input(matrix.key)
             if rounded is not None and rounded.kind not in fmt.rounded_inputs:
@@ -45,7 +47,17 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
     refuse(problems, "choose another format with --to; compressed-tensors keeps the model's own dtype")
     if not methods:
         raise PlanError(
-            f"{model.source.id}: no layer of its blocks is compressed, so there is nothing to export.",
+            f"{model.source.id}: nothing of it is compressed that {fmt.name} holds, so there is nothing to export.",
             hint="`llmshrink quantize` compresses a model and writes any format (--format).",
         )
     return lay_out(recipe, model, fmt, methods, {}, left, events)
+
+
+def _candidates(model: StreamedModel, fmt: Format) -> list[Matrix]:
+    """The matrices of blocks; an embedding and a head too that are stored as no loader of other formats has them."""
+    anatomy, stored = model.anatomy, model.weights.format
+    inside = [m for block in anatomy.blocks for m in block.matrices]
+    own = isinstance(stored, OwnFormat) and fmt.name in (stored.name, "dense")
+    if not own:
+        return inside
+    return [m for m in anatomy.matrices if m in set(inside) or m.key in model.weights.compressed]

@@ -13,6 +13,7 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.choices import Unit
 from llmshrink.plan.resolve import resolve
+from llmshrink.plan.targets import with_names
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import main_method
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
@@ -51,7 +52,7 @@ class Ratios:
             raise PlanError(
                 f"`ratios` leave at least {1 - MOST:.0%} of each layer, and {self.sparsity:g} of all numbers are to go."
             )
-        self._stage = stage.model_copy(update={"ratios": None})
+        self._stage = with_names(stage.model_copy(update={"ratios": None}), model)
         self.work = resolve(recipe, self._stage, changeable(stage.transform, model) if stage.transform else model)
         left = {m.key for m in self.work.left}
         found = ([m for m in matrices if m.key not in left] for matrices in self._alike(model))

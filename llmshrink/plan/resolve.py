@@ -14,19 +14,20 @@ from llmshrink.formats import format_names, load_format
 from llmshrink.formats.base import Format
 from llmshrink.formats.runtimes import Stored, entry
 from llmshrink.forms import Codebook, CodeKind, Event, LowRank, Scheme, Sparse, Sum, learnable
-from llmshrink.methods import load_method
+from llmshrink.methods import by_weights, load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs, says_types
+from llmshrink.plan.targets import kind_of, targeted, with_names
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.stages import MatrixStage
+from llmshrink.recipe.stages import MatrixStage, TargetStage
 from llmshrink.recipe.tune import TuneSpec
 from llmshrink.statistics import Cross
 
@@ -49,8 +50,9 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     Raises:
         PlanError: layers that cannot be done as asked (all are listed), an expression that matches nothing.
     """
-    mix = mix_of(stage)
+    stage, mix = with_names(stage, model), mix_of(stage)
     matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+    targets = targeted(stage, model)
     if not matrices:
         raise PlanError(
             f"{type(model.model).__name__}: no linear layers were found in its blocks; nothing to compress."
@@ -63,16 +65,16 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     try:
         named = mix
         if mix is None:
-            specs = {m: stage.method_for(m.name, default) for m in matrices}
+            specs = {m: stage.method_for(m.name, default) for m in targets}
         else:
             specs = mix_specs(mix, stage, model, events)
             named = mix if says_types(stage, default, specs) else None
     except ValidationError as error:
         raise PlanError(f"The keys of the method, or in `layers`, do not fit {default.name}: {_first(error)}") from None
-    _check_patterns(stage, list(specs))
+    _check_patterns(stage, list(specs), model)
     usual = _usual_group(stage, default, matrices, events) if mix is None else GROUP_SIZES[0]
     methods: dict[Matrix, Method[Any]] = {}
-    left: dict[Matrix, str] = {}
+    left = {m: "`targets` does not name it" for m in matrices if m not in specs}
     problems: list[str] = []
     for matrix, spec in specs.items():
         if spec is None:
@@ -80,6 +82,8 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
             continue
         size = usual if stage.inputs_for(matrix.name) is None else -1  # what meets rounded inputs has no groups
         method, reason = _fit(spec, stage, matrix, size, events)
+        if method is not None and mix is None and matrix.kind == "embedding" and not model.anatomy.tied:
+            method = by_weights(method)  # its rows are looked up, not multiplied with inputs
         if method is None:
             left[matrix] = reason or ""
         elif why := method.pointless(matrix.shape):
@@ -301,11 +305,16 @@ def _fit(
     return cls(config.model_copy(update={"group_size": size})), None
 
 
-def _check_patterns(stage: MatrixStage, matrices: list[Matrix]) -> None:
+def _check_patterns(stage: MatrixStage, matrices: list[Matrix], model: StreamedModel) -> None:
     for pattern in (*stage.layers, *stage.ignore):
-        if not any(patterns.matches(pattern, m.name) for m in matrices):
-            some = ", ".join(m.name for m in matrices[:3])
-            raise PlanError(f"The expression {pattern!r} matches no layer.", hint=f"Layers are named like: {some}")
+        if any(patterns.matches(pattern, m.name) for m in matrices):
+            continue
+        outside = next((m for m in model.anatomy.matrices if patterns.matches(pattern, m.name)), None)
+        if outside is not None and isinstance(stage, TargetStage):
+            hint = f"{outside.name} is not among the `targets`: name it there (--targets {kind_of(outside)})."
+        else:
+            hint = f"Layers are named like: {', '.join(m.name for m in matrices[:3])}"
+        raise PlanError(f"The expression {pattern!r} matches no layer.", hint=hint)
 
 
 def _choose_format(stage: MatrixStage, methods: dict[Matrix, Method[Any]], events: list[Event]) -> Format:

@@ -111,7 +111,7 @@ class Plan(_Part):
     learning_steps: int  # of gradient for each block after the method; 0: none
     tuning_steps: int  # of gradient through the whole model after that; 0: none
     blocks: list[BlockPlan]
-    outside: list[LayerPlan]  # the embedding and the head, where they are compressed
+    outside: list[LayerPlan]  # the embedding and the head, where the recipe names them
     others: list[TensorPlan]
     parameters: int
     parameters_compressed: int

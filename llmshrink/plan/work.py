@@ -100,7 +100,8 @@ class Work:
         anatomy = self.model.anatomy
         embedding, head = (m if m in self.methods else None for m in (anatomy.embedding, anatomy.head))
         first = [] if embedding is None else [Part(-1, (embedding.key,), (_alone(embedding),))]
-        keys = [key for key in (*anatomy.others, *anatomy.unused) if embedding is None or key != embedding.key]
+        elsewhere = () if embedding is None else (embedding.key, *anatomy.copies)
+        keys = [key for key in (*anatomy.others, *anatomy.unused) if key not in elsewhere]
         last = Part(len(anatomy.blocks), tuple(keys), () if head is None else (_alone(head),))
         return (*first, *anatomy.blocks, last)
 

@@ -34,6 +34,7 @@ DEFAULT_PRUNING = "sparsegpt"
 DEFAULT_CLUSTERING = "kmeans"
 DEFAULT_FACTORING = "svdllm"
 
+Target = Literal["linears", "embedding", "head"]
 OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
 Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
 
@@ -50,8 +51,8 @@ class MatrixStage(Section):
     layers: dict[str, dict[str, Any] | None] = Field(
         default_factory=dict,
         description="regular expression over whole layer names -> the method's keys, or `inputs`, that differ there; "
-        "null or `skip` leaves the layers as they are. The last match wins; an expression that matches nothing is an "
-        "error",
+        "null or `skip` leaves the layers as they are. `embedding` and `head` stand for these in any model. "
+        "The last match wins; an expression that matches nothing is an error",
     )
     ignore: list[str] = Field(
         default_factory=list, description="regular expressions over whole layer names; these are left as they are"
@@ -86,6 +87,11 @@ class MatrixStage(Section):
         "else smaller_group",
     )
     gate: Gate = GateSpec()
+
+    @property
+    def aims(self) -> tuple[Target, ...]:
+        """What is compressed of a model; of a GGUF file embedding and head are too, whatever this says."""
+        return ("linears",)
 
     @property
     def indivisible(self) -> OnIndivisible:
@@ -271,7 +277,35 @@ class PruneStage(WeightStage):
         return self
 
 
-class ClusterStage(WeightStage):
+class TargetStage(WeightStage):
+    """A stage whose formats can hold the table of tokens and the head too."""
+
+    targets: list[Target] = Field(
+        ["linears"],
+        min_length=1,
+        description="what is compressed: the linears of blocks, the embedding, the head; where the head is tied to the "
+        "embedding, either name means the one matrix. `layers` and `ignore` know these by their names too",
+    )
+
+    @property
+    def aims(self) -> tuple[Target, ...]:
+        """What is compressed of a model."""
+        return tuple(self.targets)
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_target_is_a_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: list[Target]) -> list[Target]:
+        if twice := [i for i, name in enumerate(targets) if name in targets[:i]]:
+            raise refuse([fault((i,), f"'{targets[i]}' is there already", targets[i]) for i in twice])
+        return targets
+
+
+class ClusterStage(TargetStage):
     """Few values, which many weights share."""
 
     usual = DEFAULT_CLUSTERING
@@ -284,7 +318,7 @@ class ClusterStage(WeightStage):
     )
 
 
-class FactorizeStage(WeightStage):
+class FactorizeStage(TargetStage):
     """Products of thin matrices in place of matrices, alone or beside codes."""
 
     usual = DEFAULT_FACTORING

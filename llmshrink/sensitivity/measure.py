@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.engine.gather import gather, gather_head
+from llmshrink.engine.gather import gather, gather_head, gather_tied
 from llmshrink.engine.groups import GroupCompressor, Made
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import InputError
@@ -183,8 +183,12 @@ class Sensitivity:
         """The cost of an embedding or a head, each candidate in a model of its own."""
         (group,), (unit,), first = part.groups, units, part.index < 0
         statistics: Gathered = {kind: kind(group.width, self._model.device) for kind in self._kinds(group)}
-        if not first and any(kind.bytes(1) for kind in statistics):
-            statistics = gather_head(self._model, group, self._kinds(group), self._hidden)
+        if any(kind.bytes(1) for kind in statistics):
+            if first:
+                hidden = Hidden(self._model, self._rows.batches(self._economy.batch_tokens), folder=self._folder)
+                statistics = gather_tied(self._model, group, self._kinds(group), hidden)
+            else:
+                statistics = gather_head(self._model, group, self._kinds(group), self._hidden)
         streams: list[tuple[StreamedModel, list[Tensor]]] = []
         for option in unit.options:
             work = self._choices.works[option]

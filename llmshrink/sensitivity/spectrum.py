@@ -16,10 +16,11 @@ from torch import Tensor
 
 from llmshrink.allocate.solver import Option, solve
 from llmshrink.engine.gather import gather
-from llmshrink.engine.groups import by_weights, starved
+from llmshrink.engine.groups import starved
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import InputError, PlanError
 from llmshrink.memory import trim
+from llmshrink.methods import by_weights
 from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, spectrum
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import StreamedModel

@@ -101,11 +101,13 @@ def test_bits_are_chosen_to_a_size(smallest: Path, text_file: Path, tmp_path: Pa
 
 def test_the_command(smallest: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["cluster", str(smallest), "--bits", "3", "-o", str(tmp_path / "out"), "--quiet"]
+    arguments += ["--targets", "linears,embedding,head"]
     text = ["--calibration", str(text_file), "--samples", "8", "--length", "32"]
     quiet = ["--set", "evaluation.data=[]", "--set", "evaluation.speed=false"]
     assert main([*arguments, *text, *quiet]) == 0
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert settings["format"] == "codebook" and all(entry["bits"] == 3 for entry in settings["layers"].values())
+    assert {"model.embed_tokens", "lm_head"} <= settings["layers"].keys()
     report = Report.model_validate_json((tmp_path / "out/report.json").read_text())
     assert "kmeans (bits 3" in " ".join(stage_lines(report.stages[0]))
     assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0

@@ -225,6 +225,8 @@ TRIALS = {
     "stages.prune.cut.damp": Trial(0.5, cut(neurons=96)),
     "stages.prune.cut.round_to": Trial(5, cut(neurons="60%")),
     "stages.prune.cut.rows": Trial(2, cut(params="80%", rows=1)),
+    "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
+    "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),

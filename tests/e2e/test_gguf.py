@@ -142,7 +142,7 @@ def test_a_layer_may_have_a_type_of_its_own(tiny: Callable[..., Path], text_file
     layers = {".*down_proj": {"type": "Q8_0"}, ".*layers.0.*q_proj": {"name": "cast"}, "lm_head": None}
     found = types(made(tiny("wide"), tmp_path / "out", text_file, stage={"layers": layers}))
     assert {kind for name, kind in found.items() if name.endswith("down_proj")} == {"Q8_0"}
-    assert found["model.layers.0.self_attn.q_proj"] == "F16" and "lm_head" not in found
+    assert found["model.layers.0.self_attn.q_proj"] == "F16" and found["lm_head"] is None
 
 
 @pytest.mark.parametrize("mix", ["F16", "BF16", "Q8_0", "Q2_K", "TQ2_0"])

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import load
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmshrink.engine.gather import gather
+from llmshrink.engine.gather import LOOKED_UP, gather, gather_tied
 from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.errors import InputError, LlmshrinkError
 from llmshrink.model.anatomy import Block, Group, Site
@@ -215,3 +216,25 @@ def test_infinite_activations_are_refused(models_folder: Models) -> None:
     model.model.get_submodule("model.layers.0.mlp.down_proj").weight.data.fill_(float("inf"))  # type: ignore[union-attr]
     with pytest.raises(InputError, match="Block 0 gives infinite"):
         hidden.advance(0)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "opt-projected", "bert-masked"])
+def test_a_tied_matrix_is_weighed_by_what_the_whole_model_gives_its_head(models_folder: Models, family: str) -> None:
+    folder = models_folder(family)
+    whole = load(folder)[0]
+    seen: list[Tensor] = []
+    hook = whole.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for tokens in batches():
+            whole(tokens)
+    hook.remove()
+    x = torch.cat(seen).double()
+    right = x.T @ x / len(x)
+    right += LOOKED_UP * right.diagonal().mean() * torch.eye(len(right), dtype=torch.float64)
+    model = StreamedModel(open_source(str(folder)), CPU)
+    table = model.anatomy.embedding
+    assert table is not None and model.anatomy.tied
+    group = Group((table.site,), (table,))
+    found = gather_tied(model, group, (Hessian,), Hidden(model, batches()))[Hessian]
+    assert isinstance(found, Hessian) and found.tokens == len(x)
+    assert torch.allclose(found.matrix.double(), right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))

@@ -11,6 +11,15 @@ from hypothesis import strategies as some
 from llmshrink.formats import bits as bitpack
 
 
+@given(bits=some.integers(1, 8), rows=some.integers(1, 40), n=some.integers(1, 70), seed=some.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_rows_alone(bits: int, rows: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 2**bits, (rows, n), dtype=torch.uint8, generator=generator)
+    chosen = torch.randint(0, rows, (7,), generator=generator)
+    assert torch.equal(bitpack.unpack_rows(bitpack.pack_flat(values, bits), bits, n, chosen), values[chosen])
+
+
 @given(
     bits=some.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]),
     rows=some.integers(1, 4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tensors
+from helpers import assert_reads_rows, tensors
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
@@ -32,6 +32,7 @@ def test_bits_come_back(bits: int, shape: tuple[int, int], dim: int, dtype: torc
     form = FORMAT.unpack(slot, packed.__getitem__, config)
     for (_, one), (_, other) in zip(tensors(layer.weight), tensors(form), strict=True):
         assert torch.equal(one, other)
+    assert_reads_rows(FORMAT, slot, packed, config)
     promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
     assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
     assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)
@@ -54,6 +55,7 @@ def test_weights_beside_codes_come_back(width: int) -> None:
     right = decode(book)
     right[there] += apart.values.float()
     assert torch.equal(decode(form), right)
+    assert_reads_rows(FORMAT, slot, packed, config)
     promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
     assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
     packed["a.b.weight_apart_columns"][0] = -1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tensors
+from helpers import assert_reads_rows, tensors
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
@@ -45,6 +45,7 @@ def test_bits_come_back(kind: str, shape: tuple[int, int], dtype: torch.dtype) -
     check_blocks(form)
     for (_, one), (_, other) in zip(tensors(layer.weight), tensors(form), strict=True):
         assert torch.equal(one, other)
+    assert_reads_rows(FORMAT, slot, packed, config)
     promised = FORMAT.pack(slot, FORMAT.meta(config["layers"]["a.b"]))
     assert {k: (t.shape, t.dtype) for k, t in promised.items()} == {k: (t.shape, t.dtype) for k, t in packed.items()}
     assert FORMAT.dense_info("a.b.weight", packed.__getitem__, config) == (shape, dtype)

@@ -227,8 +227,11 @@ def test_free_weights_are_swept_and_moved_as_brute_force_does() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_zeros_stay_so(kind: dict[str, Any]) -> None:
     W, method = matrix(4), Kmeans(KmeansConfig(rows=4, **kind))
-    W[:4] = 0
-    assert not decode(method.compress(W, method.prepare(hessian())).weight)[:4].any()
+    W[2:6] = 0
+    for one in (method, method.alone):
+        statistic = hessian() if one is method else NoStatistic(WIDTH, torch.device("cpu"))
+        weight = decode(one.compress(W, one.prepare(statistic)).weight)
+        assert not weight[2:6].any() and weight[0].any()
 
 
 def test_long_matrices_are_taken_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:

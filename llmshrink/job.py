@@ -24,6 +24,7 @@ from llmshrink.checks.written import (
     check_reader,
     probe_tokens,
 )
+from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
@@ -294,6 +295,8 @@ class Job:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
+        if work.stacks and rows is not None:
+            make_bases(work, rows.batches(economy.batch_tokens), folder=workspace.work, progress=self.progress)
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,

@@ -1,12 +1,14 @@
 """Lets transformers load the formats that are llmshrink's own: imported by itself once transformers is.
 
 A linear whose weight is stored in such a format becomes a `Packed` module: it holds what the file holds, and decodes
-it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. `dequantize()`
-makes plain linears of them, which are faster and larger.
+it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. What several
+matrices share is a tensor of one module, which the others look at. `dequantize()` makes plain linears of them, which
+are faster and larger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +56,14 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
         if why or not isinstance(fmt, OwnFormat):
             raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
+        made = {}
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
-            model.set_submodule(entry["module"], Packed(name, entry, fmt, config, getattr(old, "bias", None)))
+            made[name] = Packed(name, entry, fmt, config, getattr(old, "bias", None))
+            model.set_submodule(entry["module"], made[name])
+        owners = {key: module for module in made.values() for key in module.stored}
+        for module in made.values():
+            module.borrow(owners)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.quantization_config.dequantize:
@@ -84,6 +91,7 @@ class Packed(nn.Module):
 
     Attributes:
         in_features, out_features: As of nn.Linear.
+        stored: Names on disk of its tensors -> its buffers.
         bias: [out], or None.
     """
 
@@ -96,15 +104,33 @@ class Packed(nn.Module):
         self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
         self._format, self._config = fmt, config
         self.out_features, self.in_features = self._slot.shape
-        for key, tensor in fmt.pack(self._slot, fmt.meta(entry)).items():
-            leaf = key.removeprefix(f"{name}.")
-            self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
+        layer = fmt.meta(entry)
+        self.stored = {key: key.removeprefix(f"{name}.") for key in fmt.pack(self._slot, layer)}
+        for key, tensor in fmt.pack(self._slot, layer).items():
+            self.register_buffer(self.stored[key], torch.empty(tensor.shape, dtype=tensor.dtype))
+        self._borrowed = list(fmt.borrowed(self._slot, layer))
+        self._owners: dict[str, Packed] = {}  # no submodules of this one: their tensors are saved with them
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+    def borrow(self, owners: Mapping[str, Packed]) -> None:
+        """Look at tensors of other modules, by their names on disk, where they are stored beside these.
+
+        Raises:
+            ValueError: nobody stores one.
+        """
+        if missing := [key for key in self._borrowed if key not in owners]:
+            raise ValueError(f"{self._slot.key} shares {missing[0]}, which no matrix stores.")
+        self._owners = {key: owners[key] for key in self._borrowed}
 
     def form(self) -> Form:
         """The weight as it is stored."""
-        prefix = f"{self._slot.name}."
-        return self._format.unpack(self._slot, lambda key: self.get_buffer(key.removeprefix(prefix)), self._config)
+        return self._format.unpack(self._slot, self._get, self._config)
+
+    def _get(self, key: str) -> Tensor:
+        if key in self.stored:
+            return self.get_buffer(self.stored[key])
+        owner = self._owners[key]
+        return owner.get_buffer(owner.stored[key]).to(self.get_buffer("weight").device)  # the same tensor on one device
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -61,6 +61,9 @@ class LayerReport(Record):
     bits: int | None = None
     group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
     rank: int | None = Field(default=None, description="of the product that it is, or that codes are added to")
+    shares: str | None = Field(
+        default=None, description="layer beside which the right factor is stored, where several have it in common"
+    )
     type: str | None = Field(default=None, description="what the format calls it: a block type of GGUF")
     inputs: str | None = Field(default=None, description="how its inputs are rounded; None: they are not")
     parameters: int

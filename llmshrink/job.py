@@ -224,7 +224,7 @@ class Job:
         """Find what share of every layer goes; from here on the recipe says it."""
         economy, folder = guessed.economy, workspace.work
         found = shares.choose(ratios, rows, economy=economy, folder=folder, progress=self.progress)
-        work, plan = self._planned_again(ratios.recipe(found.shares), guessed, needed)
+        work, plan = self._planned_again(ratios.recipe(found.shares, found.alone), guessed, needed)
         work.events += [*ratios.events, *found.events]
         return work, plan, shares.told(ratios, found)
 

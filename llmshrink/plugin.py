@@ -90,6 +90,7 @@ class Packed(nn.Module):
     """A linear whose weight is held as it is stored.
 
     Attributes:
+        name: Of the matrix on disk.
         in_features, out_features: As of nn.Linear.
         stored: Names on disk of its tensors -> its buffers.
         bias: [out], or None.
@@ -102,7 +103,7 @@ class Packed(nn.Module):
         super().__init__()
         dtype = getattr(torch, entry["dtype"])
         self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
-        self._format, self._config = fmt, config
+        self.name, self._format, self._config = name, fmt, config
         self.out_features, self.in_features = self._slot.shape
         layer = fmt.meta(entry)
         self.stored = {key: key.removeprefix(f"{name}.") for key in fmt.pack(self._slot, layer)}

@@ -81,7 +81,11 @@ class LowRankFormat(OwnFormat):
             "left": _describe(product.left),
             "right": _describe(product.right),
             "rest": rest[0] if rest else None,
-            **({} if product.shared is None else {"shared": product.shared, "own": [product.own.start, product.own.stop]}),
+            **(
+                {}
+                if product.shared is None
+                else {"shared": product.shared, "own": [product.own.start, product.own.stop]}
+            ),
         }
 
     def meta(self, entry: Entry) -> Layer:

@@ -10,7 +10,20 @@ if TYPE_CHECKING:
     from llmshrink.methods.base import Method
 
 # Modules of this folder that no recipe names as a method.
-_SUPPORT = {"base", "basis", "blocks", "clusters", "cut", "even", "grid", "hessian", "inputs", "keep", "lowrank", "sparsity"}
+_SUPPORT = {
+    "base",
+    "basis",
+    "blocks",
+    "clusters",
+    "cut",
+    "even",
+    "grid",
+    "hessian",
+    "inputs",
+    "keep",
+    "lowrank",
+    "sparsity",
+}
 
 
 def method_names() -> list[str]:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmshrink.methods.lowrank import Metric, fitted, pivots, principal
+from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, Metric, fitted, pivots, principal
+
+ROOTS = 3  # float64 copies of a second moment while its root is found
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def directions(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
     stack = torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)])
     found = principal(stack, mean(metrics, sizes), min(stack.shape)).T @ stack
     return found.div_(found.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float64).tiny))
+
+
+def scratch(shape: tuple[int, int]) -> int:
+    """Bytes that finding the directions of matrices takes that are [out, in] on top of each other."""
+    whole, square = shape[0] * shape[1], min(shape) ** 2
+    return DOUBLE * (COPIES * whole + SQUARES * square + ROOTS * shape[1] ** 2)
 
 
 def mean(metrics: Sequence[Metric], sizes: Sequence[float]) -> Metric:

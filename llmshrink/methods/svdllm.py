@@ -19,7 +19,7 @@ from llmshrink.forms import Dense, Layer, LowRank
 from llmshrink.methods.base import Prepared
 from llmshrink.methods.basis import Place
 from llmshrink.methods.hessian import DampConfig, Factors, factorised
-from llmshrink.methods.lowrank import FALLBACK, LowRankConfig, LowRankMethod, Metric, fitted
+from llmshrink.methods.lowrank import COPIES, DOUBLE, FALLBACK, SQUARES, LowRankConfig, LowRankMethod, Metric, fitted
 from llmshrink.statistics import Hessian, Statistic
 
 
@@ -38,7 +38,7 @@ class SvdLlmConfig(LowRankConfig, DampConfig):
         taken = [name for name in ("bits", "factor_bits") if getattr(self, name) is not None]
         if self.blocks > 1 and (taken or self.pivots is False):
             name = taken[0] if taken else "pivots: false"
-            raise ValueError(f"`{name}` is not for factors that `blocks` share: they are rows of the products, as floats")
+            raise ValueError(f"`{name}` is not for `blocks`: what they share is rows of the products, as floats")
         return self
 
 
@@ -72,6 +72,13 @@ class SvdLlm(LowRankMethod):
         """Why a matrix [out, in] of this shape cannot be factored so, or None."""
         return super().check(shape) if self.place is None else self.config.why_not(self.place.stacked(shape))
 
+    def scratch(self, shape: tuple[int, int]) -> int:
+        """Bytes that `compress` holds: the matrix or the right factor and what comes of it, in float64."""
+        if self.place is None:
+            return super().scratch(shape)
+        rank = self.config.rank_of(self.place.stacked(shape))
+        return DOUBLE * (COPIES * max(shape[0], rank) * shape[1] + SQUARES * rank**2)
+
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
         """Factor one matrix [out, in]; with a right factor that is there, find the left one."""
         if self.place is None:
@@ -80,7 +87,9 @@ class SvdLlm(LowRankMethod):
         right, chosen = (tensor.to(weight.device, copy=True) for tensor in (self.place.right, self.place.pivots))
         left = fitted(weight.double(), right.double(), self.metric(prepared))[~chosen]
         own = self.place.own(len(right))
-        return Layer(LowRank(Dense(left.to(weight.dtype).contiguous()), Dense(right), chosen, own.start, self.place.home))
+        return Layer(
+            LowRank(Dense(left.to(weight.dtype).contiguous()), Dense(right), chosen, own.start, self.place.home)
+        )
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
         """The same structure on the `meta` device."""

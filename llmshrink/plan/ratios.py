@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from llmshrink.errors import PlanError
@@ -94,10 +94,18 @@ class Ratios:
         transforms = self.work.transforms
         return [] if transforms is None else [Event("measured_before", f"shares were found before {transforms.words}")]
 
-    def recipe(self, shares: Sequence[float]) -> Recipe:
-        """The recipe that names the share of every unit, so that nothing is left to find."""
-        pairs = zip(self.units, shares, strict=True)
-        layers = {pattern: self.config.at(share) for unit, share in pairs for pattern in unit.patterns}
+    def recipe(self, shares: Sequence[float], alone: Container[int] = ()) -> Recipe:
+        """The recipe that names the share of every unit, so that nothing is left to find.
+
+        Args:
+            shares: of each unit.
+            alone: positions of those that share no factor, where their method would.
+        """
+        layers: dict[str, Any] = {}
+        for number, (unit, share) in enumerate(zip(self.units, shares, strict=True)):
+            keys = self.config.at(share)
+            keys = keys and {**keys, **({"blocks": 1} if number in alone else {})}
+            layers |= dict.fromkeys(unit.patterns, keys)
         stage = self._stage.model_copy(update={"layers": {**layers, **self._stage.layers}})
         stages = [stage if isinstance(old, MatrixStage) else old for old in self._recipe.stages]
         return self._recipe.model_copy(update={"stages": stages})

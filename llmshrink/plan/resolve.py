@@ -114,7 +114,7 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
             "leave out `reconstruct` (--preset best).",
         )
     if work.stacks and transforms is not None:
-        message = "matrices of several blocks share a factor, which is made of the weights as they are before any transform"
+        message = "What blocks share is made of the weights as they are before any transform"
         raise PlanError(f"{message}.", hint="Leave out `transform`, or method.blocks.")
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)

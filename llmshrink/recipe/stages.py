@@ -319,6 +319,10 @@ class FactorizeStage(WeightStage):
         if self.allocate is not None and self.allocate.candidates is None and said is not None:
             message = f"the method's `{said}` leaves it nothing to choose: give it `candidates`"
             raise refuse([fault(("allocate",), message)])
+        tried = [settings, *((self.allocate and self.allocate.candidates) or [])]
+        if self.allocate is not None and any(keys.get("blocks", 1) != 1 for keys in tried):
+            message = "it measures one layer at a time, and `blocks` of them share a factor: leave out one or the other"
+            raise refuse([fault(("allocate",), message)])
         if self.ratios is not None and self.allocate is not None:
             raise refuse([fault(("ratios",), "`allocate` chooses the ranks: leave out one or the other")])
         return self

@@ -55,12 +55,14 @@ class Found:
         shares: Of its weights that go.
         outliers: Share of its weights that stand out; none where nobody asked.
         threshold: The magnitude below which weights go; None: there is none for all.
+        alone: Positions of units that share no factor, where they could.
         events: What to tell.
     """
 
     shares: list[float]
     outliers: list[float] = field(default_factory=list)
     threshold: float | None = None
+    alone: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
 
@@ -83,7 +85,8 @@ def choose(ratios: Ratios, rows: Rows | None, *, economy: Economy, folder: Path,
     if rows is not None and ratios.needs_data:
         hidden = Hidden(model, rows.batches(economy.batch_tokens), folder=folder if economy.on_disk else None)
     if isinstance(ratios.spec, RankSpec):
-        found = Found(by_spectrum(ratios, model, hidden, economy, progress))
+        ranks = by_spectrum(ratios, model, hidden, economy, progress)
+        found = Found(ranks.saved, alone=sorted(ranks.alone), events=ranks.events)
     elif ratios.spec.name == "global":
         found = _by_magnitude(ratios, model, progress)
     else:
@@ -228,7 +231,7 @@ def _within(ratios: Ratios, found: Found) -> Found:
     if not moved:
         return found
     message = f"{len(moved)} of {len(shares)} shares were not within 0 and {MOST:g}: the others make up for it"
-    return Found(shares, found.outliers, None, [*found.events, Event("ratios_bounded", message, moved[0])])
+    return Found(shares, found.outliers, events=[*found.events, Event("ratios_bounded", message, moved[0])])
 
 
 def bounded(shares: Sequence[float], sizes: Sequence[int], most: float) -> list[float]:

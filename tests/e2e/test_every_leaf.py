@@ -201,6 +201,7 @@ TRIALS = {
         for name, context in PRODUCTS.items()
     },
     "stages.factorize.method.asvd.alpha": Trial(1.0, PRODUCTS["asvd"]),
+    "stages.factorize.method.svdllm.blocks": Trial(2, PRODUCTS["svdllm"]),
     "stages.factorize.method.svdllm.damp": Trial(0.9, PRODUCTS["svdllm"]),
     "stages.factorize.method.name": Trial("svd", PRODUCTS["svdllm"]),
     "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),

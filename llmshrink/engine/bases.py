@@ -1,4 +1,4 @@
-"""Right factors that matrices of several blocks share: made in a pass of their own before anything is compressed.
+"""What matrices of several blocks share: made in a pass of their own before anything is compressed.
 
 Of each set one file lies in the folder of work, where methods find it (mapped, so that memory does not grow with the
 number of sets). What makes a factor is the original model's inputs; what each matrix then makes of it is fitted to the
@@ -7,7 +7,8 @@ inputs that it really gets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from llmshrink.io import safetensors
 from llmshrink.io.files import has_hash, sealed, unsealed, write_bytes
 from llmshrink.memory import trim
 from llmshrink.methods.base import Method
-from llmshrink.methods.basis import basis
+from llmshrink.methods.basis import Sharing
 from llmshrink.methods.lowrank import LowRankMethod, Metric
-from llmshrink.methods.svdllm import SvdLlm
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy, passes
@@ -51,6 +51,8 @@ def metrics(
         economy: how much is in memory at a time.
     """
     groups = [group for group in block.groups if any(m in methods for m in group.matrices)]
+    if not groups:
+        return
     needs: dict[Group, tuple[type[Statistic], ...]] = {
         group: (NoStatistic, methods[next(m for m in group.matrices if m in methods)].statistic) for group in groups
     }
@@ -63,16 +65,55 @@ def metrics(
                 method = methods[matrix]
                 if group in gathered and starved(matrix, gathered[group][NoStatistic].tokens):
                     method = by_weights(method)  # as it will be compressed
-                assert isinstance(method, LowRankMethod)
+                assert isinstance(method, LowRankMethod | Sharing)
                 kind = method.statistic
                 seen = gathered[group][kind] if group in gathered else kind(group.width, model.device)
                 yield matrix, method.metric(method.prepare(seen))
 
 
-def make_bases(work: Work, batches: list[Tensor], *, folder: Path, progress: Progress) -> None:
-    """Make the right factors that matrices of a plan share, and tell their methods.
+def together(
+    model: StreamedModel,
+    methods: Mapping[str, Method[Any]],
+    sets: Sequence[tuple[Matrix, ...]],
+    hidden: Hidden | None,
+    economy: Economy,
+    progress: Progress,
+) -> Iterator[tuple[tuple[Matrix, ...], list[Metric]]]:
+    """Each set of matrices with what their inputs weigh, once the last of them was seen; blocks are loaded one by one.
 
-    A run that goes on has them already: what is compressed was made with them.
+    Args:
+        model: whose matrices they are.
+        methods: of all of them, by their keys.
+        sets: in which they are, each in the order of blocks; a matrix may be in several.
+        hidden: what enters the first block; None where the methods look at no text.
+        economy: how much is in memory at a time.
+        progress: told of each block.
+    """
+    ends: dict[str, list[tuple[Matrix, ...]]] = {}
+    for one in sets:
+        ends.setdefault(one[-1].key, []).append(one)
+    waiting = Counter(matrix.key for one in sets for matrix in one)
+    seen: dict[str, Metric] = {}
+    for block in model.anatomy.blocks:
+        model.load_block(block.index)
+        open_ = {m: methods[m.key] for m in block.matrices if m.key in waiting}
+        for matrix, metric in metrics(block, open_, model, hidden, economy):
+            seen[matrix.key] = metric
+            for one in ends.get(matrix.key, []):
+                yield one, [seen[m.key] for m in one]
+                waiting.subtract(m.key for m in one)
+                seen = {key: known for key, known in seen.items() if waiting[key]}
+        if hidden is not None:
+            hidden.advance(block.index)
+        model.drop_block(block.index)
+        trim()
+        progress.advance(1, f"block {block.index}")
+
+
+def make_bases(work: Work, batches: list[Tensor], *, folder: Path, progress: Progress) -> None:
+    """Make what matrices of a plan share, and tell their methods.
+
+    A run that goes on has it already: what is compressed was made with it.
 
     Args:
         work: the plan.
@@ -88,47 +129,27 @@ def make_bases(work: Work, batches: list[Tensor], *, folder: Path, progress: Pro
         made = safetensors.Checkpoint(folder, safetensors.read_header(folder / _name(number)))
         for matrix in stack:
             method = work.methods[matrix]
-            assert isinstance(method, SvdLlm) and method.place is not None
+            assert isinstance(method, Sharing) and method.place is not None
             place = replace(method.place, right=made.get("right"), pivots=made.get(matrix.name))
             work.methods[matrix] = method.at(place)
 
 
 def _make(work: Work, batches: list[Tensor], folder: Path, progress: Progress) -> dict[str, str]:
-    """The files, one for each stack, with their SHA-256."""
+    """The files, one for each set, with their SHA-256."""
     # Of its own, because whoever compresses may replace the embedding before any row is embedded.
     model = StreamedModel(work.model.source, work.model.device)
-    economy, files = work.economy, {}
-    hidden = Hidden(model, batches, folder=folder if economy.on_disk else None)
-    ends = {stack[-1].key: number for number, stack in enumerate(work.stacks)}
-    shared = {m.key: work.methods[m] for stack in work.stacks for m in stack}
-    seen: dict[str, Metric] = {}
-    last = max(block.index for block in model.anatomy.blocks if any(m.key in shared for m in block.matrices))
-    progress.start("make what blocks share", last + 1)
-    for block in model.anatomy.blocks[: last + 1]:
-        model.load_block(block.index)
-        methods = {m: shared[m.key] for m in block.matrices if m.key in shared}
-        for matrix, metric in metrics(block, methods, model, hidden, economy):
-            seen[matrix.key] = metric
-            if (number := ends.get(matrix.key)) is not None:
-                path = folder / _name(number)
-                files[path.name] = _write(path, work, work.stacks[number], model, seen)
-        hidden.advance(block.index)
-        model.drop_block(block.index)
-        trim()
-        progress.advance(1, f"block {block.index}")
+    hidden = Hidden(model, batches, folder=folder if work.economy.on_disk else None)
+    methods, files = {m.key: work.methods[m] for stack in work.stacks for m in stack}, {}
+    progress.start("make what blocks share", len(model.anatomy.blocks))
+    for stack, seen in together(model, methods, work.stacks, hidden, work.economy, progress):
+        method = work.methods[stack[0]]
+        assert isinstance(method, Sharing)
+        right, chosen = method.join([model.read(matrix).double() for matrix in stack], seen, stack[0].dtype)
+        named = {matrix.name: rows for matrix, rows in zip(stack, chosen, strict=True)}
+        path = folder / _name(work.stacks.index(stack))
+        files[path.name] = safetensors.write(path, {"right": right, **named})
     progress.finish()
     return files
-
-
-def _write(path: Path, work: Work, stack: tuple[Matrix, ...], model: StreamedModel, seen: dict[str, Metric]) -> str:
-    """The right factor of a stack, and the rows of each matrix in it; what was seen of its inputs is let go."""
-    method = work.methods[stack[0]]
-    assert isinstance(method, SvdLlm) and method.place is not None
-    rank = method.config.rank_of(method.place.stacked(stack[0].shape))
-    weights = [model.read(matrix).double() for matrix in stack]
-    right, chosen = basis(weights, [seen.pop(matrix.key) for matrix in stack], rank, stack[0].dtype)
-    named = {matrix.name: rows for matrix, rows in zip(stack, chosen, strict=True)}
-    return safetensors.write(path, {"right": right, **named})
 
 
 def _name(number: int) -> str:

@@ -11,12 +11,16 @@ Rows of the products are stored in place of R (`LowRank.pivots`), as many of eac
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from llmshrink.methods.base import Method, Prepared
 from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, Metric, fitted, pivots, principal
 
 ROOTS = 3  # float64 copies of a second moment while its root is found
@@ -48,6 +52,38 @@ class Place:
         """The rows of a right factor of this rank that are rows of this matrix."""
         ends = [n * (rank // self.count) + min(n, rank % self.count) for n in (self.number, self.number + 1)]
         return slice(*ends)
+
+
+class Sharing(Method[Any]):
+    """A method by which matrices of several blocks have a tensor in common; its settings say of how many `blocks`.
+
+    Attributes:
+        place: Among the matrices that share; None: this one does not.
+    """
+
+    place: Place | None = None
+
+    def at(self, place: Place) -> Self:
+        """The same for a matrix that shares."""
+        placed = copy(self)
+        placed.place = place
+        return placed
+
+    @abstractmethod
+    def metric(self, prepared: Prepared) -> Metric:
+        """What inputs weigh."""
+
+    @abstractmethod
+    def join(
+        self, weights: Sequence[Tensor], metrics: Sequence[Metric], dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What they share [rank, in] as it is stored, and of each which rows lie in it, bool [out].
+
+        Args:
+            weights: float64 [out, in] each.
+            metrics: what the inputs of each weigh.
+            dtype: of what is stored.
+        """
 
 
 def directions(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:

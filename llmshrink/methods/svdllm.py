@@ -8,7 +8,7 @@ With `blocks`, matrices of one name in adjacent blocks share the right factor (`
 
 from __future__ import annotations
 
-from copy import copy
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmshrink.forms import Dense, Layer, LowRank
 from llmshrink.methods.base import Prepared
-from llmshrink.methods.basis import Place
+from llmshrink.methods.basis import Sharing, basis
 from llmshrink.methods.hessian import DampConfig, Factors, factorised
 from llmshrink.methods.lowrank import COPIES, DOUBLE, FALLBACK, SQUARES, LowRankConfig, LowRankMethod, Metric, fitted
 from llmshrink.statistics import Hessian, Statistic
@@ -42,22 +42,11 @@ class SvdLlmConfig(LowRankConfig, DampConfig):
         return self
 
 
-class SvdLlm(LowRankMethod):
-    """Products by outputs.
-
-    Attributes:
-        place: Among the matrices that share a right factor; None: this one does not.
-    """
+class SvdLlm(LowRankMethod, Sharing):
+    """Products by outputs."""
 
     needs: ClassVar[type[Statistic]] = Hessian
     Config = SvdLlmConfig
-    place: Place | None = None
-
-    def at(self, place: Place) -> Self:
-        """The same for a matrix that shares its right factor."""
-        placed = copy(self)
-        placed.place = place
-        return placed
 
     def prepare(self, statistic: Statistic) -> Prepared:
         """The second moment of the inputs, damped."""
@@ -67,6 +56,14 @@ class SvdLlm(LowRankMethod):
     def metric(self, prepared: Prepared) -> Metric:
         """The second moment; all inputs weigh the same where it could not be used."""
         return Metric(prepared.H, prepared.damp) if isinstance(prepared, Factors) else Metric(None)
+
+    def join(
+        self, weights: Sequence[Tensor], metrics: Sequence[Metric], dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The right factor of all on top of each other, and of each the rows that are rows of it."""
+        assert self.place is not None
+        rank = self.config.rank_of(self.place.stacked((len(weights[0]), weights[0].shape[1])))
+        return basis(weights, metrics, rank, dtype)
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be factored so, or None."""

@@ -1,4 +1,4 @@
-"""Which matrices share a right factor: those of one name in adjacent blocks, where their method says so."""
+"""Which matrices share a tensor: those of one name in adjacent blocks, where their method says so."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llmshrink.methods.base import Method
-from llmshrink.methods.basis import Place
-from llmshrink.methods.svdllm import SvdLlm, SvdLlmConfig
+from llmshrink.methods.basis import Place, Sharing
 from llmshrink.model.anatomy import Block, Matrix
 
 
@@ -19,10 +18,10 @@ def stacks(methods: Mapping[Matrix, Method[Any]], blocks: Iterable[Block]) -> It
     found: dict[Hashable, list[Matrix]] = {}
     for block in blocks:
         for matrix in block.matrices:
-            config = methods[matrix].config if matrix in methods else None
-            if isinstance(config, SvdLlmConfig) and config.blocks > 1 and matrix.site.expert is None:
-                name = matrix.parameter.removeprefix(block.prefix)
-                key = (block.index // config.blocks, name, matrix.shape, matrix.dtype, config)
+            method = methods.get(matrix)
+            if isinstance(method, Sharing) and method.config.blocks > 1 and matrix.site.expert is None:
+                name, many = matrix.parameter.removeprefix(block.prefix), method.config.blocks
+                key = (block.index // many, name, matrix.shape, matrix.dtype, method.config)
                 found.setdefault(key, []).append(matrix)
     return (tuple(matrices) for matrices in found.values() if len(matrices) > 1)
 
@@ -33,6 +32,6 @@ def placed(methods: Mapping[Matrix, Method[Any]], blocks: Iterable[Block]) -> di
     for matrices in stacks(methods, blocks):
         for number, matrix in enumerate(matrices):
             method = methods[matrix]
-            assert isinstance(method, SvdLlm)
+            assert isinstance(method, Sharing)
             found[matrix] = method.at(Place(matrices[0].name, number, len(matrices)))
     return found

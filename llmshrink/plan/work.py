@@ -18,8 +18,8 @@ from llmshrink.forms import Dense, Event, Layer, Quantized, filled, low_rank
 from llmshrink.gguf.blueprint import Blueprint
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
+from llmshrink.methods.basis import Sharing
 from llmshrink.methods.inputs import Inputs
-from llmshrink.methods.svdllm import SvdLlm
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.model.surgery import Original
@@ -114,10 +114,10 @@ class Work:
 
     @cached_property
     def stacks(self) -> tuple[tuple[Matrix, ...], ...]:
-        """Matrices that share a right factor, together; the first stores it."""
+        """Matrices that share a tensor, together; the first stores it."""
         found: dict[str, list[Matrix]] = {}
         for matrix, method in self.methods.items():
-            place = method.place if isinstance(method, SvdLlm) else None
+            place = method.place if isinstance(method, Sharing) else None
             if place is not None:
                 found.setdefault(place.home, []).append(matrix)
         return tuple(map(tuple, found.values()))

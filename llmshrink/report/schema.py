@@ -165,7 +165,7 @@ class RatioReport(Record):
 class RatiosReport(Record):
     """What share of its numbers each layer loses, found before any was lost."""
 
-    name: str = Field(description="how: owl, global, or spectrum for products")
+    name: str = Field(description="how: owl, global, spectrum for products, or similarity for ties")
     sparsity: float = Field(description="of all of them together")
     threshold: float | None = Field(description="the magnitude below which weights go; None: there is none for all")
     units: list[RatioReport] = Field(description="what gets a share of its own, in the order of the forward pass")

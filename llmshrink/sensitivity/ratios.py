@@ -11,7 +11,7 @@ That is found in two passes, with a histogram of |W| between them whose bins are
 for each value of a 16-bit float, and elsewhere 1/2048 of a power of two. Of the bin where the threshold lies, each
 matrix drops the same part, so that the sum is exact whatever the bins hold.
 
-`spectrum`, for products of factors, is in `spectrum.py`.
+`spectrum`, for products of factors, is in `spectrum.py`; `similarity`, for what is tied, in `similarity.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from llmshrink.plan.ratios import MOST, Ratios
 from llmshrink.progress import Progress
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.report.schema import RatioReport, RatiosReport
+from llmshrink.sensitivity.similarity import by_similarity
 from llmshrink.sensitivity.spectrum import by_spectrum
 from llmshrink.statistics import Norm
 
@@ -85,7 +86,8 @@ def choose(ratios: Ratios, rows: Rows | None, *, economy: Economy, folder: Path,
     if rows is not None and ratios.needs_data:
         hidden = Hidden(model, rows.batches(economy.batch_tokens), folder=folder if economy.on_disk else None)
     if isinstance(ratios.spec, RankSpec):
-        ranks = by_spectrum(ratios, model, hidden, economy, progress)
+        find = by_similarity if ratios.spec.name == "similarity" else by_spectrum
+        ranks = find(ratios, model, hidden, economy, progress)
         found = Found(ranks.saved, alone=sorted(ranks.alone), events=ranks.events)
     elif ratios.spec.name == "global":
         found = _by_magnitude(ratios, model, progress)

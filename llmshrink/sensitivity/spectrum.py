@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from llmshrink.allocate.solver import Option, solve
-from llmshrink.engine.bases import metrics
+from llmshrink.engine.bases import together
 from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import InputError, PlanError
 from llmshrink.forms import Event
-from llmshrink.memory import trim
 from llmshrink.methods.basis import directions, left_behind
 from llmshrink.methods.lowrank import LowRankConfig, Metric, spectrum
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.ratios import Ratios
-from llmshrink.plan.stacks import stacks
 from llmshrink.progress import Progress
 
 RANKS = 64  # that are compared for each matrix
@@ -103,34 +101,19 @@ def _measured(
     ratios: Ratios, model: StreamedModel, hidden: Hidden | None, economy: Economy, progress: Progress
 ) -> tuple[list[Product], list[Product]]:
     """What every rank loses of each unit, and of each set of matrices that can share a factor."""
-    blocks = model.anatomy.blocks
     unit_of = {matrix.key: number for number, unit in enumerate(ratios.units) for matrix in unit.matrices}
     methods = {m.key: method for m, method in ratios.work.methods.items() if m.key in unit_of}
-    own = {m: methods[m.key] for block in blocks for m in block.matrices if m.key in methods}
-    ends = {stack[-1]: stack for stack in stacks(own, blocks)}
-    waiting = {matrix for stack in ends.values() for matrix in stack}
     private = [Product((n,), u.matrices[0].shape, len(u.matrices), torch.zeros(0)) for n, u in enumerate(ratios.units)]
     shared: list[Product] = []
-    seen: dict[Matrix, Metric] = {}
-    progress.start("find the rank of each matrix", len(blocks))
-    for block in blocks:
-        model.load_block(block.index)
-        open_ = {m: own[m] for m in block.matrices if m in own}
-        for matrix, metric in metrics(block, open_, model, hidden, economy):
-            product = private[unit_of[matrix.key]]
-            lost = _tails(matrix, metric, model) * matrix.numel
-            product.lost = product.lost + lost if len(product.lost) else lost
-            if matrix in waiting:
-                seen[matrix] = metric
-            if matrix in ends:
-                stack = ends[matrix]
-                units = tuple(unit_of[m.key] for m in stack)
-                shared.append(_together(stack, units, [seen.pop(m) for m in stack], model))
-        if hidden is not None:
-            hidden.advance(block.index)
-        model.drop_block(block.index)
-        trim()
-        progress.advance(1, f"block {block.index}")
+    sets = [*((matrix,) for unit in ratios.units for matrix in unit.matrices), *ratios.sets]
+    progress.start("find the rank of each matrix", len(model.anatomy.blocks))
+    for stack, seen in together(model, methods, sets, hidden, economy, progress):
+        if len(stack) > 1:
+            shared.append(_together(stack, tuple(unit_of[m.key] for m in stack), seen, model))
+            continue
+        ((matrix,), (metric,)) = stack, seen
+        product, lost = private[unit_of[matrix.key]], _tails(matrix, metric, model) * matrix.numel
+        product.lost = product.lost + lost if len(product.lost) else lost
     progress.finish()
     return private, shared
 

@@ -174,6 +174,11 @@ def test_layers_that_are_all_named_need_no_search(smallest: Path, text_file: Pat
     assert {layer.rank for layer in report.stages[0].layers if layer.method} == {4}
 
 
+def test_a_block_that_is_left_out_is_passed(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    report = factorize(smallest, tmp_path / "out", text_file, stage={"ignore": [r".*layers\.1\..*"]})
+    assert {".layers.1." in layer.name for layer in report.stages[0].layers if layer.method} == {False}
+
+
 def test_factors_in_codes_leave_no_matrix_dense(smallest: Path, text_file: Path, tmp_path: Path) -> None:
     (stage,) = factorize(smallest, tmp_path / "out", text_file, name="svd", keep=0.9, factor_bits=8).stages
     assert all(layer.method for layer in stage.layers if ".layers." in layer.name and len(layer.shape) == 2)
@@ -314,3 +319,72 @@ def test_experts_share_nothing(models_folder: Callable[..., Path], text_file: Pa
     report = shared(models_folder("mixtral"), tmp_path / "out", text_file)
     treated = [layer for layer in report.stages[0].layers if layer.method]
     assert all((layer.shares is None) == ("expert" in layer.name) for layer in treated)
+
+
+# --- matrices that become one
+
+
+def alike_model(folder: Path) -> Path:
+    """A Llama of four blocks, of which the first two have nearly the same weights."""
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    build_model(folder, config("llama", num_hidden_layers=4, **small))
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    for name in [name for name in tensors if "layers.1." in name]:
+        first = tensors[name.replace("layers.1.", "layers.0.")]
+        tensors[name] = first + 1e-3 * first.std() * tensors[name] / tensors[name].std().clamp(min=1e-6)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_what_is_most_alike_becomes_one(text_file: Path, tmp_path: Path) -> None:
+    original, out = alike_model(tmp_path / "model"), tmp_path / "out"
+    report = factorize(original, out, text_file, name="tie", keep=0.75)
+    (stage,) = report.stages
+    assert_loads_packed(stage, out, original, tmp_path / "again", PRODUCTS)
+    tied = {name for name in homes(out) if ".layers." in name}
+    assert tied == {layer.name for layer in stage.layers if ".layers.0." in layer.name or ".layers.1." in layer.name}
+    (event,) = [event for event in report.events if event.kind == "tied"]
+    assert event.data is not None and event.data["tied"] == 7 and event.data["sets"] == 14
+    assert event.data["lost"] < 1e-4
+    before, after = (sum(getattr(x, key) for x in stage.layers if x.method) for key in ("bytes_before", "bytes_after"))
+    assert before / 2 < after < before / 2 + 8 * len(tied) + before / 100  # one of two, and which rows are its own
+    packed = {module.name: module for module in load(out)[0].modules() if isinstance(module, Packed)}
+    for name, home in homes(out).items():
+        assert packed[name].form().right.weight.data_ptr() == packed[home].get_buffer("weight_right").data_ptr()
+    again = ["factorize", "-r", str(out / "recipe.yaml"), "-o", str(tmp_path / "twice"), "--quiet"]
+    assert main(again) == 0 and content(tmp_path / "twice") == content(out)
+
+
+def test_all_blocks_become_one(text_file: Path, tmp_path: Path) -> None:
+    original, out = alike_model(tmp_path / "model"), tmp_path / "out"
+    (stage,) = factorize(original, out, text_file, {"ratios": None}, name="tie", blocks=4).stages
+    assert stage.bytes_after == stage.planned_bytes_after
+    lent = homes(out)
+    assert len(lent) == 28 and set(lent.values()) == {name for name in lent if ".layers.0." in name}
+    assert_loads_packed(stage, out, original, tmp_path / "again", PRODUCTS)
+
+
+def test_tying_is_planned_stopped_and_refused(
+    smallest: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe_ = wanted(smallest, tmp_path / "whole", text_file, name="tie", keep=0.7)
+    planned, done = run.make_plan(recipe_), run.execute(recipe_, progress=Silent()).stages[0]
+    assert planned.ratios is not None and planned.ratios.name == "similarity"
+    assert planned.bytes_after < planned.bytes_before and done.bytes_after == done.planned_bytes_after
+    with pytest.raises(InterruptedRun):
+        again = wanted(smallest, tmp_path / "out", text_file, name="tie", keep=0.7)
+        run.execute(again, progress=Stopping(step="compress", note="block"))
+    run.execute(again, progress=Silent())
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    with pytest.raises(PlanError, match="of the numbers are left"):
+        run.make_plan(wanted(smallest, tmp_path / "no", text_file, name="tie", keep=0.3))
+    with pytest.raises(PlanError, match="none that it can"):
+        run.make_plan(wanted(smallest, tmp_path / "no", text_file, {"reconstruct": {}}, name="tie"))
+    with pytest.raises(RecipeError, match="of tie it is similarity"):
+        wanted(smallest, tmp_path / "no", text_file, {"ratios": {"name": "spectrum"}}, name="tie")
+    with pytest.raises(RecipeError, match="one layer at a time"):
+        wanted(smallest, tmp_path / "no", text_file, {"allocate": {"bpw": 20}}, name="tie")
+    capsys.readouterr()
+    assert main(["factorize", str(smallest), "-r", "tie-90", "--set", "method.keep=0.7", "--plan"]) == 0
+    assert "one choice that saves as much" in " ".join(capsys.readouterr().out.split())

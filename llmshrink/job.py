@@ -295,8 +295,8 @@ class Job:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
-        if work.stacks and rows is not None:
-            make_bases(work, rows.batches(economy.batch_tokens), folder=workspace.work, progress=self.progress)
+        if work.stacks:
+            make_bases(work, batches, folder=workspace.work, progress=self.progress)
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,

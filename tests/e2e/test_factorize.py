@@ -365,6 +365,20 @@ def test_all_blocks_become_one(text_file: Path, tmp_path: Path) -> None:
     assert_loads_packed(stage, out, original, tmp_path / "again", PRODUCTS)
 
 
+@pytest.mark.parametrize("settings", [{"name": "tie", "keep": 0.6}, {"blocks": 2}])
+def test_a_smoke_run_has_all_blocks_that_share(
+    smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    seen: list[str] = []
+
+    class Noting(Silent):
+        def start(self, step: str, total: int, done: int = 0) -> None:
+            seen.append(step)
+
+    checks = run.smoke(wanted(smallest, tmp_path / "out", text_file, {"ratios": None}, **settings), progress=Noting())
+    assert "make what blocks share" in seen and all(check.passed is not False for check in checks)
+
+
 def test_tying_is_planned_stopped_and_refused(
     smallest: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from llmshrink.checks.written import (
     check_reader,
     probe_tokens,
 )
+from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
@@ -223,7 +224,7 @@ class Job:
         """Find what share of every layer goes; from here on the recipe says it."""
         economy, folder = guessed.economy, workspace.work
         found = shares.choose(ratios, rows, economy=economy, folder=folder, progress=self.progress)
-        work, plan = self._planned_again(ratios.recipe(found.shares), guessed, needed)
+        work, plan = self._planned_again(ratios.recipe(found.shares, found.alone), guessed, needed)
         work.events += [*ratios.events, *found.events]
         return work, plan, shares.told(ratios, found)
 
@@ -294,6 +295,8 @@ class Job:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
+        if work.stacks:
+            make_bases(work, batches, folder=workspace.work, progress=self.progress)
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,

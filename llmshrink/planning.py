@@ -65,7 +65,7 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
         work = choices.guessed()
     elif isinstance(stage, PruneStage | FactorizeStage) and stage.ratios is not None:
         choices = Ratios(recipe, stage, model)
-        work = choices.work
+        work = choices.guess
     elif isinstance(stage, MatrixStage):
         work = resolve(recipe, stage, changeable(stage.transform, model) if stage.transform else model)
     else:

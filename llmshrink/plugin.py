@@ -3,11 +3,13 @@
 A linear whose weight is stored in such a format becomes a `Packed` module: it holds what the file holds, and decodes
 it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. Of a packed
 embedding the rows of the tokens asked for are decoded, a large head a stretch of rows at a time; a head that is tied to
-the embedding looks at the embedding's buffers. `dequantize()` makes plain modules of them, which are faster and larger.
+the embedding looks at the embedding's buffers, and what several matrices share is a tensor of one module, at which the
+others look. `dequantize()` makes plain modules of them, which are faster and larger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +61,16 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
         if why or not isinstance(fmt, OwnFormat):
             raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
-        head = model.get_output_embeddings()
+        head, made = model.get_output_embeddings(), dict[str, Packed]()
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
             kind = PackedEmbedding if isinstance(old, nn.Embedding) else PackedHead if old is head else Packed
-            packed = kind(name, entry, fmt, config, old)
-            model.set_submodule(entry["module"], packed)
-            _tie(model, entry["module"], packed)
+            made[name] = kind(name, entry, fmt, config, old)
+            model.set_submodule(entry["module"], made[name])
+            _tie(model, entry["module"], made[name])
+        owners = {key: module for module in made.values() for key in module.stored}
+        for module in made.values():
+            module.borrow(owners)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.quantization_config.dequantize:
@@ -114,7 +119,9 @@ class Packed(nn.Module):
     """A linear whose weight is held as it is stored.
 
     Attributes:
+        name: Of the matrix on disk.
         in_features, out_features: As of nn.Linear.
+        stored: Names on disk of its tensors -> its buffers.
         bias: [out], or None.
     """
 
@@ -125,17 +132,33 @@ class Packed(nn.Module):
         super().__init__()
         dtype = getattr(torch, entry["dtype"])
         self._slot = Slot(f"{name}.weight", entry["module"], tuple(entry["shape"]), dtype)
-        self._entry, self._format, self._config = entry, fmt, config
+        self.name, self._entry, self._format, self._config = name, entry, fmt, config
         self.out_features, self.in_features = self._slot.shape
-        for key, tensor in fmt.pack(self._slot, fmt.meta(entry)).items():
-            leaf = key.removeprefix(f"{name}.")
-            self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
+        layer = fmt.meta(entry)
+        self.stored = {key: key.removeprefix(f"{name}.") for key in fmt.pack(self._slot, layer)}
+        for key, tensor in fmt.pack(self._slot, layer).items():
+            self.register_buffer(self.stored[key], torch.empty(tensor.shape, dtype=tensor.dtype))
+        self._borrowed = list(fmt.borrowed(self._slot, layer))
+        self._owners: dict[str, Packed] = {}  # no submodules of this one: their tensors are saved with them
         bias = getattr(old, "bias", None)
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
 
+    def borrow(self, owners: Mapping[str, Packed]) -> None:
+        """Look at tensors of other modules, by their names on disk, where they are stored beside these.
+
+        Raises:
+            ValueError: nobody stores one.
+        """
+        if missing := [key for key in self._borrowed if key not in owners]:
+            raise ValueError(f"{self._slot.key} shares {missing[0]}, which no matrix stores.")
+        self._owners = {key: owners[key] for key in self._borrowed}
+
     def _get(self, key: str) -> Tensor:
         """A stored tensor by its name on disk."""
-        return self.get_buffer(key.removeprefix(f"{self._slot.name}."))
+        if key in self.stored:
+            return self.get_buffer(self.stored[key])
+        owner = self._owners[key]
+        return owner.get_buffer(owner.stored[key]).to(self.get_buffer("weight").device)  # the same tensor on one device
 
     def form(self) -> Form:
         """The weight as it is stored."""

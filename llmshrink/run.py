@@ -80,8 +80,10 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
         small = Path(name) / "model"
         small.mkdir()
         treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
-        truncate(model, small, treated[0] + 1)
-        cut = smoke_recipe(recipe, work, treated[0], small, Path(name) / "out")
+        sharing = {m for stack in work.stacks[:1] for m in stack}  # what blocks share needs all of them
+        last = max([treated[0], *(b.index for b in model.anatomy.blocks if sharing.intersection(b.matrices))])
+        truncate(model, small, last + 1)
+        cut = smoke_recipe(recipe, work, last, small, Path(name) / "out")
         cut = costs.halfway(cut, StreamedModel(open_source(str(small)), model.device))
         return _stage_checks(execute(cut, progress=progress, resumable=False))
 

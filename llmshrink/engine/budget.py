@@ -13,6 +13,7 @@ from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
+from llmshrink.methods import basis
 from llmshrink.methods.base import FLOAT, SWEEP
 from llmshrink.model.anatomy import Block, Group, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
@@ -100,7 +101,8 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     )
     # While it is tuned, the states of the compressed model are gone.
     tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
-    return FIXED + twin + max(compressed, tuned)
+    shared = states + _sharing(work, economy, tokens) if work.stacks else 0
+    return FIXED + max(twin + max(compressed, tuned), shared)
 
 
 def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
@@ -173,7 +175,10 @@ def planned_ratios(ratios: Ratios, economy: Economy, *, rows: int) -> int:
         rows: calibration rows.
     """
     work, model = ratios.work, ratios.model
-    if ratios.spec.name == "spectrum":  # what the compress step gathers and factors, on a model of its own
+    if ratios.spec.name in (
+        "spectrum",
+        "similarity",
+    ):  # what the compress step gathers and factors, on a model of its own
         return TWIN + planned_memory(work, economy, rows=rows, subset=False)
     weighed = WEIGHED * FLOAT * max(m.numel for unit in ratios.units for m in unit.matrices)
     if not ratios.needs_data:
@@ -194,6 +199,7 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     rows = recipe.calibration.samples if work.needs_data else 0
     shards = sum(work.shard_bytes.values()) if work.apart else 0
     states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
+    states += sum(t.nbytes for stack in work.stacks for t in work.packed(stack[0]).values())  # no less than the factor
     if work.tune is None:
         return shards + states
     between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
@@ -263,6 +269,22 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
         phases.append(loaded + _repairing(work, block, batch))
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _sharing(work: Work, economy: Economy, tokens: int) -> int:
+    """The pass over a second model that makes shared factors: inputs of all matrices that wait, and a stack of them."""
+    model, batch = work.model, _batch(work, economy, tokens)
+    group_of = {
+        m: (block.index, group) for block in model.anatomy.blocks for group in block.groups for m in group.matrices
+    }
+    waiting: dict[int, set[tuple[int, Group]]] = {}
+    for stack in work.stacks:
+        waiting.setdefault(group_of[stack[0]][0], set()).update(group_of[m] for m in stack)
+    kept = max(sum(Hessian.bytes(group.width) for _, group in groups) for groups in waiting.values())
+    factors = max(_factors(work, group) for groups in waiting.values() for _, group in groups)
+    largest = max(basis.scratch((len(stack) * stack[0].shape[0], stack[0].shape[1])) for stack in work.stacks)
+    loaded = max(_weights(model, block) + _forward(model, block, batch) for block in model.anatomy.blocks)
+    return TWIN + loaded + kept + max(factors, largest)
 
 
 def _repairing(work: Work, block: Block, batch: int) -> int:

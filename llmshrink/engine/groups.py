@@ -135,7 +135,8 @@ class GroupCompressor:
         slot = self._work.slots[matrix]
         packed = self._work.format.pack(slot, layer)
         # Go on with what the file means, not with what the method meant.
-        made.decoded[matrix.key] = self.decoded(slot, packed.__getitem__)
+        known = {**packed, **self._work.format.borrowed(slot, layer)}
+        made.decoded[matrix.key] = self.decoded(slot, known.__getitem__)
         made.tensors |= packed
         if matrix.kind in ("embedding", "head"):
             return packed, *self._compared(slot, packed, weight)
@@ -260,6 +261,7 @@ def _report(
         bits=None if codes is None else codes.bits // (codes.dim if isinstance(codes, Codebook) else 1),
         group_size=_group_size(grid, matrix.shape[1]),
         rank=None if product is None else shape_of(product.right)[0],
+        shares=None if product is None else product.shared,
         type=stored_as.type_of(layer),
         inputs=None if layer.input is None else layer.input.words,
         parameters=matrix.numel,

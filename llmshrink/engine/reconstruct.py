@@ -201,23 +201,26 @@ class _Tables:
 
 
 class _Product:
-    """Two factors of floats."""
+    """Two factors of floats, of which one that other blocks share stays as it is."""
 
     def __init__(self, form: LowRank) -> None:
         assert isinstance(form.left, Dense) and isinstance(form.right, Dense)
-        self.form, self._left, self._right = form, _Floats(form.left, None), _Floats(form.right, None)
+        self.form, self._left = form, _Floats(form.left, None)
+        self._right = _Floats(form.right, None) if form.shared is None else None
 
     def sets(self, spec: ReconstructSpec, pace: float) -> list[dict[str, Any]]:
-        """Both factors."""
-        return [*self._left.sets(spec, pace), *self._right.sets(spec, pace)]
+        """Those of both factors."""
+        return [*self._left.sets(spec, pace), *(self._right.sets(spec, pace) if self._right is not None else [])]
 
     def weight(self) -> Tensor:
         """Their product, float32 [out, in]."""
-        return decode(replace(self.form, left=Dense(self._left.weight()), right=Dense(self._right.weight())))
+        right = self.form.right if self._right is None else Dense(self._right.weight())
+        return decode(replace(self.form, left=Dense(self._left.weight()), right=right))
 
     def result(self) -> LowRank:
         """What is to be stored."""
-        return replace(self.form, left=self._left.result(), right=self._right.result())
+        right = self.form.right if self._right is None else self._right.result()
+        return replace(self.form, left=self._left.result(), right=right)
 
 
 class _Total:

@@ -33,8 +33,11 @@ class Shards:
         return safetensors.Checkpoint(path.parent, safetensors.read_header(path))
 
     def reader(self, part: Part) -> Callable[[str], Tensor]:
-        """What gives the tensors of a part."""
-        checkpoint = self.open(part)
+        """What gives the tensors of a part, and those of others that it needs."""
+        lenders = (other for other in self._work.parts if other.index in self._work.lenders(part))
+        opened = [*map(self.open, lenders), self.open(part)]
+        infos = {name: info for checkpoint in opened for name, info in checkpoint.infos.items()}
+        checkpoint = safetensors.Checkpoint(self._folder, infos)
 
         def get(name: str) -> Tensor:
             # A copy: what is computed with must not lie in a mapped file, nor be aligned otherwise than when made.

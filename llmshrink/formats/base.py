@@ -87,6 +87,10 @@ class Format(ABC):
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
         """The tensors to write, by their names on disk."""
 
+    def borrowed(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """What this matrix needs of the tensors that are stored beside another."""
+        return {}
+
     @abstractmethod
     def unpack(self, slot: Slot, get: Callable[[str], Tensor], config: dict[str, Any] | None) -> Form:
         """The form behind the tensors that `get` returns by name; `config` is the `quantization_config`."""

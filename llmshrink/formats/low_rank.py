@@ -3,6 +3,8 @@
 On disk a matrix is its left factor under its own name, `weight_right` for the other, and beside pivots
 `weight_pivots`, a bit for each row that is a row of the right factor. Factors are floats, or flat codes of 2 to 8 bits
 under `_scale`s. The codes of the rest are `weight_rest` and `weight_rest_table`, as the format `codebook` has them.
+
+Matrices that share their right factor have it once: `shared` in the settings names the one beside which it is stored.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class LowRankFormat(OwnFormat):
         f".weight{part}"
         for part in ("", "_scale", RIGHT, f"{RIGHT}_scale", PIVOTS, REST, REST + codebook.TABLE, REST + codebook.SCALE)
     )
-    marks: ClassVar[tuple[str, ...]] = (f".weight{RIGHT}",)
+    marks: ClassVar[tuple[str, ...]] = (f".weight{RIGHT}", f".weight{PIVOTS}")
 
     def check(self, slot: Slot, layer: Layer) -> str | None:
         """Only products, alone or with tables beside them."""
@@ -44,19 +46,30 @@ class LowRankFormat(OwnFormat):
             return "beside a product it holds codes into tables of values only"
         if not all(_holds(part) for part in (product.left, product.right)):
             return "of factors it holds floats, or integers with one table of scales"
+        if product.shared is not None and product.pivots is None:
+            return "a factor is shared only where rows of the products are stored"
         return None if slot.key.endswith(".weight") else "its tensor is not named `.weight`"
 
     def pack(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
-        """Both factors, the pivots, and the codes of the rest."""
+        """Both factors, the pivots, and the codes of the rest; a right factor that another stores is left to it."""
         product, key = low_rank(layer.weight), slot.key
         assert product is not None
-        tensors = _packed(product.left, key) | _packed(product.right, key + RIGHT)
+        tensors = _packed(product.left, key)
+        if product.shared in (None, slot.name):
+            tensors |= _packed(product.right, key + RIGHT)
         if product.pivots is not None:
             tensors[key + PIVOTS] = bitpack.pack_mask(product.pivots)
         for rest in _others(layer.weight):
             assert isinstance(rest, Codebook)
             tensors |= codebook.pack(rest, key + REST)
         return tensors
+
+    def borrowed(self, slot: Slot, layer: Layer) -> dict[str, Tensor]:
+        """The right factor that another matrix stores."""
+        product = low_rank(layer.weight)
+        if product is None or product.shared in (None, slot.name):
+            return {}
+        return _packed(product.right, f"{product.shared}.weight{RIGHT}")
 
     def describe(self, layer: Layer) -> Entry:
         """The rank, what the factors are stored as, and the rest."""
@@ -69,13 +82,18 @@ class LowRankFormat(OwnFormat):
             "left": _describe(product.left),
             "right": _describe(product.right),
             "rest": rest[0] if rest else None,
+            **(
+                {}
+                if product.shared is None
+                else {"shared": product.shared, "own": [product.own.start, product.own.stop]}
+            ),
         }
 
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""
         (out, width), left, right = _shapes(entry)
         pivots = empty((out,), torch.bool) if entry["pivots"] else None
-        product = LowRank(_meta(entry["left"], left), _meta(entry["right"], right), pivots)
+        product = LowRank(_meta(entry["left"], left), _meta(entry["right"], right), pivots, *_sharing(entry))
         rest = entry["rest"] and codebook.meta(entry["rest"], (out, width))
         return Layer(Sum((product, rest)) if rest else product)
 
@@ -83,9 +101,12 @@ class LowRankFormat(OwnFormat):
         """The factors, and the codes of the rest."""
         (out, width), left, right = _shapes(entry)
         pivots = bitpack.unpack_mask(get(key + PIVOTS), out) if entry["pivots"] else None
-        if pivots is not None and int(pivots.sum()) != right[0]:
-            raise ValueError(f"{int(pivots.sum())} pivots are not those of rank {right[0]}")
-        product = LowRank(_read(entry["left"], left, key, get), _read(entry["right"], right, key + RIGHT, get), pivots)
+        if pivots is not None and int(pivots.sum()) != out - left[0]:
+            raise ValueError(f"{int(pivots.sum())} pivots are not those of rank {out - left[0]}")
+        first, shared = _sharing(entry)
+        home = key if shared is None else f"{shared}.weight"
+        factors = _read(entry["left"], left, key, get), _read(entry["right"], right, home + RIGHT, get)
+        product = LowRank(*factors, pivots, first, shared)
         if entry["rest"] is None:
             return product
         return Sum((product, codebook.read(key + REST, entry["rest"], (out, width), get)))
@@ -93,12 +114,14 @@ class LowRankFormat(OwnFormat):
     def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
         """These rows of the product, and their codes of the rest."""
         (out, width), _, (rank, _) = _shapes(entry)
-        right = decode(_read(entry["right"], (rank, width), key + RIGHT, get))
+        first, shared = _sharing(entry)
+        home = key if shared is None else f"{shared}.weight"
+        right = decode(_read(entry["right"], (rank, width), home + RIGHT, get))
         if entry["pivots"]:
             pivots = bitpack.unpack_mask(get(key + PIVOTS), out)
             place = torch.where(pivots, pivots.cumsum(0), (~pivots).cumsum(0))[rows] - 1  # in the factor they stand in
             whole, chosen = right.new_empty(len(rows), width), pivots[rows]
-            whole[chosen] = right[place[chosen]]
+            whole[chosen] = right[first + place[chosen]]
             whole[~chosen] = _factor_rows(entry["left"], rank, key, get, place[~chosen]) @ right
         else:
             whole = _factor_rows(entry["left"], rank, key, get, rows) @ right
@@ -129,7 +152,15 @@ def _others(form: Form) -> list[Form]:
 def _shapes(entry: Entry) -> tuple[Shape, Shape, Shape]:
     """Of the matrix, of its left and of its right factor."""
     (out, width), rank = (int(n) for n in entry["shape"]), int(entry["rank"])
-    return (out, width), (out - rank if entry["pivots"] else out, rank), (rank, width)
+    first, end = entry.get("own", [0, rank])
+    if not 0 <= first <= end <= rank:
+        raise ValueError(f"rows {first} to {end} are not among the {rank} of a factor")
+    return (out, width), (out - (end - first) if entry["pivots"] else out, rank), (rank, width)
+
+
+def _sharing(entry: Entry) -> tuple[int, str | None]:
+    """The first of a matrix's own rows in its right factor, and the name of the matrix that stores that."""
+    return (int(entry["own"][0]), str(entry["shared"])) if "shared" in entry else (0, None)
 
 
 def _holds(factor: Form) -> bool:

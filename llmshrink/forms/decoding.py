@@ -55,7 +55,7 @@ def applied(form: Form, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return applied(form.left, inner, bias)
     product = applied(form.left, inner)
     whole = inner.new_empty((*inner.shape[:-1], len(form.pivots)))
-    whole[..., form.pivots], whole[..., ~form.pivots] = inner, product
+    whole[..., form.pivots], whole[..., ~form.pivots] = inner[..., form.own], product
     return whole if bias is None else whole.add_(bias)
 
 
@@ -108,8 +108,11 @@ def _check_factors(form: LowRank) -> None:
     (left, inner), (rank, _) = shape_of(form.left), shape_of(form.right)
     if inner != rank:
         raise ValueError(f"factors {[left, inner]} and {list(shape_of(form.right))} have no product")
-    if form.pivots is not None and (len(form.pivots) != left + rank or not _counts(form.pivots, rank)):
-        raise ValueError(f"{rank} rows of a factor are not those that stand for {len(form.pivots)} rows")
+    if form.pivots is not None:
+        own = form.own
+        fewer = form.shared is not None and 0 <= own.start <= own.stop <= rank
+        if not (fewer or own == slice(0, rank)) or not _counts(form.pivots, own.stop - own.start):
+            raise ValueError(f"{rank} rows of a factor are not those that stand for {len(form.pivots)} rows")
     check_blocks(form.left)
     check_blocks(form.right)
 
@@ -126,7 +129,7 @@ def _product(form: LowRank) -> Tensor:
     if form.pivots is None:
         return product
     whole = right.new_empty(len(form.pivots), right.shape[1])
-    whole[form.pivots], whole[~form.pivots] = right, product
+    whole[form.pivots], whole[~form.pivots] = right[form.own], product
     return whole
 
 

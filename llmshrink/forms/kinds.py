@@ -136,11 +136,21 @@ class LowRank:
 
     Any matrix of rank r has r rows of which all others are sums: where `pivots` name them, `right` is these rows, and
     `left` makes the others of them, so that r^2 numbers fewer are stored (PIFA, Zhao et al. 2025, arXiv 2501.19090).
+
+    Matrices that are one product when they are stacked share `right`, of which each has some rows as its own.
     """
 
-    left: Form  # [out, r], or [out - r, r] beside pivots, whose rows follow each other without these
+    left: Form  # [out, r], or [out - p, r] beside p pivots, whose rows follow each other without these
     right: Form  # [r, in]
-    pivots: Tensor | None = None  # bool [out], true for r rows
+    pivots: Tensor | None = None  # bool [out], true for p rows: r, or fewer where others share `right`
+    first: int = 0  # row of `right` from which on they are the pivots' rows
+    shared: str | None = None  # name of the matrix beside which `right` is stored; None: nobody shares it
+
+    @property
+    def own(self) -> slice:
+        """The rows of `right` that are the pivots' rows."""
+        count = 0 if self.pivots is None else len(self.pivots) - _rows(self.left)
+        return slice(self.first, self.first + count)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,11 @@ class Sum:
 
 
 Form = Dense | Quantized | Sparse | Codebook | Scattered | LowRank | Sum
+
+
+def _rows(factor: Form) -> int:
+    """Of floats, or of codes."""
+    return len(factor.codes if isinstance(factor, Quantized | Codebook) else getattr(factor, "weight"))  # noqa: B009
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
         products = [form for form in forms if isinstance(form, LowRank)]
         pivots = [form.pivots for form in products if form.pivots is not None]
         left, right = (combine([getattr(form, name) for form in products], how) for name in ("left", "right"))
-        return LowRank(left, right, how(pivots) if pivots else None)
+        return replace(products[0], left=left, right=right, pivots=how(pivots) if pivots else None)
     if isinstance(first, Sum):
         sums = [form.parts for form in forms if isinstance(form, Sum)]
         return Sum(tuple(combine(parts, how) for parts in zip(*sums, strict=True)))

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Modules of this folder that no recipe names as a method.
 _SUPPORT = {
-    *("base", "blocks", "clusters", "codes", "cut", "even", "grid", "hessian", "inputs", "keep", "lowrank", "sparsity"),
-    "vectors",
+    *("base", "basis", "blocks", "clusters", "codes", "cut", "even", "grid", "hessian", "inputs", "keep", "lowrank"),
+    *("sparsity", "vectors"),
 }
 
 

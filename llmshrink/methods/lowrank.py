@@ -279,6 +279,12 @@ class Metric:
             factor *= values.clamp(min=0).sqrt()
         return W @ factor
 
+    def size(self, width: int) -> float:
+        """The sum of what `width` inputs weigh."""
+        if self.H is None:
+            return float(width)
+        return float((self.H if self.H.ndim == 1 else self.H.diagonal()).sum(dtype=torch.float64)) + self.damp * width
+
     def error(self, rest: Tensor) -> Tensor:
         """Of each row what inputs make of it: float64 [out]."""
         return (self.weigh(rest) * rest).sum(1)

@@ -21,6 +21,7 @@ from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs, says_types
+from llmshrink.plan.stacks import placed
 from llmshrink.plan.targets import kind_of, targeted, with_names
 from llmshrink.plan.transform import plan_transforms
 from llmshrink.plan.work import Work
@@ -75,7 +76,6 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     usual = _usual_group(stage, default, matrices, events) if mix is None else GROUP_SIZES[0]
     methods: dict[Matrix, Method[Any]] = {}
     left = {m: "`targets` does not name it" for m in matrices if m not in specs}
-    problems: list[str] = []
     for matrix, spec in specs.items():
         if spec is None:
             left[matrix] = "the recipe leaves it out"
@@ -89,10 +89,10 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         elif why := method.pointless(matrix.shape):
             left[matrix] = why
             events.append(Event("skipped", f"left as it is: {why}", matrix.name))
-        elif why := method.check(matrix.shape):
-            problems.append(f"{matrix.name} {list(matrix.shape)}: {why}")
         else:
             methods[matrix] = method
+    methods = placed(methods, model.anatomy.blocks)
+    problems = [f"{m.name} {list(m.shape)}: {why}" for m, method in methods.items() if (why := method.check(m.shape))]
     refuse(problems, HINTS.get(stage.task, HINT))
     if not methods:
         raise PlanError("The recipe leaves out every layer; nothing would be compressed.")
@@ -106,6 +106,7 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         message = f"{cast[0]}: other floats than the model's own are stored in GGUF only, and this is {chosen.name}"
         raise PlanError(f"{message}.", hint="Choose --type F16, BF16 or F32, or --format gguf.")
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
+    methods = placed(methods, model.anatomy.blocks)
     transforms = plan_transforms(stage.transform, model, methods, events)
     work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, named)
     inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
@@ -116,6 +117,9 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
             hint="Choose method gptq or rtn (for GPT-2 with --format dense or gguf), factors without `factor_bits`, or "
             "leave out `reconstruct` (--preset best).",
         )
+    if work.stacks and transforms is not None:
+        message = "What blocks share is made of the weights as they are before any transform"
+        raise PlanError(f"{message}.", hint="Leave out `transform`, or method.blocks.")
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)
     return work

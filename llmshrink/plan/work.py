@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from llmshrink.formats.base import Format, Slot
-from llmshrink.forms import Dense, Event, Layer, Quantized, filled
+from llmshrink.forms import Dense, Event, Layer, Quantized, filled, low_rank
 from llmshrink.gguf.blueprint import Blueprint
 from llmshrink.gguf.checkpoint import SINGLE
 from llmshrink.methods.base import Method
+from llmshrink.methods.basis import Sharing
 from llmshrink.methods.inputs import Inputs
 from llmshrink.model.anatomy import Group, Matrix, Part
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
@@ -111,6 +112,22 @@ class Work:
         gathered = any(self.statistic_bytes(group) for part in self.parts for group in part.groups)
         scaled = self.transforms is not None and bool(self.transforms.scalings)
         return gathered or scaled or any(x is not None for x in (self.reconstruct, self.tune, self.repair))
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[Matrix, ...], ...]:
+        """Matrices that share a tensor, together; the first stores it."""
+        found: dict[str, list[Matrix]] = {}
+        for matrix, method in self.methods.items():
+            place = method.place if isinstance(method, Sharing) else None
+            if place is not None:
+                found.setdefault(place.home, []).append(matrix)
+        return tuple(map(tuple, found.values()))
+
+    def lenders(self, part: Part) -> set[int]:
+        """The indices of other parts in whose files tensors lie that matrices of this one need."""
+        shared = {layer.shared for m in part.matrices if m in self.methods and (layer := low_rank(self.form(m).weight))}
+        homes = {m.name: other.index for other in self.parts for m in other.matrices}
+        return {homes[name] for name in shared if name is not None} - {part.index}
 
     @cached_property
     def vectors(self) -> list[str]:

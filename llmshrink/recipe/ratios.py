@@ -14,10 +14,11 @@ RatioName = Literal["owl", "global"]
 class RankSpec(Section):
     """Find the rank of each layer's product; together they have the share of numbers that the method says."""
 
-    name: Literal["spectrum"] = Field(
+    name: Literal["spectrum", "similarity"] = Field(
         "spectrum",
-        description="by the singular values of each matrix, as the method weighs it: what every rank loses of it, "
-        "solved for all together; a matrix that no rank suits stays as it is",
+        description="spectrum: by the singular values of each matrix, as the method weighs it: what every rank loses "
+        "of it, solved for all together; a matrix that no rank suits stays as it is. similarity, of method tie: by "
+        "what matrices lose that become one; those that lose least do",
     )
 
 

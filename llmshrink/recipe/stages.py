@@ -332,7 +332,8 @@ class FactorizeStage(TargetStage):
     ratios: RankSpec | None = Field(
         None,
         description="find the rank of each layer that `layers` does not name, the method's `keep` over all of them; "
-        "null: each keeps as much. Left out: spectrum, unless the method says `rank` or `bits`, or `allocate` chooses",
+        "null: each keeps as much. Left out: spectrum (tie: similarity), unless the method says `rank` or `bits`, or "
+        "`allocate` chooses",
     )
 
     @model_validator(mode="before")
@@ -342,16 +343,24 @@ class FactorizeStage(TargetStage):
         said = isinstance(method, dict) and (method.get("rank") or method.get("bits"))
         if "ratios" in data or data.get("allocate") is not None or said:
             return data
-        return {**data, "ratios": {}}
+        tied = isinstance(method, dict) and method.get("name") == "tie"
+        return {**data, "ratios": {"name": "similarity"} if tied else {}}
 
     @model_validator(mode="after")
     def _check_ratios(self) -> Self:
-        settings = self.method.settings
+        settings, tied = self.method.settings, self.method.name == "tie"
+        if self.ratios is not None and tied != (self.ratios.name == "similarity"):
+            wanted = "similarity" if tied else "spectrum"
+            raise refuse([fault(("ratios", "name"), f"of {self.method.name} it is {wanted}", self.ratios.name)])
         said = next((key for key in ("rank", "bits") if settings.get(key) is not None), None)
         if self.ratios is not None and said is not None:
             raise refuse([fault(("ratios",), f"the method's `{said}` says the rank: leave out one or the other")])
         if self.allocate is not None and self.allocate.candidates is None and said is not None:
             message = f"the method's `{said}` leaves it nothing to choose: give it `candidates`"
+            raise refuse([fault(("allocate",), message)])
+        tried = [settings, *((self.allocate and self.allocate.candidates) or [])]
+        if self.allocate is not None and (tied or any(keys.get("blocks", 1) != 1 for keys in tried)):
+            message = "it measures one layer at a time, and `blocks` of them share a factor: leave out one or the other"
             raise refuse([fault(("allocate",), message)])
         if self.ratios is not None and self.allocate is not None:
             raise refuse([fault(("ratios",), "`allocate` chooses the ranks: leave out one or the other")])

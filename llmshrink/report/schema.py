@@ -61,6 +61,9 @@ class LayerReport(Record):
     bits: int | None = None
     group_size: int | None = Field(default=None, description="weights that share a scale; None: one per channel")
     rank: int | None = Field(default=None, description="of the product that it is, or that codes are added to")
+    shares: str | None = Field(
+        default=None, description="layer beside which the right factor is stored, where several have it in common"
+    )
     type: str | None = Field(default=None, description="what the format calls it: a block type of GGUF")
     inputs: str | None = Field(default=None, description="how its inputs are rounded; None: they are not")
     parameters: int
@@ -162,7 +165,7 @@ class RatioReport(Record):
 class RatiosReport(Record):
     """What share of its numbers each layer loses, found before any was lost."""
 
-    name: str = Field(description="how: owl, global, or spectrum for products")
+    name: str = Field(description="how: owl, global, spectrum for products, or similarity for ties")
     sparsity: float = Field(description="of all of them together")
     threshold: float | None = Field(description="the magnitude below which weights go; None: there is none for all")
     units: list[RatioReport] = Field(description="what gets a share of its own, in the order of the forward pass")

@@ -132,8 +132,10 @@ def _allocation(found: AllocationPlan, parameters: int) -> list[str]:
 
 def _ratios(found: RatiosPlan) -> str:
     """What is found by measuring, and what the sizes below are of."""
-    what = "numbers to save" if found.name == "spectrum" else "weights to drop"
+    what = "numbers to save" if found.name in ("spectrum", "similarity") else "weights to drop"
     words = f"{found.name} finds {count(found.units, 'share')} of {what}, {share(found.sparsity)} of all"
+    if found.name == "similarity":
+        return f"{words}; sizes below are those of one choice that saves as much"
     return f"{words}; sizes below are those of equal shares, which differ by rounding alone"
 
 

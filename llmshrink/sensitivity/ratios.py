@@ -11,7 +11,7 @@ That is found in two passes, with a histogram of |W| between them whose bins are
 for each value of a 16-bit float, and elsewhere 1/2048 of a power of two. Of the bin where the threshold lies, each
 matrix drops the same part, so that the sum is exact whatever the bins hold.
 
-`spectrum`, for products of factors, is in `spectrum.py`.
+`spectrum`, for products of factors, is in `spectrum.py`; `similarity`, for what is tied, in `similarity.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from llmshrink.plan.ratios import MOST, Ratios
 from llmshrink.progress import Progress
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.report.schema import RatioReport, RatiosReport
+from llmshrink.sensitivity.similarity import by_similarity
 from llmshrink.sensitivity.spectrum import by_spectrum
 from llmshrink.statistics import Norm
 
@@ -55,12 +56,14 @@ class Found:
         shares: Of its weights that go.
         outliers: Share of its weights that stand out; none where nobody asked.
         threshold: The magnitude below which weights go; None: there is none for all.
+        alone: Positions of units that share no factor, where they could.
         events: What to tell.
     """
 
     shares: list[float]
     outliers: list[float] = field(default_factory=list)
     threshold: float | None = None
+    alone: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
 
@@ -83,7 +86,9 @@ def choose(ratios: Ratios, rows: Rows | None, *, economy: Economy, folder: Path,
     if rows is not None and ratios.needs_data:
         hidden = Hidden(model, rows.batches(economy.batch_tokens), folder=folder if economy.on_disk else None)
     if isinstance(ratios.spec, RankSpec):
-        found = Found(by_spectrum(ratios, model, hidden, economy, progress))
+        find = by_similarity if ratios.spec.name == "similarity" else by_spectrum
+        ranks = find(ratios, model, hidden, economy, progress)
+        found = Found(ranks.saved, alone=sorted(ranks.alone), events=ranks.events)
     elif ratios.spec.name == "global":
         found = _by_magnitude(ratios, model, progress)
     else:
@@ -228,7 +233,7 @@ def _within(ratios: Ratios, found: Found) -> Found:
     if not moved:
         return found
     message = f"{len(moved)} of {len(shares)} shares were not within 0 and {MOST:g}: the others make up for it"
-    return Found(shares, found.outliers, None, [*found.events, Event("ratios_bounded", message, moved[0])])
+    return Found(shares, found.outliers, events=[*found.events, Event("ratios_bounded", message, moved[0])])
 
 
 def bounded(shares: Sequence[float], sizes: Sequence[int], most: float) -> list[float]:

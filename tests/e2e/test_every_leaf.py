@@ -101,6 +101,7 @@ PRODUCTS = {
     name: {"stages": [{"task": "factorize", "method": {"name": name}, "ratios": None}]}
     for name in ("svd", "asvd", "svdllm")
 }
+TIED = {"stages": [{"task": "factorize", "method": {"name": "tie"}, "ratios": None}]}
 CLUSTERED = {"stages": [{"task": "cluster", "method": {"name": "kmeans", "bits": 2, "rows": 8}}]}
 
 
@@ -200,7 +201,10 @@ TRIALS = {
         )
         for name, context in PRODUCTS.items()
     },
+    "stages.factorize.method.tie.keep": Trial(0.6, {**TIED, "stages.0.ratios": {"name": "similarity"}}),
+    "stages.factorize.method.tie.damp": Trial(0.9, TIED),
     "stages.factorize.method.asvd.alpha": Trial(1.0, PRODUCTS["asvd"]),
+    "stages.factorize.method.svdllm.blocks": Trial(2, PRODUCTS["svdllm"]),
     "stages.factorize.method.svdllm.damp": Trial(0.9, PRODUCTS["svdllm"]),
     "stages.factorize.method.name": Trial("svd", PRODUCTS["svdllm"]),
     "stages.cluster.method.kmeans.bits": Trial(3, CLUSTERED),
@@ -259,6 +263,8 @@ ELSEWHERE = {
     "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
     "run.resume": "how, not what: tests/e2e/test_resume.py::test_no_resume_starts_anew",
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
+    "stages.factorize.method.tie.blocks": "of deeper models: tests/e2e/test_factorize.py::test_all_blocks_become_one",
+    "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }
 

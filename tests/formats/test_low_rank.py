@@ -98,3 +98,55 @@ def test_parts_that_do_not_fit_are_seen() -> None:
     codes = Quantized(torch.zeros(3, 64, dtype=torch.int8), Dense(torch.zeros(3, 2)), None, None, (1, 64), 8)
     with pytest.raises(ValueError, match="do not cover"):
         check_blocks(LowRank(left, codes))
+
+
+def test_a_factor_that_is_shared_is_stored_once() -> None:
+    generator = torch.Generator().manual_seed(6)
+    right = Dense(torch.randn(7, 64, generator=generator))
+    slots = [Slot(f"{name}.weight", name, (24, 64), torch.float32) for name in ("a", "b")]
+    layers = []
+    for first, count in ((0, 4), (4, 3)):
+        chosen = torch.zeros(24, dtype=torch.bool)
+        chosen[torch.randperm(24, generator=generator)[:count]] = True
+        left = Dense(torch.randn(24 - count, 7, generator=generator))
+        layers.append(Layer(LowRank(left, right, chosen, first, "a")))
+    config = FORMAT.config(zip(slots, layers, strict=True), [], torch.float32)
+    assert config is not None
+    packed = [FORMAT.pack(slot, layer) for slot, layer in zip(slots, layers, strict=True)]
+    assert ["a.weight_right" in tensors for tensors in packed] == [True, False] and "b.weight_right" not in packed[1]
+    assert FORMAT.borrowed(slots[0], layers[0]) == {}
+    assert list(FORMAT.borrowed(slots[1], layers[1])) == ["a.weight_right"]
+    stored = packed[0] | packed[1]
+    assert set(FORMAT.dense_names(stored)) == {"a.weight", "b.weight"}
+    x = torch.randn(2, 64, generator=generator)
+    for slot, layer in zip(slots, layers, strict=True):
+        assert FORMAT.check(slot, layer) is None
+        form = FORMAT.unpack(slot, stored.__getitem__, config)
+        check_blocks(form)
+        assert torch.equal(decode(form), decode(layer.weight))
+        assert isinstance(form, LowRank) and isinstance(layer.weight, LowRank) and isinstance(form.left, Dense)
+        assert (form.own, form.shared) == (layer.weight.own, "a")
+        assert form.pivots is not None
+        assert torch.equal(decode(form)[form.pivots], right.weight[form.own])
+        assert torch.allclose(decode(form)[~form.pivots], form.left.weight @ right.weight, atol=1e-5)
+        assert torch.allclose(applied(form, x), x @ decode(form).T, atol=1e-4)
+        meta = FORMAT.meta(config["layers"][slot.name])
+        promised = FORMAT.pack(slot, meta)
+        assert {k: t.shape for k, t in promised.items()} == {k: t.shape for k, t in FORMAT.pack(slot, layer).items()}
+
+
+def test_a_shared_factor_that_does_not_fit_is_seen() -> None:
+    chosen = torch.arange(24) < 3
+    form = LowRank(Dense(torch.zeros(21, 7)), Dense(torch.zeros(7, 64)), chosen, 5, "a")
+    with pytest.raises(ValueError, match="are not those that stand for"):
+        check_blocks(form)
+    with pytest.raises(ValueError, match="are not those that stand for"):
+        check_blocks(LowRank(form.left, form.right, chosen, 0, None))
+    slot = Slot("b.weight", "b", (24, 64), torch.float32)
+    assert "only where rows" in str(FORMAT.check(slot, Layer(LowRank(form.left, form.right, None, 0, "a"))))
+    layer = Layer(LowRank(form.left, form.right, chosen, 0, "a"))
+    config = FORMAT.config([(slot, layer)], [], torch.float32)
+    assert config is not None
+    config["layers"]["b"]["own"] = [6, 9]
+    with pytest.raises(ValueError, match="are not among the 7"):
+        FORMAT.unpack(slot, FORMAT.pack(slot, layer).__getitem__, config)

@@ -98,7 +98,8 @@ def close(found: Tensor, right: Tensor, rounding: float = ROUNDING) -> bool:
 def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Path, rounding: float = ROUNDING) -> None:
     """A result in a format of llmshrink's own is as planned, loads whole, means what it stores, and is saved again."""
     assert all(check.passed for check in stage.checks if check.name != "reader"), stage.checks
-    assert stage.bytes_after == stage.planned_bytes_after
+    assert (stage.bytes_after == stage.planned_bytes_after) == (stage.packed is None)
+    assert stage.bytes_after <= (stage.planned_bytes_after or 0)
     model, info = load(out)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     treated = [layer for layer in stage.layers if layer.method]

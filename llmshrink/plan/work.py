@@ -62,6 +62,7 @@ class Work:
     output: Path
     shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
     shard_bytes: dict[str, int] = field(default_factory=dict)
+    pack: bool = False  # codes are entropy-coded when all is written: until then they, and the plan's bytes, are plain
     mix: str | None = None  # of the block types in a GGUF file
     transforms: Transforms | None = None  # what is done to weights before; None: nothing
     reconstruct: ReconstructSpec | None = None  # None: codes stay as the methods choose them
@@ -76,7 +77,7 @@ class Work:
     @property
     def apart(self) -> bool:
         """Whether the shards are no part of the output: they become one file, or are written again."""
-        return self.blueprint is not None or self.tune is not None
+        return self.blueprint is not None or self.tune is not None or self.pack
 
     @property
     def file_bytes(self) -> dict[str, int]:

@@ -45,8 +45,14 @@ class LlmshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc] # transfor
         packed: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """`layers` says how each matrix is stored; `dequantize`: make plain linears while loading; `packed`: of
-        which tensors the codes are entropy-coded.
+        """Take the settings of a checkpoint.
+
+        Args:
+            format: its name.
+            format_version: which way of writing it.
+            layers: how each matrix is stored.
+            dequantize: make plain linears while loading.
+            packed: of which tensors the codes are entropy-coded; None: of none.
         """
         self.quant_method = METHOD
         self.format, self.format_version, self.layers = format, format_version, layers or {}

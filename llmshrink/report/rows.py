@@ -262,7 +262,7 @@ def stage_lines(stage: StageReport) -> list[str]:
 def _packed(found: PackReport) -> str:
     """What entropy coding gained."""
     gain = 1 - found.bytes_after / found.bytes_before
-    stayed = f"; of {found.plain} of {found.plain + found.tensors} they would be no fewer" if found.plain else ""
+    stayed = f" ({found.plain} of {found.plain + found.tensors} tensors would not gain)" if found.plain else ""
     sizes = f"{decimal(found.bytes_before)} -> {decimal(found.bytes_after)}"
     return f"codes packed ({found.codec}): {sizes}, {gain:.1%} fewer bytes{stayed}"
 

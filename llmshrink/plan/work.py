@@ -93,6 +93,13 @@ class Work:
         computed = {name: t.nbytes for name, t in self.blueprint.computed.items()}
         return {**computed, **{part.key: part.entry.bytes for part in self.blueprint.parts}}
 
+    @property
+    def opened_bytes(self) -> int:
+        """What is held of the result's ends once any row of them is read: codes that are packed have no rows."""
+        ends = (self.model.anatomy.embedding, self.model.anatomy.head)
+        found = [m for m in ends if self.pack and m is not None and m in self.methods]
+        return sum(t.nbytes for matrix in found for t in self.packed(matrix).values())
+
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order they are done: what the first block's inputs depend on first, all other tensors last.

@@ -14,7 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InterruptedRun
+from llmshrink.formats import entropy
 from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.own import OwnFormat, packed_config
 from llmshrink.forms import decode
 from llmshrink.io.files import sha256
 from llmshrink.methods import load_method, method_names
@@ -164,3 +166,15 @@ class Stopping(Silent):
         self._left -= self._step.startswith(self._wanted) and note.startswith(self._note)
         if not self._left:
             raise InterruptedRun("stopped")
+
+
+def assert_reads_packed(fmt: OwnFormat, slot: Slot, plain: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Codes that are entropy-coded, of all tensors that hold any, mean the same."""
+    found = {name: entropy.pack(plain[name], bits) for name, bits in fmt.code_bits(config).items()}
+    shorter = {name: tensor for name, tensor in found.items() if tensor is not None}
+    packed, said = {**plain, **shorter}, packed_config(config, {n: len(t) for n, t in shorter.items()})
+    assert shorter and fmt.cannot_read(said) is None and said["format_version"] != config["format_version"]
+    assert all(torch.equal(fmt.opened(name, packed[name], said), plain[name]) for name in shorter)
+    one, other = (fmt.unpack(slot, *place) for place in ((packed.__getitem__, said), (plain.__getitem__, config)))
+    assert torch.equal(decode(one), decode(other))
+    assert_reads_rows(fmt, slot, packed, said)

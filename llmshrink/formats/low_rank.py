@@ -90,11 +90,9 @@ class LowRankFormat(OwnFormat):
         }
 
     def codes(self, key: str, entry: Entry) -> dict[str, int]:
-        """Factors that are codes, where they are stored beside this matrix, and the rest."""
-        own = {key: entry["left"], key + REST: entry["rest"] or {}}
-        if _sharing(entry)[1] in (None, key.removesuffix(".weight")):
-            own[key + RIGHT] = entry["right"]
-        return {name: int(part["bits"]) for name, part in own.items() if "bits" in part}
+        """Factors that are codes, which no other matrix shares, and the rest."""
+        parts = {key: entry["left"], key + RIGHT: entry["right"], key + REST: entry["rest"] or {}}
+        return {name: int(part["bits"]) for name, part in parts.items() if "bits" in part}
 
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""

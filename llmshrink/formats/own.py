@@ -128,7 +128,7 @@ class OwnFormat(Format):
     def cannot_read(self, config: dict[str, Any] | None) -> str | None:
         """Why it cannot be decoded here, or None."""
         version, packed = (config or {}).get("format_version"), (config or {}).get("packed")
-        if version not in (VERSION, PACKED_VERSION):
+        if version != (PACKED_VERSION if packed else VERSION):
             return f"version {version!r} is not known"
         if packed and packed.get("codec") != entropy.CODEC:
             return f"codes packed as {packed.get('codec')!r} are not known"

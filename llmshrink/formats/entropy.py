@@ -31,13 +31,9 @@ def pack(plain: Tensor, bits: int) -> Tensor | None:
     Returns:
         uint8 [fewer bytes], or None where they would be no fewer.
     """
-    coder = zlib.compressobj(memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    packed, per = bytearray(), 8 // bits
+    coder, packed = zlib.compressobj(memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY), bytearray()
     for count, _, part in _stretches(len(plain), bits):
-        codes = bitpack.unpack_flat(plain[part].cpu(), bits, count)
-        codes = torch.nn.functional.pad(codes, (0, -count % per)).view(-1, per)
-        aligned = (codes << bits * torch.arange(per, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-        packed += coder.compress(aligned.numpy().data)
+        packed += coder.compress(_align(plain[part].cpu().contiguous(), bits, count).numpy().data)
     packed += coder.flush()
     return torch.frombuffer(packed, dtype=torch.uint8) if len(packed) < len(plain) else None
 
@@ -59,11 +55,26 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
     if len(found) != whole or not coder.eof or coder.unused_data:
         raise ValueError(f"packed codes are not those of {whole} bytes")
     aligned, plain = torch.frombuffer(found, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-    places = bits * torch.arange(8 // bits, dtype=torch.uint8)
     for count, place, part in _stretches(size, bits):
-        codes = (aligned[place, None] >> places & (1 << bits) - 1).flatten()
-        plain[part] = bitpack.pack_flat(codes[:count], bits)
+        plain[part] = _close_up(aligned[place], bits, count)
     return plain.to(packed.device)
+
+
+def _align(plain: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 [bytes] of `count` codes -> uint8 [bytes], of which no code crosses any."""
+    if 8 % bits == 0:
+        return plain  # they are so already
+    per = 8 // bits
+    codes = torch.nn.functional.pad(bitpack.unpack_flat(plain, bits, count), (0, -count % per)).view(-1, per)
+    return (codes << bits * torch.arange(per, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _close_up(aligned: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `_align`."""
+    if 8 % bits == 0:
+        return aligned
+    codes = aligned[:, None] >> bits * torch.arange(8 // bits, dtype=torch.uint8) & (1 << bits) - 1
+    return bitpack.pack_flat(codes.flatten()[:count], bits)
 
 
 def _aligned(size: int, bits: int) -> int:

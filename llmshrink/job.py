@@ -340,11 +340,11 @@ class Job:
         self.progress.start("verify", 0)
         folder = written.source.folder
         sizes = {name: (folder / name).stat().st_size for name in work.file_bytes}
-        off = [name for name, size in sizes.items() if size != work.file_bytes[name]]
+        planned = work.file_bytes
+        off = [name for name, size in sizes.items() if size > planned[name] or (size < planned[name] and not work.pack)]
+        kept = f"files have {'at most ' if work.pack else ''}the planned size"
         checks = [
-            Check(
-                name="sizes", passed=not off, detail="files have the planned size" if not off else f"{off[0]} has not"
-            ),
+            Check(name="sizes", passed=not off, detail=f"{off[0]} has not" if off else kept),
             check_hashes(folder, files),
             *check_layers(work.model, written, result.layers, result.replaced, work.fitted),
             check_blocks(written, probe, ends),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that decide the bytes of a result."""
-    found = {"llmshrink": __version__, "python": platform.python_version()}
+    found = {"llmshrink": __version__, "python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
     for name in PACKAGES:
         try:
             found[name] = version(name)

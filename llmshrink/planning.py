@@ -80,7 +80,7 @@ def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Choices |
     scratch, evaluation = compress_scratch(work, recipe), 0
     if recipe.evaluation.data:
         length = row_length(recipe.evaluation.length, model, [])
-        work.scoring, evaluation = evaluation_economy(model, recipe, length)
+        work.scoring, evaluation = evaluation_economy(model, recipe, length, work.opened_bytes)
         work.events += work.scoring.told("compare both models")
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)

@@ -4,7 +4,8 @@ A linear whose weight is stored in such a format becomes a `Packed` module: it h
 it whenever it is asked for its output, so that a model takes as much memory as its file and one layer. Of a packed
 embedding the rows of the tokens asked for are decoded, a large head a stretch of rows at a time; a head that is tied to
 the embedding looks at the embedding's buffers, and what several matrices share is a tensor of one module, at which the
-others look. `dequantize()` makes plain modules of them, which are faster and larger.
+others look. Codes that are entropy-coded in the file are so no more once they are loaded, nor when they are saved
+again. `dequantize()` makes plain modules of them, which are faster and larger.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
-from llmshrink.formats.own import METHOD, OwnFormat
+from llmshrink.formats.own import METHOD, VERSION, OwnFormat, packed_bytes
 from llmshrink.forms import Form, applied, decode
 
 STRETCH = 1 << 19  # weights of a head that are decoded at a time; on a GPU so many more, as each stretch takes a start:
@@ -41,12 +42,21 @@ class LlmshrinkConfig(QuantizationConfigMixin):  # type: ignore[misc] # transfor
         format_version: int = 1,
         layers: dict[str, dict[str, Any]] | None = None,
         dequantize: bool = False,
+        packed: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """`layers` says how each matrix is stored; `dequantize`: make plain linears while loading."""
+        """Take the settings of a checkpoint.
+
+        Args:
+            format: its name.
+            format_version: which way of writing it.
+            layers: how each matrix is stored.
+            dequantize: make plain linears while loading.
+            packed: of which tensors the codes are entropy-coded; None: of none.
+        """
         self.quant_method = METHOD
         self.format, self.format_version, self.layers = format, format_version, layers or {}
-        self.dequantize = dequantize
+        self.dequantize, self.packed = dequantize, packed
 
 
 @register_quantizer(METHOD)
@@ -73,6 +83,11 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
             module.borrow(owners)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self.quantization_config.packed is not None:
+            for module in model.modules():
+                if isinstance(module, Packed):
+                    module.open()
+            self.quantization_config.packed, self.quantization_config.format_version = None, VERSION
         if self.quantization_config.dequantize:
             self._dequantize(model)
         return model
@@ -136,12 +151,24 @@ class Packed(nn.Module):
         self.out_features, self.in_features = self._slot.shape
         layer = fmt.meta(entry)
         self.stored = {key: key.removeprefix(f"{name}.") for key in fmt.pack(self._slot, layer)}
+        sizes = packed_bytes(config)
+        self._packed = [key for key in self.stored if key in sizes]
         for key, tensor in fmt.pack(self._slot, layer).items():
-            self.register_buffer(self.stored[key], torch.empty(tensor.shape, dtype=tensor.dtype))
+            shape = (int(sizes[key]),) if key in sizes else tensor.shape
+            self.register_buffer(self.stored[key], torch.empty(shape, dtype=tensor.dtype))
         self._borrowed = list(fmt.borrowed(self._slot, layer))
         self._owners: dict[str, Packed] = {}  # no submodules of this one: their tensors are saved with them
         bias = getattr(old, "bias", None)
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), requires_grad=False)
+
+    def open(self) -> None:
+        """Make plain codes of those that came entropy-coded, once and for all."""
+        for key in self._packed:
+            tensor = self.get_buffer(self.stored[key])
+            if tensor.is_meta:
+                raise ValueError(f"{key} is entropy-coded, and such codes cannot stay on disk: load it into memory.")
+            setattr(self, self.stored[key], self._format.opened(key, tensor, self._config))
+        self._config, self._packed = {**self._config, "packed": None}, []
 
     def borrow(self, owners: Mapping[str, Packed]) -> None:
         """Look at tensors of other modules, by their names on disk, where they are stored beside these.

@@ -153,10 +153,11 @@ def writing_stage(
         transforms=result.transforms,
         blocks=result.blocks,
         tuned=result.tuned,
+        packed=result.packed,
         bytes_before=plan.bytes_before,
         bytes_after=written.source.checkpoint.bytes,
         planned_bytes_after=plan.bytes_after,
-        bits_per_weight=plan.bits_per_weight,
+        bits_per_weight=8 * written.source.checkpoint.bytes / plan.parameters,
         seconds={"compress_stage": seconds, **result.seconds},
         resumed_blocks=result.resumed,
         memory=MemoryReport(

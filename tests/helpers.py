@@ -14,7 +14,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InterruptedRun
+from llmshrink.formats import entropy
 from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.own import OwnFormat, packed_config
 from llmshrink.forms import decode
 from llmshrink.io.files import sha256
 from llmshrink.methods import load_method, method_names
@@ -98,7 +100,8 @@ def close(found: Tensor, right: Tensor, rounding: float = ROUNDING) -> bool:
 def assert_loads_packed(stage: StageReport, out: Path, original: Path, again: Path, rounding: float = ROUNDING) -> None:
     """A result in a format of llmshrink's own is as planned, loads whole, means what it stores, and is saved again."""
     assert all(check.passed for check in stage.checks if check.name != "reader"), stage.checks
-    assert stage.bytes_after == stage.planned_bytes_after
+    assert (stage.bytes_after == stage.planned_bytes_after) == (stage.packed is None)
+    assert stage.bytes_after <= (stage.planned_bytes_after or 0)
     model, info = load(out)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     treated = [layer for layer in stage.layers if layer.method]
@@ -163,3 +166,15 @@ class Stopping(Silent):
         self._left -= self._step.startswith(self._wanted) and note.startswith(self._note)
         if not self._left:
             raise InterruptedRun("stopped")
+
+
+def assert_reads_packed(fmt: OwnFormat, slot: Slot, plain: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Codes that are entropy-coded, of all tensors that hold any, mean the same."""
+    found = {name: entropy.pack(plain[name], bits) for name, bits in fmt.code_bits(config).items()}
+    shorter = {name: tensor for name, tensor in found.items() if tensor is not None}
+    packed, said = {**plain, **shorter}, packed_config(config, {n: len(t) for n, t in shorter.items()})
+    assert shorter and fmt.cannot_read(said) is None and said["format_version"] != config["format_version"]
+    assert all(torch.equal(fmt.opened(name, packed[name], said), plain[name]) for name in shorter)
+    one, other = (fmt.unpack(slot, *place) for place in ((packed.__getitem__, said), (plain.__getitem__, config)))
+    assert torch.equal(decode(one), decode(other))
+    assert_reads_rows(fmt, slot, packed, said)

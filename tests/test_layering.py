@@ -127,7 +127,7 @@ ALLOWED = {
         "statistics",
         "summary",
     },
-    "output": {"engine", "gguf", "io", "plan", "recipe", "report", "summary"},
+    "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},
     "job": None,  # the story: it may import everything but the command line

@@ -156,6 +156,7 @@ def cluster(
     targets: opt.Targets = None,
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
+    pack: opt.Pack = None,
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,
     revision: opt.Revision = None,
@@ -200,6 +201,7 @@ def factorize(
     targets: opt.Targets = None,
     transform: opt.Transform = None,
     format: opt.Format = None,  # noqa: A002 - the option's name
+    pack: opt.Pack = None,
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,
     revision: opt.Revision = None,
@@ -236,6 +238,7 @@ def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,
     to: opt.To = None,
+    pack: opt.Pack = None,
     recipe: opt.RecipeName = None,
     revision: opt.Revision = None,
     output: opt.Output = None,

@@ -33,6 +33,7 @@ RECIPE_KEYS = {
     "transform": "transform",
     "format": "format.name",
     "to": "format.name",
+    "pack": "format.pack",
     "type": "format.type",
     "target_size": "allocate.size",
     "target_bpw": "allocate.bpw",
@@ -224,6 +225,10 @@ Transform = Annotated[
 ]
 Format = Annotated[
     str | None, typer.Option(help="The checkpoint format.", autocompletion=complete_format, rich_help_panel=_WHAT)
+]
+Pack = Annotated[
+    bool | None,
+    typer.Option("--pack", help="Entropy-code the codes: a smaller file, as large in memory.", rich_help_panel=_WHAT),
 ]
 Type = Annotated[
     str | None,

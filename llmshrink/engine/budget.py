@@ -60,11 +60,11 @@ def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | Ratio
     return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
 
 
-def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int) -> tuple[Economy, int]:
-    """The same for scoring rows of `length` tokens."""
+def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int, opened: int = 0) -> tuple[Economy, int]:
+    """The same for scoring rows of `length` tokens; `opened` bytes of the result are held beside a block."""
 
     def needed(economy: Economy) -> int:
-        return planned_evaluation(model, economy, rows=recipe.evaluation.rows, length=length)
+        return planned_evaluation(model, economy, rows=recipe.evaluation.rows, length=length) + opened
 
     return _choose(needed, model, recipe.run, length, 0)
 
@@ -102,7 +102,8 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     # While it is tuned, the states of the compressed model are gone.
     tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
     shared = states + _sharing(work, economy, tokens) if work.stacks else 0
-    return FIXED + max(twin + max(compressed, tuned), shared)
+    verified = work.opened_bytes + min(HEAD_ROWS, work.model.width) * work.model.hidden * FLOAT if work.pack else 0
+    return FIXED + max(twin + max(compressed, tuned), shared, verified)
 
 
 def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:

@@ -36,7 +36,7 @@ from llmshrink.model.streamed import Decoded
 from llmshrink.plan.economy import Economy, passes
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
-from llmshrink.report.schema import BlockReport, LayerReport, TransformReport, TuneReport
+from llmshrink.report.schema import BlockReport, LayerReport, PackReport, TransformReport, TuneReport
 from llmshrink.statistics import Gathered, NoStatistic, Statistic
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -56,6 +56,7 @@ class Result:
     files: dict[str, str] = field(default_factory=dict)  # tensor file -> SHA-256
     resumed: int = 0  # blocks that an earlier run had finished
     tuned: TuneReport | None = None
+    packed: PackReport | None = None
     replaced: dict[str, Tensor] = field(default_factory=dict)  # tensors that were tuned, in place of a shard's
 
     def add(self, entry: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmshrink.formats.base import Format
 
-_SUPPORT = {"base", "bits", "ggml", "gguf_mix", "own", "runtimes"}  # modules of this folder that are not formats
+# Modules of this folder that are not formats.
+_SUPPORT = {"base", "bits", "entropy", "ggml", "gguf_mix", "own", "runtimes"}
 _READ_ONLY = ("bitnet",)
 
 

@@ -73,6 +73,10 @@ class CodebookFormat(OwnFormat):
         kinds = {"values": dtype_name(apart.values.dtype), "columns": dtype_name(apart.columns.dtype)}
         return {**describe(book), "apart": {"number": len(apart.values), **kinds}}
 
+    def codes(self, key: str, entry: Entry) -> dict[str, int]:
+        """The one tensor of codes."""
+        return {key: int(entry["bits"])}
+
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""
         (out, width), apart = _shape(entry), entry.get("apart")

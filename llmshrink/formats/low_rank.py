@@ -89,6 +89,11 @@ class LowRankFormat(OwnFormat):
             ),
         }
 
+    def codes(self, key: str, entry: Entry) -> dict[str, int]:
+        """Factors that are codes, which no other matrix shares, and the rest."""
+        parts = {key: entry["left"], key + RIGHT: entry["right"], key + REST: entry["rest"] or {}}
+        return {name: int(part["bits"]) for name, part in parts.items() if "bits" in part}
+
     def meta(self, entry: Entry) -> Layer:
         """The structure of a matrix on the `meta` device."""
         (out, width), left, right = _shapes(entry)

@@ -88,6 +88,7 @@ def describe(
         parameters_compressed=sum(matrix.numel for matrix in work.methods),
         bytes_before=whole.source.checkpoint.bytes,
         bytes_after=sum(sizes.values()),
+        bytes_are_bound=work.pack,
         file_bytes=work.file_bytes,
         max_bytes=max_bytes,
         bits_per_weight=8 * sum(sizes.values()) / parameters,

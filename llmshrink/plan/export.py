@@ -50,7 +50,7 @@ def resolve_export(recipe: Recipe, stage: ExportStage, model: StreamedModel) -> 
             f"{model.source.id}: nothing of it is compressed that {fmt.name} holds, so there is nothing to export.",
             hint="`llmshrink quantize` compresses a model and writes any format (--format).",
         )
-    return lay_out(recipe, model, fmt, methods, {}, left, events)
+    return lay_out(recipe, model, fmt, methods, {}, left, events, pack=stage.format.pack)
 
 
 def _candidates(model: StreamedModel, fmt: Format) -> list[Matrix]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmshrink.errors import PlanError
 from llmshrink.formats.base import Format, Slot
+from llmshrink.formats.own import OwnFormat
 from llmshrink.formats.runtimes import Runtime, entry
 from llmshrink.forms import Event
 from llmshrink.gguf.blueprint import draw
@@ -37,6 +38,8 @@ def lay_out(
     left: dict[Matrix, str],
     events: list[Event],
     mix: str | None = None,
+    *,
+    pack: bool = False,
 ) -> Work:
     """The work that these methods make, with every file known.
 
@@ -49,6 +52,7 @@ def lay_out(
         left: matrices that stay as they are, and why.
         events: what was decided otherwise than asked.
         mix: of the types in a GGUF file; None: it has none that has a name.
+        pack: whether codes are entropy-coded in the end.
 
     Raises:
         PlanError: the format cannot hold a layer, or transformers would not read it back; all such layers are listed.
@@ -77,6 +81,12 @@ def lay_out(
         message = f"{len(opened)} compressed matrices that are not compressed again are written dense: {opened[0]}"
         work.events.append(Event("decompressed", message + (", ..." if len(opened) > 1 else "")))
     work.quantization_config = fmt.config(list(layers(work)), sorted(_left_modules(work)), matrices[0].dtype)
+    work.pack = pack
+    if pack and (not isinstance(fmt, OwnFormat) or not fmt.code_bits(work.quantization_config or {})):
+        raise PlanError(
+            f"`pack` entropy-codes codes, and as {fmt.name} nothing here has any.",
+            hint="Leave out `pack` (--pack), or choose bits or factor_bits, which make codes.",
+        )
     rehearse(work)
     work.length = row_length(recipe.calibration.length, model, work.events)
     _lay_out_files(work)

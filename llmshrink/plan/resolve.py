@@ -108,7 +108,8 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
     methods = {m: type(method)(method.config, chosen.scale_dtype(m.dtype)) for m, method in methods.items()}
     methods = placed(methods, model.anatomy.blocks)
     transforms = plan_transforms(stage.transform, model, methods, events)
-    work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, named)
+    pack = stage.format is not None and stage.format.pack
+    work = lay_out(recipe, model, chosen, methods, _inputs(stage, methods), left, events, named, pack=pack)
     inside = [m for block in model.anatomy.blocks for m in block.matrices if m in methods and methods[m].learnable]
     if stage.reconstruct is not None and not any(learnable(work.form(m).weight) for m in inside):
         name = method_name(next(iter(methods.values())))

@@ -97,7 +97,7 @@ class LoadPlan(_Part):
 
 
 class Plan(_Part):
-    """The whole plan; bytes of tensors before and after, exact."""
+    """The whole plan; bytes of tensors before and after, exact unless it says that they are a bound."""
 
     model: str
     architecture: str
@@ -117,6 +117,7 @@ class Plan(_Part):
     parameters_compressed: int
     bytes_before: int
     bytes_after: int  # of all tensors
+    bytes_are_bound: bool = False  # of plain codes, where entropy coding makes them fewer by what only weights can say
     file_bytes: dict[str, int]  # every safetensors file of the output, with its header
     max_bytes: int | None  # what all of them together may have by `gate.max_size`; None: no limit
     bits_per_weight: float  # of the whole file over all parameters

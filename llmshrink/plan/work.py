@@ -62,6 +62,7 @@ class Work:
     output: Path
     shards: dict[int, str] = field(default_factory=dict)  # of a part's index -> the file that it is written to
     shard_bytes: dict[str, int] = field(default_factory=dict)
+    pack: bool = False  # codes are entropy-coded when all is written: until then they, and the plan's bytes, are plain
     mix: str | None = None  # of the block types in a GGUF file
     transforms: Transforms | None = None  # what is done to weights before; None: nothing
     reconstruct: ReconstructSpec | None = None  # None: codes stay as the methods choose them
@@ -76,7 +77,7 @@ class Work:
     @property
     def apart(self) -> bool:
         """Whether the shards are no part of the output: they become one file, or are written again."""
-        return self.blueprint is not None or self.tune is not None
+        return self.blueprint is not None or self.tune is not None or self.pack
 
     @property
     def file_bytes(self) -> dict[str, int]:
@@ -91,6 +92,13 @@ class Work:
             return tensors
         computed = {name: t.nbytes for name, t in self.blueprint.computed.items()}
         return {**computed, **{part.key: part.entry.bytes for part in self.blueprint.parts}}
+
+    @property
+    def opened_bytes(self) -> int:
+        """What is held of the result's ends once any row of them is read: codes that are packed have no rows."""
+        ends = (self.model.anatomy.embedding, self.model.anatomy.head)
+        found = [m for m in ends if self.pack and m is not None and m in self.methods]
+        return sum(t.nbytes for matrix in found for t in self.packed(matrix).values())
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -22,6 +22,7 @@ from llmshrink.methods import method_names as method_names
 from llmshrink.recipe.section import Section, did_you_mean, fault, faults_of, refuse
 from llmshrink.transforms import transform_names as transform_names
 
+PACKABLE = ("codebook", "low-rank")  # formats whose codes can be entropy-coded
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
 
 
@@ -66,6 +67,10 @@ class ExportSpec(Section):
     """How codes that are there are written."""
 
     name: str = Field(description="the checkpoint format")
+    pack: bool = Field(
+        False,
+        description="codebook, low-rank: entropy-code the codes; a smaller file, and as large in memory once loaded",
+    )
 
     @field_validator("name")
     @classmethod
@@ -74,6 +79,14 @@ class ExportSpec(Section):
             message = f"there is no format '{name}'" + did_you_mean(name, format_names())
             raise refuse([fault((), message, name)])
         return name
+
+    @field_validator("pack")
+    @classmethod
+    def _check_pack(cls, pack: bool, info: ValidationInfo) -> bool:
+        name = info.data.get("name")
+        if pack and name is not None and name not in PACKABLE:
+            raise refuse([fault((), f"codes of {' and '.join(PACKABLE)} can be packed, those of {name} cannot", pack)])
+        return pack
 
 
 class FormatSpec(ExportSpec):

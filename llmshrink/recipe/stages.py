@@ -280,6 +280,8 @@ class PruneStage(WeightStage):
 class TargetStage(WeightStage):
     """A stage whose formats can hold the table of tokens and the head too."""
 
+    usual_format: ClassVar[str]  # where codes are to be packed and none is named
+
     targets: list[Target] = Field(
         ["linears"],
         min_length=1,
@@ -291,6 +293,12 @@ class TargetStage(WeightStage):
     def aims(self) -> tuple[Target, ...]:
         """What is compressed of a model."""
         return tuple(self.targets)
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _packed_is_usual(cls, given: Any) -> Any:
+        alone = isinstance(given, dict) and given.get("pack") and given.get("type") is None
+        return {"name": cls.usual_format, **given} if alone else given
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -308,7 +316,7 @@ class TargetStage(WeightStage):
 class ClusterStage(TargetStage):
     """Few values, which many weights share."""
 
-    usual = DEFAULT_CLUSTERING
+    usual, usual_format = DEFAULT_CLUSTERING, "codebook"
     no_inputs = "clustered weights meet inputs as they are: quantize to round these"
 
     task: Literal["cluster"] = Field(description="what this stage does")
@@ -321,7 +329,7 @@ class ClusterStage(TargetStage):
 class FactorizeStage(TargetStage):
     """Products of thin matrices in place of matrices, alone or beside codes."""
 
-    usual = DEFAULT_FACTORING
+    usual, usual_format = DEFAULT_FACTORING, "low-rank"
     no_inputs = "factored weights meet inputs as they are: quantize to round these"
 
     task: Literal["factorize"] = Field(description="what this stage does")

@@ -19,6 +19,7 @@ from llmshrink.report.schema import (
     GateReport,
     ModelInfo,
     ModelMeasure,
+    PackReport,
     RatiosReport,
     Report,
     StageReport,
@@ -244,15 +245,26 @@ def stage_lines(stage: StageReport) -> list[str]:
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
-    if stage.planned_bytes_after is not None:
-        same = "as planned" if stage.planned_bytes_after == stage.bytes_after else "NOT as planned"
-        lines.append(f"{decimal(stage.bytes_after)} of tensors, {same}")
+    if stage.packed is not None:
+        lines.append(_packed(stage.packed))
+    if (limit := stage.planned_bytes_after) is not None:
+        kept = stage.bytes_after <= limit if stage.packed is not None else stage.bytes_after == limit
+        most = f" (at most {decimal(limit)})" if stage.packed is not None else ""
+        lines.append(f"{decimal(stage.bytes_after)} of tensors, {'' if kept else 'NOT '}as planned{most}")
     planned, measured = stage.memory.planned_bytes, stage.memory.measured_bytes
     if measured is not None:
         lines.append(f"peak memory {decimal(measured)}" + (f", planned {decimal(planned)}" if planned else ""))
     if stage.seconds:
         lines.append(", ".join(f"{step} {seconds(taken)}" for step, taken in stage.seconds.items()))
     return [clean(line) for line in lines]
+
+
+def _packed(found: PackReport) -> str:
+    """What entropy coding gained."""
+    gain = 1 - found.bytes_after / found.bytes_before
+    stayed = f" ({found.plain} of {found.plain + found.tensors} tensors would not gain)" if found.plain else ""
+    sizes = f"{decimal(found.bytes_before)} -> {decimal(found.bytes_after)}"
+    return f"codes packed ({found.codec}): {sizes}, {gain:.1%} fewer bytes{stayed}"
 
 
 def _transformed(found: list[TransformReport]) -> str:

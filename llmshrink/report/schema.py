@@ -255,6 +255,16 @@ class RuntimeSupport(Record):
     proof: str = Field(default=BY_RULE, description="the check that proved it, or 'by rule (not run)'")
 
 
+class PackReport(Record):
+    """What entropy coding made of the codes."""
+
+    codec: str
+    tensors: int = Field(description="that became smaller")
+    plain: int = Field(description="that would not have, and stayed as they were")
+    bytes_before: int = Field(description="of all tensors of codes")
+    bytes_after: int
+
+
 class StageReport(Record):
     """One stage of the recipe."""
 
@@ -271,9 +281,10 @@ class StageReport(Record):
     cut: CutReport | None = Field(default=None, description="None: no part was cut out")
     ratios: RatiosReport | None = Field(default=None, description="None: no layer's share was found by measuring")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
+    packed: PackReport | None = Field(default=None, description="None: codes are not entropy-coded")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
-    planned_bytes_after: int | None = None
+    planned_bytes_after: int | None = Field(default=None, description="where codes are packed, what it may be at most")
     bits_per_weight: float = Field(description="of all tensors over all parameters, scales and embeddings counted")
     seconds: dict[str, float] = Field(
         default_factory=dict, description="step -> seconds; those of an interrupted run count, but for compress_stage"

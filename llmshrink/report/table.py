@@ -69,12 +69,13 @@ def render_checks(checks: Sequence[Check]) -> Table:
 def render_plan(plan: Plan) -> Group:
     """The plan in one screen: one line for each kind of layer, then sizes, memory, disk and events."""
     covered = plan.parameters_compressed / plan.parameters if plan.parameters else 0.0
+    bound = "at most " if plan.bytes_are_bound else ""
     lines = [
         _cut(plan.cut, plan.parameters)
         if plan.cut is not None
         else f"{plan.parameters_compressed:,} of {plan.parameters:,} parameters ({share(covered)}) are compressed",
-        f"tensors {decimal(plan.bytes_before)} -> {decimal(plan.bytes_after)}, "
-        f"{plan.bits_per_weight:.2f} bits per weight, all tensors counted",
+        f"tensors {decimal(plan.bytes_before)} -> {bound}{decimal(plan.bytes_after)}, "
+        f"{bound}{plan.bits_per_weight:.2f} bits per weight, all tensors counted",
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
@@ -90,8 +91,8 @@ def render_plan(plan: Plan) -> Group:
         lines.insert(0, _ratios(plan.ratios))
     if plan.max_bytes is not None:
         size = sum(plan.file_bytes.values())
-        verdict = "it fits" if size <= plan.max_bytes else "TOO LARGE"
-        lines.append(f"files {size:,} bytes, max_size allows {plan.max_bytes:,}: {verdict}")
+        verdict = "it fits" if size <= plan.max_bytes else "told when written" if bound else "TOO LARGE"
+        lines.append(f"files {bound}{size:,} bytes, max_size allows {plan.max_bytes:,}: {verdict}")
     reasons = sorted({layer.reason for layer in plan.layers if layer.reason})
     name = f"{plan.format} {plan.type}" if plan.type else plan.format
     title = f"{plan.model}: {_method(plan.method)} -> {name}, {count(len(plan.blocks), 'block')}"

@@ -146,4 +146,4 @@ def test_a_plan_that_is_too_large_is_refused() -> None:
     for limit in (None, 30):
         check_size(SimpleNamespace(file_bytes={"a": 10, "b": 20}, max_bytes=limit))  # type: ignore[arg-type]
     with pytest.raises(GateError, match="planned with 30 bytes, and 29 are allowed"):
-        check_size(SimpleNamespace(file_bytes={"a": 10, "b": 20}, max_bytes=29))  # type: ignore[arg-type]
+        check_size(SimpleNamespace(file_bytes={"a": 10, "b": 20}, max_bytes=29, bytes_are_bound=False))  # type: ignore[arg-type]

@@ -258,6 +258,8 @@ JUDGED = {"quantize": SCORED, "export": {**EXPORT, "evaluation.data": ["{text}"]
 JUDGED["eval"] = {**EVAL, "evaluation.baseline": "{other_model}"}
 TRIALS |= {f"stages.{task}.gate.{n}": Trial(v, context) for task, context in JUDGED.items() for n, v in GATES.items()}
 ELSEWHERE = {
+    "stages.quantize.format.pack": "of other tasks: tests/e2e/test_pack.py::test_fewer_bytes_and_the_same_model",
+    "stages.export.format.pack": "of codebook and low-rank: tests/e2e/test_pack.py::test_the_commands",
     "stages.cluster.method.name": "there is one: tests/e2e/test_cluster.py::test_the_command",
     "model.revision": "only on the Hub: tests/model/test_hub.py::test_a_branch_is_resolved_once_to_its_commit",
     "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
@@ -501,7 +503,7 @@ def test_a_flag_for_a_key_reaches_it(
     task = command if command in ("prune", "cluster", "factorize", "export", "eval") else "quantize"
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
-    base = [command, *(["somewhere", "--to", "gptq"] if command == "export" else [])]
+    base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
     value = {"revision": "main", "device": "cpu", "to": "dense"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_reads_rows, tensors
+from helpers import assert_reads_packed, assert_reads_rows, tensors
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
@@ -63,6 +63,17 @@ def test_weights_beside_codes_come_back(width: int) -> None:
         FORMAT.unpack(slot, packed.__getitem__, config)
     with pytest.raises(ValueError, match="not those of"):
         check_blocks(Scattered(apart.values[1:], columns, counts, width))
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(2, 1), (3, 1), (4, 2), (8, 4)])
+def test_packed_codes_mean_the_same(bits: int, dim: int) -> None:
+    shape = (192, 256)
+    layer, slot = made(bits, shape, 3, torch.float16, dim), Slot("a.b.weight", "a.b", shape, torch.float16)
+    assert isinstance(layer.weight, Codebook)
+    layer.weight.codes[::2] >>= 1  # small ones are more frequent
+    config = FORMAT.config([(slot, layer)], [], torch.float16)
+    assert config is not None
+    assert_reads_packed(FORMAT, slot, FORMAT.pack(slot, layer), config)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 4])

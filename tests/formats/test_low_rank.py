@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_reads_rows, tensors
+from helpers import assert_reads_packed, assert_reads_rows, tensors
 
 from llmshrink.formats import format_of
 from llmshrink.formats.base import Slot
@@ -53,6 +53,16 @@ def test_bits_come_back(kind: str, shape: tuple[int, int], dtype: torch.dtype) -
     assert packed["a.b.weight"].shape != shape  # which no loader takes for the matrix
     x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(5))
     assert torch.allclose(applied(form, x), x @ decode(form).T, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rows in codes", "codes", "rest", "rest beside rows"])
+def test_packed_codes_mean_the_same(kind: str) -> None:
+    layer, slot = made(kind, (192, 256), torch.float32), Slot("a.b.weight", "a.b", (192, 256), torch.float32)
+    config = FORMAT.config([(slot, layer)], [], torch.float32)
+    assert config is not None
+    parts = ["", "_right", *(["_rest"] if "rest" in kind else [])]
+    assert list(FORMAT.code_bits(config)) == [f"a.b.weight{part}" for part in parts]
+    assert_reads_packed(FORMAT, slot, FORMAT.pack(slot, layer), config)
 
 
 def test_bytes_are_those_of_the_numbers() -> None:

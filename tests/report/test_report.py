@@ -334,6 +334,7 @@ def plan(blocks: int = 3) -> Any:
             outside("model.embed_tokens.weight", 2_000_000),
             *(outside(f"model.layers.{i}.norm_{n}.weight", 512) for i in range(blocks) for n in "abc"),
         ],
+        bytes_are_bound=False,
         parameters=10_000_000, parameters_compressed=9_000_000, bytes_before=20_000_000, bytes_after=6_000_000,
         bits_per_weight=4.8, memory_bytes=50_000_000, evaluation_bytes=0, disk_bytes=7_000_000, disk_free=10**9,
         file_bytes={"a.safetensors": 5_000_000, "b.safetensors": 2_000_000}, max_bytes=None,

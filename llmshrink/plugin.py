@@ -258,9 +258,13 @@ class PackedEmbedding(Packed):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> [..., width]."""
         numbers, places = torch.unique(ids, return_inverse=True)
+        if not len(numbers):
+            return self.table.weight.new_empty(*ids.shape, self.in_features)
+        if not 0 <= int(numbers[0]) <= int(numbers[-1]) < self.out_features:
+            raise IndexError(f"ids {int(numbers[0])} to {int(numbers[-1])} are not among {self.out_features} rows")
         table = copy(self.table)  # another object: other threads may ask for other rows
         table.__dict__["weight"] = decode(self.rows(numbers)).to(self.table.weight.dtype)
-        found: Tensor = table(places)
+        found: Tensor = type(table).forward(table, places)  # not what hooks put there, which is of the empty one
         return found
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
@@ -283,7 +287,9 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., tokens]."""
-        return self._table[0].in_stretches(x, self.bias)
+        table = self._table[0]
+        found = table.in_stretches(x.to(table.get_buffer("weight").device), None).to(x.device)
+        return found if self.bias is None else found.add_(self.bias)
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """A linear, whose weight is tied later."""

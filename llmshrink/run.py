@@ -79,7 +79,7 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
         work, *_ = plan_of(recipe, model)  # what is refused for the whole model is refused here too
         small = Path(name) / "model"
         small.mkdir()
-        treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)]
+        treated = [b.index for b in model.anatomy.blocks if any(m in work.methods for m in b.matrices)] or [0]
         sharing = {m for stack in work.stacks[:1] for m in stack}  # what blocks share needs all of them
         last = max([treated[0], *(b.index for b in model.anatomy.blocks if sharing.intersection(b.matrices))])
         truncate(model, small, last + 1)

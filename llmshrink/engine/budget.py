@@ -176,10 +176,7 @@ def planned_ratios(ratios: Ratios, economy: Economy, *, rows: int) -> int:
         rows: calibration rows.
     """
     work, model = ratios.work, ratios.model
-    if ratios.spec.name in (
-        "spectrum",
-        "similarity",
-    ):  # what the compress step gathers and factors, on a model of its own
+    if ratios.spec.name in ("spectrum", "similarity"):  # as the compress step gathers, on a model of its own
         return TWIN + planned_memory(work, economy, rows=rows, subset=False)
     weighed = WEIGHED * FLOAT * max(m.numel for unit in ratios.units for m in unit.matrices)
     if not ratios.needs_data:

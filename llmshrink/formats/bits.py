@@ -128,6 +128,8 @@ def pack_flat(values: Tensor, bits: int) -> Tensor:
 
 def unpack_flat(packed: Tensor, bits: int, n: int) -> Tensor:
     """uint8 [bytes] -> uint8 [n], or int32 as of `unpack`: the inverse of `pack_flat`; the bytes may lie in a file."""
+    if len(packed) != 4 * -(-n * bits // 32):
+        raise ValueError(f"{len(packed)} bytes are not {n} codes of {bits} bits")
     words = packed.clone().view(torch.int32)
     rows = torch.nn.functional.pad(words, (0, -len(words) % bits)).view(-1, bits)
     return unpack(rows, bits, 32).flatten()[:n]

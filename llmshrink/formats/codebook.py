@@ -125,7 +125,7 @@ def read_rows(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str
     """The codes [n, in] of some rows behind `key`, and a table for each of them."""
     bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
     codes = bitpack.unpack_rows(get(key), bits, shape[1] // dim, rows)
-    own = table[rows // (shape[0] // len(table))].view(len(rows), -1, dim)
+    own = table[rows // (shape[0] // len(table))].view(len(rows), 1 << bits, dim)
     return Codebook(codes, own, bits, get(key + SCALE)[rows] if entry.get("scales") else None)
 
 

@@ -54,6 +54,8 @@ def combine(forms: Sequence[Form], how: Callable[[list[Tensor]], Tensor]) -> For
     Tables of levels and offsets belong to no row: they are those of the first.
     """
     first = forms[0]
+    if any(type(form) is not type(first) for form in forms):
+        raise TypeError(f"forms of other kinds are not one: {sorted({type(form).__name__ for form in forms})}")
     if isinstance(first, Dense):
         return Dense(how([form.weight for form in forms if isinstance(form, Dense)]))
     if isinstance(first, Sparse):

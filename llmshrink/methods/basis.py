@@ -94,10 +94,8 @@ def directions(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
         metrics: what the inputs of each weigh.
     """
     sizes = [metric.size(weight.shape[1]) for metric, weight in zip(metrics, weights, strict=True)]
-    scales = [
-        (size / max(float(metric.error(weight).sum()), torch.finfo(torch.float64).tiny)) ** 0.5
-        for size, metric, weight in zip(sizes, metrics, weights, strict=True)
-    ]
+    losses = [float(metric.error(weight).sum()) for metric, weight in zip(metrics, weights, strict=True)]
+    scales = [(size / loss) ** 0.5 if loss > 0 else 0.0 for size, loss in zip(sizes, losses, strict=True)]
     stack = torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)])
     found = principal(stack, mean(metrics, sizes), min(stack.shape)).T @ stack
     return found.div_(found.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float64).tiny))

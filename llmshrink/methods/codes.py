@@ -16,6 +16,7 @@ from torch import Tensor
 from llmshrink.methods import clusters, vectors
 from llmshrink.methods.hessian import Factors, descended, in_halves
 
+AHEAD = 1 << 22  # numbers of tables that are seen under all roots ahead
 STORED = torch.bfloat16  # of what lies beside codes
 STEPS = 1  # of conjugate gradients, in which tables move: more in one pass gain less than another pass (LOG)
 
@@ -66,9 +67,9 @@ class _Search:
         if dim == 1:
             self._middle = clusters.middles(found.table[..., 0])
             return
-        values = torch.einsum("gkd,ved->vgek", found.table, roots)
-        self._values = torch.cat([-2 * values, values.square().sum(2, keepdim=True)], 2)
-        self._wanted = torch.ones(groups, len(found.scale) // groups, dim + 1, device=values.device)
+        small = found.table.numel() * len(roots) <= AHEAD
+        self._values = self._seen(roots) if small else None
+        self._wanted = torch.ones(groups, len(found.scale) // groups, dim + 1, device=roots.device)
 
     def nearest(self, vector: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [out] of the entries nearest to `wanted` [dim, out], and what they mean [dim, out]."""
@@ -77,9 +78,15 @@ class _Search:
             code = torch.searchsorted(self._middle, units.view(groups, -1))
             return code.flatten(), self._table[..., 0].gather(1, code).view(1, -1).mul_(self._scale)
         self._wanted[..., :dim] = (self._roots[vector] @ units).view(dim, groups, -1).permute(1, 2, 0)
-        code = vectors.smallest(self._wanted @ self._values[vector])
+        known = self._seen(self._roots[vector][None])[0] if self._values is None else self._values[vector]
+        code = vectors.smallest(self._wanted @ known)
         meant = self._table.gather(1, code[..., None].expand(-1, -1, dim)).view(-1, dim).T
         return code.flatten(), meant * self._scale
+
+    def _seen(self, roots: Tensor) -> Tensor:
+        """Of the entries what a distance to them takes, under each of the roots: [vectors, groups, dim + 1, count]."""
+        values = torch.einsum("gkd,ved->vgek", self._table, roots)
+        return torch.cat([-2 * values, values.square().sum(2, keepdim=True)], 2)
 
 
 def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:

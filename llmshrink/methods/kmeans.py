@@ -76,6 +76,8 @@ class KmeansConfig(DampConfig):
 
     @model_validator(mode="after")
     def _check_code(self) -> Self:
+        if self.rows is not None and self.rows != -1 and self.rows < 1:
+            raise ValueError("rows is -1 (the whole matrix) or a positive number")
         if self.dim is not None and self.bits * self.dim > LONGEST:
             raise ValueError(f"a code has {LONGEST} bits at most: with dim {self.dim}, bits is {LONGEST // self.dim}")
         if self.outliers and (self.dim or 1) > 1:
@@ -98,20 +100,17 @@ class KmeansConfig(DampConfig):
         """How many inputs, of this many, may have one code."""
         if self.outliers:
             return 1
-        return next(
-            dim for dim in (self.dim or 4, 2, 1) if self.dim or (self.bits * dim <= LONGEST and not width % dim)
-        )
+        return self.dim or next(dim for dim in (4, 2, 1) if self.bits * dim <= LONGEST and width % dim == 0)
 
     def _rows(self, shape: tuple[int, int], scaled: bool, bits: int) -> int:
         """How many outputs share a table that takes so many bits."""
         out, width = shape
         if self.rows is not None:
             return out if self.rows == -1 else self.rows
-        stretches = [rows for rows in range(1, out + 1) if out % rows == 0]
-        if scaled:
-            return max((rows for rows in stretches if rows * width <= STRETCH), default=1)
         room = OVERHEAD.get(self.bits, USUAL_OVERHEAD)
-        return next((rows for rows in stretches if room * width * rows >= bits), out)
+        enough = [rows for rows in range(1, out + 1) if out % rows == 0 and room * width * rows >= bits]
+        least = min(enough, default=out)
+        return max([least, *(rows for rows in enough if rows * width <= STRETCH)]) if scaled else least
 
 
 class Kmeans(Method[KmeansConfig]):
@@ -129,7 +128,7 @@ class Kmeans(Method[KmeansConfig]):
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be clustered so, or None."""
         rows, dim = self.config.rows, self.config.dim or 1
-        if rows is not None and rows != -1 and (rows < 1 or shape[0] % rows):
+        if rows is not None and rows != -1 and shape[0] % rows:
             return f"rows {rows} does not divide its {shape[0]} outputs"
         if shape[1] % dim:
             return f"dim {dim} does not divide its {shape[1]} inputs"
@@ -198,10 +197,12 @@ class Kmeans(Method[KmeansConfig]):
         scale, weights = _scale(W, sharing, free), None
         units = (W / scale).reshape(groups, -1, sharing.dim)
         if importance is not None or sharing.scaled or free is not None:
-            weights = scale.square() * (W.new_ones(W.shape[1]) if importance is None else importance)
+            weights = (scale / scale.amax()).square() * (W.new_ones(W.shape[1]) if importance is None else importance)
+            weights = weights * (W.count_nonzero(1) > 0)[:, None]  # rows of zeros stay so
             weights = weights if free is None else weights.masked_fill_(free, 0)
             weights = weights.view(groups, -1, sharing.dim)
-        table = _tables(units, weights, 1 << self.config.bits * sharing.dim).to(sharing.values).float()
+        seen = units if free is None else units.masked_fill(free.view(units.shape), 0)  # some are too large for a table
+        table = _tables(seen, weights, 1 << self.config.bits * sharing.dim).to(sharing.values).float()
         found = Codes(table, scale, nearest(units, table, weights).view(len(W), -1), free)
         return found if free is None else replace(found, apart=beside(W - found.weight(), free))
 
@@ -214,7 +215,7 @@ class Kmeans(Method[KmeansConfig]):
         return torch.zeros_like(size, dtype=torch.bool).index_fill_(0, size.topk(number).indices, True).view(W.shape)
 
     def _outliers(self, weights: int) -> int:
-        return round(self.config.outliers * weights)
+        return max(1, round(self.config.outliers * weights)) if self.config.outliers else 0
 
     def _form(self, found: Codes, sharing: Sharing) -> Form:
         scale = found.scale[:, 0].to(SCALE) if sharing.scaled else None
@@ -263,8 +264,11 @@ def _scale(W: Tensor, sharing: Sharing, free: Tensor | None) -> Tensor:
 
 def _rms(W: Tensor, free: Tensor | None) -> Tensor:
     """The root mean square of each row's weights, but for those that are free; 1 where it is 0: [out, 1]."""
-    kept = torch.ones_like(W) if free is None else (~free).float()
-    size = ((W * kept).square().sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_(min=1)).sqrt()
+    kept = W if free is None else W.masked_fill(free, 0)
+    largest = kept.abs().amax(1, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1)  # squares of what is far from 1 are zero, or infinite
+    number = W.shape[1] if free is None else (~free).sum(1, keepdim=True).clamp_(min=1)
+    size = unit * ((kept / unit).square().sum(1, keepdim=True) / number).sqrt()
     return torch.where(size > 0, size, 1)
 
 

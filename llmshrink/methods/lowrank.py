@@ -352,7 +352,7 @@ def _poor(form: Sum, found: Objective) -> tuple[Event, ...]:
     """Told where as many bits in finer codes would lower the error more: each bit makes it a quarter."""
     product, codes = form.parts
     assert isinstance(product, LowRank) and isinstance(codes, Codebook)
-    bits = sum(_bits(part) for part in (product.left, product.right)) / codes.codes.numel()
+    bits = sum(_bits(part) for part in (product.left, product.right)) / codes.shape.numel()
     if found.share <= 4.0**-bits:
         return ()
     message = "its factors lessen the error of codes less than as many bits in finer codes: by 6 dB for each"

@@ -100,8 +100,10 @@ def nearest(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
     width = weights[0].shape[1]
     total, wanted = torch.zeros(2, 1, dtype=torch.float64, device=weights[0].device)
     same = torch.eye(width, dtype=torch.float64, device=weights[0].device)
-    for weight, metric in zip(weights, metrics, strict=True):
-        size = max(float(metric.error(weight).sum()), torch.finfo(torch.float64).tiny)
+    sizes = [float(metric.error(weight).sum()) for metric, weight in zip(metrics, weights, strict=True)]
+    there = [size for size in sizes if size > 0] or [1.0]
+    for weight, metric, size in zip(weights, metrics, sizes, strict=True):
+        size = size or sum(there) / len(there)  # a matrix of zeros has none
         total = total + metric.weigh(same) / size
         wanted = wanted + metric.weigh(weight) / size
     total.diagonal().add_(SOLVABLE * total.diagonal().mean() + torch.finfo(torch.float64).tiny)

@@ -24,6 +24,12 @@ def with_names(stage: S, model: StreamedModel) -> S:
     anatomy = model.anatomy
     found = {"embedding": anatomy.embedding, "head": anatomy.embedding if anatomy.tied else anatomy.head}
     known = {word: re.escape(matrix.name) for word, matrix in found.items() if matrix is not None}
+    both = [stage.layers.get(word) for word in ("embedding", "head")]
+    if anatomy.tied and all(word in stage.layers for word in ("embedding", "head")) and both[0] != both[1]:
+        raise PlanError(
+            "`layers` says two things of the embedding and the head, and they are one matrix.",
+            hint="Leave out one of the two words.",
+        )
     layers = {known.get(pattern, pattern): keys for pattern, keys in stage.layers.items()}
     return stage.model_copy(update={"layers": layers, "ignore": [known.get(p, p) for p in stage.ignore]})
 

@@ -114,6 +114,9 @@ def test_what_does_not_exist_is_refused(
         wanted(smallest, tmp_path / "out", text_file, ["head", "head"])
     with pytest.raises(PlanError, match="not among the `targets`: name it there .--targets head."):
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, ["linears"], {"layers": {"lm_head": {"bits": 8}}}))
+    two = {"layers": {"embedding": {"bits": 6}, "head": {"bits": 4}}}
+    with pytest.raises(PlanError, match="they are one matrix"):
+        run.make_plan(wanted(models_folder("llama-tied"), tmp_path / "out", text_file, ["head"], two))
     with pytest.raises(PlanError, match="model.embed_tokens .160, 32.: rows 7 does not divide"):
         run.make_plan(wanted(smallest, tmp_path / "out", text_file, ["embedding"], rows=7))
 
@@ -127,6 +130,20 @@ def test_a_stopped_run_gives_the_same_bytes(
         run.execute(data, progress=Stopping(step="compress", note=note))
     run.execute(data, progress=Silent())
     assert content(tmp_path / "out") == content(tied)  # either name means the one matrix
+
+
+def test_ids_without_a_row_are_refused(tied: Path) -> None:
+    table = load(tied)[0].get_input_embeddings()
+    for ids in ([0, -1], [160]):
+        with pytest.raises(IndexError, match="are not among 160 rows"):
+            table(torch.tensor([ids]))
+    assert table(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, table.in_features)
+    table.table.forward = None  # what is put there, as accelerate does, is of a table without rows
+    assert table(torch.tensor([[3]])).shape == (1, 1, table.in_features)
+
+
+def test_a_smoke_run_of_what_is_outside(smallest: Path) -> None:
+    assert main(["cluster", str(smallest), "--targets", "embedding", "--preset", "fast", "--smoke", "--quiet"]) == 0
 
 
 def test_export_writes_it_dense_and_once(tied: Path, models_folder: Callable[..., Path], tmp_path: Path) -> None:

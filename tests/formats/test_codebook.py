@@ -92,6 +92,9 @@ def test_other_matrices_are_refused_and_damage_is_seen() -> None:
     assert "no tables" in str(FORMAT.check(slot, Layer(Dense(torch.zeros(12, 64)))))
     layer = made(3, (12, 64), 4, torch.float32)
     packed, config = FORMAT.pack(slot, layer), FORMAT.config([(slot, layer)], [], torch.float32)
+    short = {**packed, "a.b.weight": packed["a.b.weight"][:-4]}
+    with pytest.raises(ValueError, match="are not 768 codes of 3 bits"):
+        FORMAT.unpack(slot, short.__getitem__, config)
     packed["a.b.weight_table"] = packed["a.b.weight_table"][:, :7]
     with pytest.raises(ValueError, match="not for 12 rows of 3 bits"):
         FORMAT.unpack(slot, packed.__getitem__, config)

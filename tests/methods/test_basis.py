@@ -50,6 +50,12 @@ def test_a_basis_is_that_of_all_on_top_of_each_other(out: int) -> None:
     assert torch.allclose(lost, best, atol=1e-6)
 
 
+def test_a_matrix_of_zeros_says_nothing() -> None:
+    W, H = weights(10), metrics()
+    assert bool(directions([W[0], W[0] * 0], H[:2]).isfinite().all())
+    assert not directions([W[0] * 0] * 2, H[:2]).isnan().any()
+
+
 def test_what_a_basis_loses_is_what_the_best_left_factor_loses() -> None:
     for W, H in zip(weights(20), metrics(), strict=True):
         rows = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)

@@ -12,7 +12,7 @@ from correlated import WIDTH, hessian
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmshrink.forms import Codebook, Scattered, Sum, decode
+from llmshrink.forms import Codebook, Scattered, Sum, decode, shape_of
 from llmshrink.methods.clusters import cost
 from llmshrink.methods.codes import Codes, in_order, moved, refitted, rescaled, swept
 from llmshrink.methods.hessian import Factors
@@ -60,7 +60,9 @@ def entries(found: Codes) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_are_those_of_brute_force(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ahead", [0, 1 << 22])
+def test_codes_are_those_of_brute_force(kind: dict[str, Any], ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmshrink.methods.codes.AHEAD", ahead)
     W, found, first = begin(kind)
     codes = swept(W, first, found).codes
     H, rest, meant = damped(found), W.double().clone(), entries(first)
@@ -167,6 +169,7 @@ def test_without_text_it_is_the_best_of_the_weights() -> None:
         ({"bits": 2}, (4096, 1024), (4, 2048, True)),
         ({"bits": 2}, (64, 64), (1, 64, True)),
         ({"bits": 4}, (64, 32), (1, 64, False)),
+        ({"bits": 8}, (8209, 512), (1, 8209, True)),  # a prime: a table for each row would take more than it saves
     ],
 )
 def test_rows_share_tables_as_far_as_it_pays(
@@ -178,6 +181,8 @@ def test_rows_share_tables_as_far_as_it_pays(
 
 def test_what_cannot_be_is_refused() -> None:
     assert "does not divide its 24" in str(Kmeans(KmeansConfig(rows=5)).check((24, 64)))
+    with pytest.raises(ValidationError, match="or a positive number"):
+        KmeansConfig(rows=0)
     assert "does not divide its 66" in str(Kmeans(KmeansConfig(dim=4, bits=2)).check((24, 66)))
     assert "256 values would stand for 128 weights" in str(Kmeans(KmeansConfig(bits=8, rows=2)).check((24, 64)))
     assert Kmeans(KmeansConfig(rows=-1)).check((24, 64)) is None
@@ -203,6 +208,43 @@ def test_outliers_make_no_error_and_others_make_up_for_less() -> None:
     assert float(((rest @ H) * rest).sum()) < 0.6 * float(((other @ H) * other).sum())
     with pytest.raises(ValidationError, match="leave out `dim`"):
         KmeansConfig(outliers=0.01, dim=2, bits=2)
+
+
+def test_every_stretch_has_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmshrink.methods.kmeans.STRETCH", 6 * WIDTH)
+    method = Kmeans(KmeansConfig(bits=1, rows=2, outliers=1e-5))
+    form = method.compress(matrix(3)[:14], method.prepare(hessian())).weight  # the last stretch has two rows
+    planned = method.form((14, WIDTH), torch.float32).weight
+    assert shape_of(form) == shape_of(planned) == (14, WIDTH)
+    assert isinstance(form, Sum) and isinstance(planned, Sum) and isinstance(planned.parts[1], Scattered)
+    assert len(form.parts[1].values) == len(planned.parts[1].values) == 3
+
+
+def test_an_outlier_that_no_table_could_hold_is_in_none() -> None:
+    W = matrix(3)
+    W[3, 5] = 1e12
+    method = Kmeans(KmeansConfig(bits=2, scales=True, rows=-1, outliers=0.01, weighting="none"))
+    form = method.compress(W, method.prepare(NoStatistic(WIDTH, torch.device("cpu")))).weight
+    assert isinstance(form, Sum) and isinstance(form.parts[0], Codebook)
+    assert bool(form.parts[0].table.isfinite().all()) and float(form.parts[0].table.abs().max()) < 100
+
+
+def test_a_row_of_zeros_takes_nothing_from_the_others() -> None:
+    W = 0.02 * matrix(3)
+    W[3] = 0
+    method = Kmeans(KmeansConfig(bits=2, dim=1, scales=True, rows=-1))
+    without = W[[row for row in range(16) if row != 3]]
+    own, other = (decode(method.compress(part, method.prepare(hessian())).weight) for part in (W, without))
+    assert float((own - W).norm()) < 1.02 * float((other - without).norm())
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_rows_far_from_one_keep_their_size(size: float) -> None:
+    W = matrix(3)
+    W[3] *= size
+    method = Kmeans(KmeansConfig(bits=4, dim=1, scales=True, rows=-1, weighting="none"))
+    form = decode(method.compress(W, method.prepare(NoStatistic(WIDTH, torch.device("cpu")))).weight)
+    assert float(((form[3] - W[3]) / size).norm() / (W[3] / size).norm()) < 0.2
 
 
 def test_free_weights_are_swept_and_moved_as_brute_force_does() -> None:

@@ -40,6 +40,7 @@ def test_the_nearest_is_that_of_least_squares() -> None:
         float((inputs @ best.T - outputs).square().sum()), rel=1e-6
     )
     assert sum(lost([weights[0]] * 3, metrics)) < 1e-9  # the same matrix three times
+    assert bool(nearest([weights[0] * 0, weights[0]], metrics[:2]).norm() > 0.1 * weights[0].norm())  # one has no size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

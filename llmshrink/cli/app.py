@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,22 +51,7 @@ def _global_options(
     pass
 
 
-@app.command(rich_help_panel="Work")
-def quantize(
-    ctx: typer.Context,
-    model: opt.Model = None,
-    recipe: opt.RecipeName = None,
-    method: opt.Method = None,
-    preset: opt.Preset = None,
-    bits: opt.Bits = None,
-    group_size: opt.GroupSize = None,
-    symmetric: opt.Symmetric = None,
-    inputs: opt.Inputs = None,
-    transform: opt.Transform = None,
-    format: opt.Format = None,  # noqa: A002 - the option's name
-    type: opt.Type = None,  # noqa: A002 - the option's name
-    target_size: opt.TargetSize = None,
-    target_bpw: opt.TargetBpw = None,
+def _common(
     revision: opt.Revision = None,
     output: opt.Output = None,
     set: opt.Set = None,  # noqa: A002 - the option's name
@@ -91,11 +77,46 @@ def quantize(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Store a model's weights in fewer bits, verify the result, and measure what it cost."""
-    _work("quantize", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
+    """The options that all commands have which compress a model."""
+
+
+def _compresses(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with its own options and, behind them, those of `_common`; its name is the task, which `_work` does."""
+
+    def work(**given: Any) -> None:
+        _work(command.__name__, **given)
+
+    work.__name__, work.__doc__ = command.__name__, command.__doc__
+    own, common = (signature(each, eval_str=True).parameters for each in (command, _common))
+    parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in {**own, **common}.values()]
+    work.__signature__ = Signature(parameters)  # type: ignore[attr-defined] # typer reads both
+    work.__annotations__ = {each.name: each.annotation for each in parameters}
+    return work
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
+def quantize(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.Method = None,
+    preset: opt.Preset = None,
+    bits: opt.Bits = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    inputs: opt.Inputs = None,
+    transform: opt.Transform = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
+    type: opt.Type = None,  # noqa: A002 - the option's name
+    target_size: opt.TargetSize = None,
+    target_bpw: opt.TargetBpw = None,
+) -> None:
+    """Store a model's weights in fewer bits, verify the result, and measure what it cost."""
+
+
+@app.command(rich_help_panel="Work")
+@_compresses
 def prune(
     ctx: typer.Context,
     model: opt.Model = None,
@@ -117,36 +138,12 @@ def prune(
     format: opt.Format = None,  # noqa: A002 - the option's name
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,
-    revision: opt.Revision = None,
-    output: opt.Output = None,
-    set: opt.Set = None,  # noqa: A002 - the option's name
-    calibration: opt.Calibration = None,
-    samples: opt.Samples = None,
-    length: opt.Length = None,
-    seed: opt.Seed = None,
-    evaluation: opt.Evaluation = None,
-    max_ppl_increase: opt.MaxPplIncrease = None,
-    max_kl: opt.MaxKl = None,
-    min_top1: opt.MinTop1 = None,
-    max_size: opt.MaxSize = None,
-    device: opt.Device = None,
-    threads: opt.Threads = None,
-    memory: opt.Memory = None,
-    sequential: opt.Sequential = None,
-    strict: opt.Strict = None,
-    resume: opt.Resume = None,
-    overwrite: opt.Overwrite = False,
-    plan: opt.Plan = False,
-    smoke: opt.Smoke = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
 ) -> None:
     """Drop weights, store what is left without the zeros, verify the result, and measure what it cost."""
-    _work("prune", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
 def cluster(
     ctx: typer.Context,
     model: opt.Model = None,
@@ -159,36 +156,12 @@ def cluster(
     pack: opt.Pack = None,
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,
-    revision: opt.Revision = None,
-    output: opt.Output = None,
-    set: opt.Set = None,  # noqa: A002 - the option's name
-    calibration: opt.Calibration = None,
-    samples: opt.Samples = None,
-    length: opt.Length = None,
-    seed: opt.Seed = None,
-    evaluation: opt.Evaluation = None,
-    max_ppl_increase: opt.MaxPplIncrease = None,
-    max_kl: opt.MaxKl = None,
-    min_top1: opt.MinTop1 = None,
-    max_size: opt.MaxSize = None,
-    device: opt.Device = None,
-    threads: opt.Threads = None,
-    memory: opt.Memory = None,
-    sequential: opt.Sequential = None,
-    strict: opt.Strict = None,
-    resume: opt.Resume = None,
-    overwrite: opt.Overwrite = False,
-    plan: opt.Plan = False,
-    smoke: opt.Smoke = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
 ) -> None:
     """Let weights share a few values, store which, verify the result, and measure what it cost."""
-    _work("cluster", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
 def factorize(
     ctx: typer.Context,
     model: opt.Model = None,
@@ -204,33 +177,8 @@ def factorize(
     pack: opt.Pack = None,
     target_size: opt.TargetSize = None,
     target_bpw: opt.TargetBpw = None,
-    revision: opt.Revision = None,
-    output: opt.Output = None,
-    set: opt.Set = None,  # noqa: A002 - the option's name
-    calibration: opt.Calibration = None,
-    samples: opt.Samples = None,
-    length: opt.Length = None,
-    seed: opt.Seed = None,
-    evaluation: opt.Evaluation = None,
-    max_ppl_increase: opt.MaxPplIncrease = None,
-    max_kl: opt.MaxKl = None,
-    min_top1: opt.MinTop1 = None,
-    max_size: opt.MaxSize = None,
-    device: opt.Device = None,
-    threads: opt.Threads = None,
-    memory: opt.Memory = None,
-    sequential: opt.Sequential = None,
-    strict: opt.Strict = None,
-    resume: opt.Resume = None,
-    overwrite: opt.Overwrite = False,
-    plan: opt.Plan = False,
-    smoke: opt.Smoke = False,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
 ) -> None:
     """Make products of thin matrices, alone or beside codes, verify the result, and measure what it cost."""
-    _work("factorize", ctx, plan=plan, smoke=smoke, json=json, quiet=quiet, verbose=verbose, overwrite=overwrite)
 
 
 @app.command(rich_help_panel="Work")
@@ -450,9 +398,18 @@ def _run(given: list[str]) -> int:
 
 
 def _work(
-    task: str, ctx: typer.Context, *, plan: bool, smoke: bool, json: bool, quiet: bool, verbose: bool, overwrite: bool
+    task: str,
+    *,
+    ctx: typer.Context,
+    plan: bool,
+    smoke: bool,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    overwrite: bool,
+    **_: object,
 ) -> None:
-    """A command that compresses matrices: as asked, only planned, or tried on one block."""
+    """A command that compresses matrices: as asked, only planned, or tried on one block; all else is in `ctx`."""
     if plan and smoke:
         raise UsageError("--plan and --smoke are two questions: ask one at a time")
     wanted = opt.build_recipe(task, ctx.params)

@@ -150,10 +150,11 @@ class Packed(nn.Module):
         self.name, self._entry, self._format, self._config = name, entry, fmt, config
         self.out_features, self.in_features = self._slot.shape
         layer = fmt.meta(entry)
-        self.stored = {key: key.removeprefix(f"{name}.") for key in fmt.pack(self._slot, layer)}
+        tensors = fmt.pack(self._slot, layer)
+        self.stored = {key: key.removeprefix(f"{name}.") for key in tensors}
         sizes = packed_bytes(config)
         self._packed = [key for key in self.stored if key in sizes]
-        for key, tensor in fmt.pack(self._slot, layer).items():
+        for key, tensor in tensors.items():
             shape = (int(sizes[key]),) if key in sizes else tensor.shape
             self.register_buffer(self.stored[key], torch.empty(shape, dtype=tensor.dtype))
         self._borrowed = list(fmt.borrowed(self._slot, layer))

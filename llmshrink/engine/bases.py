@@ -62,14 +62,18 @@ def metrics(
         wanted = groups[part]
         gathered = gather(model, block, wanted, {group: needs[group] for group in wanted}, hidden) if hidden else {}
         for group in wanted:
+            known: dict[tuple[type[Method[Any]], Any], Metric] = {}
             for matrix in (m for m in group.matrices if m in methods):
                 method = methods[matrix]
                 if group in gathered and starved(matrix, gathered[group][NoStatistic].tokens):
                     method = by_weights(method)  # as it will be compressed
                 assert isinstance(method, LowRankMethod | Sharing)
-                kind = method.statistic
-                seen = gathered[group][kind] if group in gathered else kind(group.width, model.device)
-                yield matrix, method.metric(method.prepare(seen))
+                key = (type(method), method.config)
+                if key not in known:
+                    kind = method.statistic
+                    seen = gathered[group][kind] if group in gathered else kind(group.width, model.device)
+                    known[key] = method.metric(method.prepare(seen))
+                yield matrix, known[key]
 
 
 def together(

@@ -113,20 +113,25 @@ def pack(form: Codebook, key: str) -> dict[str, Tensor]:
 
 def read(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor]) -> Codebook:
     """The codes behind `key` of a matrix [out, in], their tables and scales."""
-    bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
-    if len(table) < 1 or shape[0] % len(table) or table[0].numel() != dim << bits or shape[1] % dim:
-        raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
+    bits, dim, table = _tables(key, entry, shape, get)
     codes = bitpack.unpack_flat(get(key), bits, math.prod(shape) // dim).view(shape[0], -1)
-    scale = get(key + SCALE) if entry.get("scales") else None
-    return Codebook(codes, table.view(len(table), -1, dim), bits, scale)
+    return Codebook(codes, table, bits, get(key + SCALE) if entry.get("scales") else None)
 
 
 def read_rows(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor], rows: Tensor) -> Codebook:
     """The codes [n, in] of some rows behind `key`, and a table for each of them."""
-    bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
+    bits, dim, table = _tables(key, entry, shape, get)
     codes = bitpack.unpack_rows(get(key), bits, shape[1] // dim, rows)
-    own = table[rows // (shape[0] // len(table))].view(len(rows), 1 << bits, dim)
+    own = table[rows // (shape[0] // len(table))]
     return Codebook(codes, own, bits, get(key + SCALE)[rows] if entry.get("scales") else None)
+
+
+def _tables(key: str, entry: Entry, shape: tuple[int, int], get: Callable[[str], Tensor]) -> tuple[int, int, Tensor]:
+    """Bits of a code, how many inputs it stands for, and the tables [groups, 2^bits, dim]."""
+    bits, dim, table = int(entry["bits"]), int(entry.get("dim", 1)), get(key + TABLE)
+    if len(table) < 1 or shape[0] % len(table) or table[0].numel() != dim << bits or shape[1] % dim:
+        raise ValueError(f"tables {list(table.shape)} are not for {shape[0]} rows of {bits} bits")
+    return bits, dim, table.view(len(table), 1 << bits, dim)
 
 
 def describe(form: Codebook) -> Entry:

@@ -104,26 +104,19 @@ class LowRankFormat(OwnFormat):
 
     def read(self, key: str, entry: Entry, get: Callable[[str], Tensor]) -> Form:
         """The factors, and the codes of the rest."""
-        (out, width), left, right = _shapes(entry)
-        pivots = bitpack.unpack_mask(get(key + PIVOTS), out) if entry["pivots"] else None
-        if pivots is not None and int(pivots.sum()) != out - left[0]:
-            raise ValueError(f"{int(pivots.sum())} pivots are not those of rank {out - left[0]}")
-        first, shared = _sharing(entry)
-        home = key if shared is None else f"{shared}.weight"
-        factors = _read(entry["left"], left, key, get), _read(entry["right"], right, home + RIGHT, get)
-        product = LowRank(*factors, pivots, first, shared)
+        shape, left, _ = _shapes(entry)
+        right, pivots = _beside_left(key, entry, get)
+        product = LowRank(_read(entry["left"], left, key, get), right, pivots, *_sharing(entry))
         if entry["rest"] is None:
             return product
-        return Sum((product, codebook.read(key + REST, entry["rest"], (out, width), get)))
+        return Sum((product, codebook.read(key + REST, entry["rest"], shape, get)))
 
     def read_rows(self, key: str, entry: Entry, get: Callable[[str], Tensor], rows: Tensor) -> Form:
         """These rows of the product, and their codes of the rest."""
-        (out, width), _, (rank, _) = _shapes(entry)
-        first, shared = _sharing(entry)
-        home = key if shared is None else f"{shared}.weight"
-        right = decode(_read(entry["right"], (rank, width), home + RIGHT, get))
-        if entry["pivots"]:
-            pivots = bitpack.unpack_mask(get(key + PIVOTS), out)
+        shape, _, (rank, width) = _shapes(entry)
+        (form, pivots), (first, _) = _beside_left(key, entry, get), _sharing(entry)
+        right = decode(form)
+        if pivots is not None:
             place = torch.where(pivots, pivots.cumsum(0), (~pivots).cumsum(0))[rows] - 1  # in the factor they stand in
             whole, chosen = right.new_empty(len(rows), width), pivots[rows]
             whole[chosen] = right[first + place[chosen]]
@@ -132,11 +125,22 @@ class LowRankFormat(OwnFormat):
             whole = _factor_rows(entry["left"], rank, key, get, rows) @ right
         if entry["rest"] is None:
             return Dense(whole)
-        return Sum((Dense(whole), codebook.read_rows(key + REST, entry["rest"], (out, width), get, rows)))
+        return Sum((Dense(whole), codebook.read_rows(key + REST, entry["rest"], shape, get, rows)))
 
     def factored(self, entry: Entry) -> bool:
         """Where factors are floats and nothing stands beside them."""
         return entry["rest"] is None and all("values" in entry[side] for side in ("left", "right"))
+
+
+def _beside_left(key: str, entry: Entry, get: Callable[[str], Tensor]) -> tuple[Form, Tensor | None]:
+    """The right factor, wherever it is stored, and which rows of the product are rows of it: bool [out], or None."""
+    (out, _), left, right = _shapes(entry)
+    _, shared = _sharing(entry)
+    home = key if shared is None else f"{shared}.weight"
+    pivots = bitpack.unpack_mask(get(key + PIVOTS), out) if entry["pivots"] else None
+    if pivots is not None and int(pivots.sum()) != out - left[0]:
+        raise ValueError(f"{int(pivots.sum())} pivots are not those of rank {out - left[0]}")
+    return _read(entry["right"], right, home + RIGHT, get), pivots
 
 
 def _factor_rows(entry: Entry, rank: int, key: str, get: Callable[[str], Tensor], rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from llmshrink.forms.kinds import (
     Sparse,
     Sum,
 )
-from llmshrink.forms.layer import Event, Layer, Objective, join_rows, split_rows
+from llmshrink.forms.layer import Event, Layer, Objective, join_rows, split_rows, stacked
 from llmshrink.forms.parts import coded, combine, filled, learnable, low_rank, on, quantized, without_data
 
 __all__ = [
@@ -60,5 +60,6 @@ __all__ = [
     "relative_error_of",
     "shape_of",
     "split_rows",
+    "stacked",
     "without_data",
 ]

@@ -165,7 +165,10 @@ Form = Dense | Quantized | Sparse | Codebook | Scattered | LowRank | Sum
 
 def _rows(factor: Form) -> int:
     """Of floats, or of codes."""
-    return len(factor.codes if isinstance(factor, Quantized | Codebook) else getattr(factor, "weight"))  # noqa: B009
+    if isinstance(factor, Dense):
+        return len(factor.weight)
+    assert isinstance(factor, Quantized | Codebook)
+    return len(factor.codes)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ def join_rows(layers: list[Layer]) -> Layer:
     """The result of a matrix that was compressed in stretches of rows: the inverse of `split_rows`; events once."""
     if not all(_by_row(layer.weight) for layer in layers):
         raise ValueError("scales that span rows cannot be joined by rows")
+    return stacked(layers)
+
+
+def stacked(layers: list[Layer]) -> Layer:
+    """The same for stretches that share no scales or tables with each other, whatever lies within one; events once."""
     known = [layer.objective for layer in layers if layer.objective is not None]
     objective = Objective(torch.cat([o.own for o in known]), torch.cat([o.baseline for o in known])) if known else None
     return replace(layers[0], weight=combine([layer.weight for layer in layers], torch.cat), objective=objective)

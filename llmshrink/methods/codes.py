@@ -60,9 +60,18 @@ def nearest(units: Tensor, table: Tensor, weights: Tensor | None = None) -> Tens
 class _Search:
     """Which entry of each table is the nearest to a column, or to adjacent ones, when errors weigh as roots say."""
 
-    def __init__(self, found: Codes, roots: Tensor) -> None:
-        """`roots` [vectors, dim, dim]: of vector i the error e [dim] costs |roots[i] e|^2."""
+    def __init__(self, found: Codes, roots: Tensor, order: Tensor | None = None) -> None:
+        """Begin.
+
+        Args:
+            found: tables and scales, and which weights are free.
+            roots: [vectors, dim, dim]: of vector i the error e [dim] costs |roots[i] e|^2.
+            order: int64 [in], in which the inputs follow each other; None: their own.
+        """
         self._table, self._scale, self._roots = found.table, found.scale.T, roots
+        free = found.free if order is None or found.free is None else found.free[:, order]
+        self._free = None if free is None else free.T.contiguous()
+        self.apart = None if self._free is None else torch.zeros(self._free.shape, device=roots.device)  # [in, out]
         groups, _, dim = found.table.shape
         if dim == 1:
             self._middle = clusters.middles(found.table[..., 0])
@@ -72,7 +81,14 @@ class _Search:
         self._wanted = torch.ones(groups, len(found.scale) // groups, dim + 1, device=roots.device)
 
     def nearest(self, vector: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [out] of the entries nearest to `wanted` [dim, out], and what they mean [dim, out]."""
+        """Codes [out] of the entries nearest to `wanted` [dim, out], and what they and numbers beside them mean."""
+        code, meant = self._entries(vector, wanted)
+        if self._free is not None and self.apart is not None:
+            self.apart[vector] = beside(wanted[0] - meant[0], self._free[vector])
+            meant = meant + self.apart[vector]
+        return code, meant
+
+    def _entries(self, vector: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         (groups, _, dim), units = self._table.shape, wanted / self._scale
         if dim == 1:
             code = torch.searchsorted(self._middle, units.view(groups, -1))
@@ -102,19 +118,14 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
         raise ValueError(f"codes of {dim} inputs, and the order keeps {factors.adjacent} together")
     rest = W.T[order]  # once a column has its codes, the error it leaves
     codes = torch.empty(len(order) // dim, len(W), dtype=torch.long, device=W.device)
-    free = None if start.free is None else start.free.T[order]
-    apart = torch.zeros_like(rest) if free is not None else None
     within, roots = _within(spread, factors.pivots, dim)
-    search = _Search(start, roots)
+    search = _Search(start, roots, order)
 
     def one_by_one(first: int, stop: int) -> None:
         block, errors = rest[first:stop], torch.empty_like(rest[first:stop])
         for i in range(first, stop, dim):
             own = rest[i : i + dim]
             codes[i // dim], meant = search.nearest(i // dim, own)
-            if free is not None and apart is not None:
-                apart[i] = beside(own[0] - meant[0], free[i])
-                meant = meant + apart[i]
             error = errors[i - first : i - first + dim]
             torch.mm(within[i // dim], own - meant, out=error)
             block.addmm_(spread[i : i + dim, first:stop].T, error, alpha=-1)
@@ -125,6 +136,7 @@ def swept(W: Tensor, start: Codes, factors: Factors) -> Codes:
 
     in_halves(0, len(order), one_by_one, pass_on)
     found = torch.empty_like(codes).index_copy_(0, order[::dim] // dim, codes)
+    apart = search.apart
     if apart is not None:
         apart = torch.empty_like(apart).index_copy_(0, order, apart).T.contiguous()
     return replace(start, codes=found.T.contiguous(), apart=apart)
@@ -161,8 +173,6 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
     gradient.add_(weights - W.T, alpha=factors.damp)
     codes = found.codes.T.clone(memory_format=torch.contiguous_format)
     change = torch.empty_like(weights)
-    free = None if found.free is None else found.free.T.contiguous()
-    apart = torch.zeros_like(weights) if free is not None else None
     inverse, roots = _curvature(H, factors.damp, dim)
     search = _Search(found, roots)
 
@@ -172,9 +182,6 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
             part, vector = slice(i, i + dim), i // dim
             wanted = torch.addmm(weights[part], inverse[vector], gradient[part], alpha=-1)
             codes[vector], meant = search.nearest(vector, wanted)
-            if free is not None and apart is not None:
-                apart[i] = beside(wanted[0] - meant[0], free[i])
-                meant = meant + apart[i]
             torch.sub(meant, weights[part], out=change[part])
             block.addmm_(columns[:, part], change[part])
 
@@ -182,7 +189,8 @@ def moved(W: Tensor, found: Codes, factors: Factors) -> Codes:
         gradient[middle:stop].addmm_(H[middle:stop, first:middle], change[first:middle])
 
     in_halves(0, len(weights), one_by_one, pass_on)
-    return replace(found, codes=codes.T.contiguous(), apart=None if apart is None else apart.T.contiguous())
+    apart = None if search.apart is None else search.apart.T.contiguous()
+    return replace(found, codes=codes.T.contiguous(), apart=apart)
 
 
 def _curvature(H: Tensor, damp: float, dim: int) -> tuple[Tensor, Tensor]:

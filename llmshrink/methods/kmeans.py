@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmshrink.forms import Codebook, Form, Layer, Objective, Scattered, Sum, combine
+from llmshrink.forms import Codebook, Form, Layer, Objective, Scattered, Sum, stacked
 from llmshrink.methods import clusters, vectors
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.codes import STORED, Codes, beside, moved, nearest, refitted, rescaled, swept
@@ -162,10 +162,7 @@ class Kmeans(Method[KmeansConfig]):
         """Cluster one matrix [out, in]."""
         sharing = self.config.sharing((len(weight), weight.shape[1]), weight.dtype)
         size = _stretch(sharing, weight.shape[1])
-        found = [self._clustered(part, prepared, sharing) for part in torch.split(weight, size)]
-        known = [layer.objective for layer in found if layer.objective is not None]
-        joined = Objective(torch.cat([o.own for o in known]), torch.cat([o.baseline for o in known])) if known else None
-        return replace(found[0], weight=combine([layer.weight for layer in found], torch.cat), objective=joined)
+        return stacked([self._clustered(part, prepared, sharing) for part in torch.split(weight, size)])
 
     def _clustered(self, weight: Tensor, prepared: Prepared, sharing: Sharing) -> Layer:
         W = weight.float()

@@ -28,8 +28,9 @@ from torch import Tensor
 from llmshrink.forms import Codebook, Dense, Event, Form, Layer, LowRank, Objective, Quantized, Sum, decode
 from llmshrink.methods.base import FLOAT, Method, Prepared, ShareConfig, Task
 from llmshrink.methods.gptq import Gptq, GptqConfig
+from llmshrink.methods.hessian import DampConfig, Factors, factorised
 from llmshrink.methods.kmeans import STRETCH, Kmeans, KmeansConfig
-from llmshrink.statistics import Hessian
+from llmshrink.statistics import Hessian, Statistic
 
 KEEP = 0.8  # of the numbers, where nobody says how many
 FEW = 0.1  # bits a weight that factors beside codes take, where nobody says their rank
@@ -42,7 +43,30 @@ DOUBLE = 8  # bytes
 COPIES, SQUARES = 4, 6  # float64 numbers while a matrix is factored: of its own size, of its smaller side's square
 
 
-class LowRankConfig(ShareConfig):
+class KeepConfig(ShareConfig):
+    """Settings of the methods of which one says how many numbers are kept."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> float:
+        """The share of the numbers that is kept."""
+
+    @property
+    def share(self) -> float:
+        """The share of the numbers that is saved."""
+        return 1 - self.kept
+
+    def at(self, share: float) -> dict[str, Any] | None:
+        """The keys of a layer that saves another share; None where it saves nothing."""
+        return {"keep": 1 - share} if share > 0 else None
+
+    @property
+    def label(self) -> str:
+        """Percents kept."""
+        return f"{self.kept:.0%}".rstrip("%")
+
+
+class LowRankConfig(KeepConfig):
     """Settings of the methods that make products."""
 
     keep: float | None = Field(
@@ -82,20 +106,11 @@ class LowRankConfig(ShareConfig):
         return KEEP if self.keep is None else self.keep
 
     @property
-    def share(self) -> float:
-        """The share of the numbers that is saved."""
-        return 1 - self.kept
-
-    def at(self, share: float) -> dict[str, Any] | None:
-        """The keys of a layer that saves another share; None where it saves nothing."""
-        return {"keep": 1 - share} if share > 0 else None
-
-    @property
     def label(self) -> str:
         """Percents kept, or the rank."""
         if self.rank is None and self.bits is not None:
             return "r"
-        return f"{self.kept:.0%}".rstrip("%") if self.rank is None else f"r{self.rank}"
+        return super().label if self.rank is None else f"r{self.rank}"
 
     @property
     def by_rows(self) -> bool:
@@ -140,6 +155,12 @@ class LowRankConfig(ShareConfig):
             least = self.numbers(shape, 1) / math.prod(shape)
             return f"keep {self.kept:g} leaves no rank: rank 1 has {least:.3g} of its numbers"
         return None
+
+
+def moment(statistic: Statistic, config: DampConfig, adjacent: int = 1) -> Prepared:
+    """The second moment of inputs, damped and factorised; `adjacent` of them stay together in its order."""
+    assert isinstance(statistic, Hessian)
+    return factorised(statistic, config, act_order=True, adjacent=adjacent, otherwise=FALLBACK, dead="not counted")
 
 
 class LowRankMethod(Method[LowRankConfig]):
@@ -251,6 +272,11 @@ class Metric:
 
     H: Tensor | None  # float32 [in, in], or its diagonal, float64 [in]; None: all weigh 1
     damp: float = 0.0  # added to the diagonal
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Metric:
+        """The second moment of inputs; all inputs weigh the same where it could not be used."""
+        return cls(prepared.H, prepared.damp) if isinstance(prepared, Factors) else cls(None)
 
     def weigh(self, W: Tensor) -> Tensor:
         """W H [out, in], in float64."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from llmshrink.forms import Dense, Layer, LowRank
 from llmshrink.methods.base import Prepared
 from llmshrink.methods.basis import Sharing, basis
-from llmshrink.methods.hessian import DampConfig, Factors, factorised
-from llmshrink.methods.lowrank import COPIES, DOUBLE, FALLBACK, SQUARES, LowRankConfig, LowRankMethod, Metric, fitted
+from llmshrink.methods.hessian import DampConfig
+from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, LowRankConfig, LowRankMethod, Metric, fitted, moment
 from llmshrink.statistics import Hessian, Statistic
 
 
@@ -52,13 +52,11 @@ class SvdLlm(LowRankMethod, Sharing):
         """The second moment of the inputs, damped."""
         assert isinstance(statistic, Hessian) and isinstance(self.config, SvdLlmConfig)
         together = 1 if self.config.bits is None else self.rest.config.most(len(statistic.matrix))
-        return factorised(
-            statistic, self.config, act_order=True, adjacent=together, otherwise=FALLBACK, dead="not counted"
-        )
+        return moment(statistic, self.config, together)
 
     def metric(self, prepared: Prepared) -> Metric:
         """The second moment; all inputs weigh the same where it could not be used."""
-        return Metric(prepared.H, prepared.damp) if isinstance(prepared, Factors) else Metric(None)
+        return Metric.of(prepared)
 
     def join(
         self, weights: Sequence[Tensor], metrics: Sequence[Metric], dtype: torch.dtype

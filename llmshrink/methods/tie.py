@@ -11,39 +11,30 @@ row of the right factor. So nothing but that factor is stored (`LowRank.pivots`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from llmshrink.forms import Dense, Layer, LowRank
-from llmshrink.methods.base import Prepared, ShareConfig, Task
+from llmshrink.methods.base import Prepared, Task
 from llmshrink.methods.basis import Sharing
-from llmshrink.methods.hessian import DampConfig, Factors, factorised
-from llmshrink.methods.lowrank import COPIES, DOUBLE, FALLBACK, SOLVABLE, Metric
+from llmshrink.methods.hessian import DampConfig
+from llmshrink.methods.lowrank import COPIES, DOUBLE, SOLVABLE, KeepConfig, Metric, moment
 from llmshrink.statistics import Hessian, Statistic
 
 
-class TieConfig(ShareConfig, DampConfig):
+class TieConfig(KeepConfig, DampConfig):
     """Settings of tying."""
 
     keep: float = Field(0.9, gt=0, lt=1, description="share of the numbers of all matrices that is stored")
     blocks: int = Field(2, ge=2, description="adjacent blocks of which matrices of one name can become one")
 
     @property
-    def share(self) -> float:
-        """The share of the numbers that is saved."""
-        return 1 - self.keep
-
-    def at(self, share: float) -> dict[str, Any] | None:
-        """The keys of a layer that is tied, and so saves this share; None where it is not."""
-        return {"keep": 1 - share} if share > 0 else None
-
-    @property
-    def label(self) -> str:
-        """Percents kept."""
-        return f"{self.keep:.0%}".rstrip("%")
+    def kept(self) -> float:
+        """The share that is stored."""
+        return self.keep
 
 
 class Tie(Sharing):
@@ -60,12 +51,11 @@ class Tie(Sharing):
 
     def prepare(self, statistic: Statistic) -> Prepared:
         """The second moment of the inputs, damped."""
-        assert isinstance(statistic, Hessian)
-        return factorised(statistic, self.config, act_order=True, otherwise=FALLBACK, dead="not counted")
+        return moment(statistic, self.config)
 
     def metric(self, prepared: Prepared) -> Metric:
         """The second moment; all inputs weigh the same where it could not be used."""
-        return Metric(prepared.H, prepared.damp) if isinstance(prepared, Factors) else Metric(None)
+        return Metric.of(prepared)
 
     def join(
         self, weights: Sequence[Tensor], metrics: Sequence[Metric], dtype: torch.dtype

@@ -24,3 +24,8 @@ def hessian(width: int = WIDTH, tokens: int = 400, seed: int = 0, dead: tuple[in
 
 def matrix(out: int = OUT, width: int = WIDTH, seed: int = 1) -> Tensor:
     return torch.randn(out, width, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def normal(shape: tuple[int, int]) -> Tensor:
+    """Normal numbers, float64, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

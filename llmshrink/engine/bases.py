@@ -24,7 +24,8 @@ from llmshrink.memory import trim
 from llmshrink.methods import by_weights
 from llmshrink.methods.base import Method
 from llmshrink.methods.basis import Sharing
-from llmshrink.methods.lowrank import LowRankMethod, Metric
+from llmshrink.methods.lowrank import LowRankMethod
+from llmshrink.methods.metric import Metric
 from llmshrink.model.anatomy import Block, Group, Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy, passes

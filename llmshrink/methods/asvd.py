@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmshrink.forms import Event
 from llmshrink.methods.base import Prepared
-from llmshrink.methods.lowrank import FALLBACK, LowRankConfig, LowRankMethod, Metric
+from llmshrink.methods.lowrank import FALLBACK, LowRankConfig, LowRankMethod
+from llmshrink.methods.metric import Metric
 from llmshrink.statistics import Magnitude, Statistic
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from llmshrink.methods.base import Method, Prepared
-from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, Metric, fitted, pivots, principal
+from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, pivots
+from llmshrink.methods.metric import Metric, fitted, principal
 
 ROOTS = 3  # float64 copies of a second moment while its root is found
 

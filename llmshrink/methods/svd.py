@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llmshrink.methods.base import Prepared
-from llmshrink.methods.lowrank import LowRankMethod, Metric
+from llmshrink.methods.lowrank import LowRankMethod
+from llmshrink.methods.metric import Metric
 from llmshrink.statistics import NoStatistic, Statistic
 
 

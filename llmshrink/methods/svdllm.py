@@ -19,7 +19,8 @@ from llmshrink.forms import Dense, Layer, LowRank
 from llmshrink.methods.base import Prepared
 from llmshrink.methods.basis import Sharing, basis
 from llmshrink.methods.hessian import DampConfig
-from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, LowRankConfig, LowRankMethod, Metric, fitted, moment
+from llmshrink.methods.lowrank import COPIES, DOUBLE, SQUARES, LowRankConfig, LowRankMethod, moment
+from llmshrink.methods.metric import Metric, fitted
 from llmshrink.statistics import Hessian, Statistic
 
 

@@ -21,7 +21,8 @@ from llmshrink.forms import Dense, Layer, LowRank
 from llmshrink.methods.base import Prepared, Task
 from llmshrink.methods.basis import Sharing
 from llmshrink.methods.hessian import DampConfig
-from llmshrink.methods.lowrank import COPIES, DOUBLE, SOLVABLE, KeepConfig, Metric, moment
+from llmshrink.methods.lowrank import COPIES, DOUBLE, KeepConfig, moment
+from llmshrink.methods.metric import SOLVABLE, Metric
 from llmshrink.statistics import Hessian, Statistic
 
 

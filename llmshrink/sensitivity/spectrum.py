@@ -23,7 +23,8 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.errors import InputError, PlanError
 from llmshrink.forms import Event
 from llmshrink.methods.basis import directions, left_behind
-from llmshrink.methods.lowrank import LowRankConfig, Metric, spectrum
+from llmshrink.methods.lowrank import LowRankConfig
+from llmshrink.methods.metric import Metric, spectrum
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.economy import Economy

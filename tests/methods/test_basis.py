@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmshrink.forms import LowRank, check_blocks, decode
 from llmshrink.methods.basis import Place, basis, directions, left_behind, mean, spread
-from llmshrink.methods.lowrank import Metric, fitted
+from llmshrink.methods.metric import Metric, fitted
 from llmshrink.methods.svdllm import SvdLlm, SvdLlmConfig
 
 DOUBLE = torch.float64

@@ -8,32 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from correlated import WIDTH, hessian
+from correlated import WIDTH, hessian, normal
 from torch import Tensor
 
 from llmshrink.forms import Codebook, Dense, LowRank, Quantized, Sum, applied, decode
 from llmshrink.methods import load_method
 from llmshrink.methods.base import Method
 from llmshrink.methods.hessian import Factors
-from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, Metric, fitted, pivots, principal, spectrum
+from llmshrink.methods.lowrank import LowRankConfig, LowRankMethod, pivots
+from llmshrink.methods.metric import Metric, spectrum
 from llmshrink.statistics import Hessian, Magnitude, NoStatistic
 
 NAMES = ("svd", "asvd", "svdllm")
 SHAPES = [(24, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH)]
-
-
-def matrix(shape: tuple[int, int]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def metrics() -> dict[str, Metric]:
-    H = hessian().matrix
-    return {"none": Metric(None), "diagonal": Metric(H.diagonal().double()), "full": Metric(H, 0.01)}
-
-
-def exact(metric: Metric) -> Tensor:
-    """H of a metric, float64 [in, in]."""
-    return metric.weigh(torch.eye(WIDTH, dtype=torch.float64))
 
 
 def make(name: str, **settings: Any) -> LowRankMethod:
@@ -50,36 +37,10 @@ def compressed(method: Method[Any], weight: Tensor) -> Any:
     return method.compress(weight, method.prepare(statistic))
 
 
-@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], kind: str) -> None:
-    W, metric = matrix(shape), metrics()[kind]
-    root = torch.linalg.cholesky(exact(metric))
-    U, sizes, V = torch.linalg.svd(W @ root, full_matrices=False)
-    assert torch.allclose(spectrum(W, metric), sizes.square(), rtol=1e-8)
-    for rank in (1, 7, min(shape) - 1):
-        found = principal(W, metric, rank)
-        assert torch.allclose(found.T @ found, torch.eye(rank, dtype=torch.float64), atol=1e-9)
-        near = found @ (found.T @ W)
-        cut = (U[:, :rank] * sizes[:rank]) @ V[:rank]
-        truncated = torch.linalg.solve_triangular(root, cut, upper=False, left=False)
-        assert torch.allclose(near, truncated, atol=1e-7)  # what SVD-LLM says, with its inverse
-        error = float(metric.error(W - near).sum())
-        assert error == pytest.approx(float(sizes[rank:].square().sum()), rel=1e-7)
-        assert error == pytest.approx(float(((W - near) @ exact(metric) * (W - near)).sum()), rel=1e-7)
-
-
-def test_a_singular_metric_has_a_root() -> None:
-    x = matrix((WIDTH, 5))
-    W = matrix((2 * WIDTH, WIDTH))
-    metric = Metric((x @ x.T).float())
-    assert torch.allclose(spectrum(W, metric)[:5], torch.linalg.svdvals(W @ x).square(), rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_product_of_that_rank_is_nearer(name: str, shape: tuple[int, int]) -> None:
-    W, method = matrix(shape).float(), make(name, rank=5, pivots=False)
+    W, method = normal(shape).float(), make(name, rank=5, pivots=False)
     layer = compressed(method, W)
     assert isinstance(layer.weight, LowRank)
     metric = {"svd": Metric(None), "asvd": Metric(hessian().matrix.diagonal().sqrt().double())}.get(name)
@@ -97,25 +58,18 @@ def test_no_product_of_that_rank_is_nearer(name: str, shape: tuple[int, int]) ->
 
 
 def test_by_outputs_svdllm_is_nearest_then_asvd() -> None:
-    W, H = matrix((WIDTH, WIDTH)).float(), Metric(hessian().matrix, 0)
+    W, H = normal((WIDTH, WIDTH)).float(), Metric(hessian().matrix, 0)
     errors = [float(H.error(W.double() - decode(compressed(make(n, keep=0.5), W).weight)).sum()) for n in NAMES]
     assert errors[2] < errors[1] < errors[0]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 23])
 def test_pivots_make_all_rows_with_small_shares(rank: int) -> None:
-    U = torch.linalg.qr(matrix((24, rank)))[0]
+    U = torch.linalg.qr(normal((24, rank)))[0]
     chosen = pivots(U)
     assert int(chosen.sum()) == rank
     shares = torch.linalg.solve(U[chosen].T, U[~chosen].T).T
     assert torch.allclose(shares @ U[chosen], U[~chosen]) and float(shares.abs().max()) < 4
-
-
-def test_a_factor_is_fitted_by_least_squares() -> None:
-    W, right, metric = matrix((10, WIDTH)), matrix((4, WIDTH)) + 1, metrics()["full"]
-    root = torch.linalg.cholesky(exact(metric))
-    wanted = torch.linalg.lstsq((right @ root).T, (W @ root).T, driver="gelsd").solution.T
-    assert torch.allclose(fitted(W, right, metric), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (128, 256), (768, 256), (7, 300)])
@@ -146,7 +100,7 @@ def test_inputs_that_are_always_zero_are_told() -> None:
 
 def test_no_factor_is_much_larger_than_the_other() -> None:
     """In float16 what stands between them must stay finite where the outputs do."""
-    W = (matrix((1024, 1)) @ matrix((1, WIDTH)) * 20).half()
+    W = (normal((1024, 1)) @ normal((1, WIDTH)) * 20).half()
     layer = compressed(make("svd", rank=8, pivots=False), W)
     x = torch.sign(W[0]).half() * 4
     assert (W @ x).isfinite().all() and applied(layer.weight, x).isfinite().all()
@@ -169,7 +123,7 @@ def test_ranks_that_save_nothing_are_refused() -> None:
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_factors_can_be_codes(by_rows: bool, bits: int) -> None:
-    W = matrix((48, WIDTH)).float()
+    W = normal((48, WIDTH)).float()
     layer = compressed(make("svdllm", rank=12, pivots=by_rows, factor_bits=bits), W)
     assert isinstance(layer.weight, LowRank)
     for factor in (layer.weight.left, layer.weight.right):
@@ -184,7 +138,7 @@ def test_factors_can_be_codes(by_rows: bool, bits: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_of_the_rest_and_factors_fit_each_other(name: str) -> None:
-    W, H = matrix((48, WIDTH)).float(), Metric(hessian().matrix, 0)
+    W, H = normal((48, WIDTH)).float(), Metric(hessian().matrix, 0)
     spiked = W + 3 * torch.outer(W[:, 0], torch.ones(WIDTH))
     once, often = (compressed(make(name, bits=2, rank=2, rounds=rounds), spiked) for rounds in (1, 6))
     for layer in (once, often):
@@ -200,16 +154,16 @@ def test_codes_of_the_rest_and_factors_fit_each_other(name: str) -> None:
 
 
 def test_factors_that_gain_little_are_told() -> None:
-    flat = compressed(make("svd", bits=3, rank=8), matrix((WIDTH, WIDTH)).float())
+    flat = compressed(make("svd", bits=3, rank=8), normal((WIDTH, WIDTH)).float())
     assert [event.kind for event in flat.events] == ["correction_poor"]
-    spike = torch.outer(matrix((WIDTH, 1))[:, 0], torch.ones(WIDTH, dtype=torch.float64)) * 10
-    assert not compressed(make("svd", bits=3, rank=1), (spike + matrix((WIDTH, WIDTH))).float()).events
+    spike = torch.outer(normal((WIDTH, 1))[:, 0], torch.ones(WIDTH, dtype=torch.float64)) * 10
+    assert not compressed(make("svd", bits=3, rank=1), (spike + normal((WIDTH, WIDTH))).float()).events
 
 
 @pytest.mark.parametrize("name", ["svdllm", "asvd"])
 @pytest.mark.parametrize("value", [None, torch.inf])
 def test_nothing_known_of_the_inputs_is_told(name: str, value: float | None) -> None:
-    method, W = make(name), matrix((24, WIDTH)).float()
+    method, W = make(name), normal((24, WIDTH)).float()
     statistic = method.statistic(WIDTH, torch.device("cpu"))
     if value is not None:
         statistic.update(torch.full((3, WIDTH), value))
@@ -222,7 +176,7 @@ def test_nothing_known_of_the_inputs_is_told(name: str, value: float | None) -> 
 
 
 @pytest.mark.parametrize(
-    "weight", [torch.zeros(24, WIDTH), torch.ones(24, WIDTH), matrix((24, 3)) @ matrix((3, WIDTH))]
+    "weight", [torch.zeros(24, WIDTH), torch.ones(24, WIDTH), normal((24, 3)) @ normal((3, WIDTH))]
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_of_lower_rank_come_back(name: str, weight: Tensor) -> None:

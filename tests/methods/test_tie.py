@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmshrink.forms import LowRank, check_blocks, decode
 from llmshrink.methods.basis import Place
-from llmshrink.methods.lowrank import Metric
+from llmshrink.methods.metric import Metric
 from llmshrink.methods.tie import Tie, TieConfig, lost, nearest
 
 DOUBLE = torch.float64

@@ -44,14 +44,21 @@ class Metric:
             found[:, part].addmm_(W, self.H[:, part].double())
         return found
 
+    def dense(self, width: int) -> Tensor:
+        """H itself [width, width], in float64."""
+        if self.H is None:
+            return torch.eye(width, dtype=torch.float64)
+        found = self.H.double() if self.H.ndim == 2 else self.H.diag()
+        found.diagonal().add_(self.damp)
+        return found
+
     def root(self, W: Tensor) -> Tensor:
         """W S [out, in] for H = S S^T: S is the Cholesky factor, or where H is singular that of its eigenvectors."""
         if self.H is None:
             return W
         if self.H.ndim == 1:
             return W * self.H.sqrt()
-        damped = self.H.double()
-        damped.diagonal().add_(self.damp)
+        damped = self.dense(len(self.H))
         factor: Tensor
         factor, info = torch.linalg.cholesky_ex(damped)
         if info.item():

@@ -29,7 +29,9 @@ from llmshrink.statistics import Hessian, Statistic
 class TieConfig(KeepConfig, DampConfig):
     """Settings of tying."""
 
-    keep: float = Field(0.9, gt=0, lt=1, description="share of the numbers of all matrices that is stored")
+    keep: float = Field(
+        0.9, gt=0, lt=1, description="share that is stored of the numbers of all matrices that can be one"
+    )
     blocks: int = Field(2, ge=2, description="adjacent blocks of which matrices of one name can become one")
 
     @property
@@ -50,6 +52,10 @@ class Tie(Sharing):
         """Bytes that `compress` holds: what others stored, and the matrix."""
         return DOUBLE * COPIES * shape[0] * shape[1]
 
+    def pointless(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix is left alone, or None."""
+        return None if self.place else "no other of its name, shape and settings lies in the blocks that can be one"
+
     def prepare(self, statistic: Statistic) -> Prepared:
         """The second moment of the inputs, damped."""
         return moment(statistic, self.config)
@@ -66,8 +72,9 @@ class Tie(Sharing):
         return nearest(weights, metrics).to(dtype), [whole] * len(weights)
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """The tensor of all; the matrix itself where it is alone."""
-        found = weight if self.place is None or self.place.right is None else self.place.right
+        """The tensor of all; the matrix itself where that is not made yet."""
+        assert self.place is not None
+        found = weight if self.place.right is None else self.place.right
         return self._layer(found.to(weight.device, copy=True).contiguous(), weight.device)
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:
@@ -90,12 +97,11 @@ def nearest(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
     """
     width = weights[0].shape[1]
     total, wanted = torch.zeros(2, 1, dtype=torch.float64, device=weights[0].device)
-    same = torch.eye(width, dtype=torch.float64, device=weights[0].device)
     sizes = [float(metric.error(weight).sum()) for metric, weight in zip(metrics, weights, strict=True)]
     there = [size for size in sizes if size > 0] or [1.0]
     for weight, metric, size in zip(weights, metrics, sizes, strict=True):
         size = size or sum(there) / len(there)  # a matrix of zeros has none
-        total = total + metric.weigh(same) / size
+        total = total + metric.dense(width).to(total.device) / size
         wanted = wanted + metric.weigh(weight) / size
     total.diagonal().add_(SOLVABLE * total.diagonal().mean() + torch.finfo(torch.float64).tiny)
     found: Tensor = torch.linalg.solve(total, wanted.T)

@@ -86,12 +86,14 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
             method = by_weights(method)  # its rows are looked up, not multiplied with inputs
         if method is None:
             left[matrix] = reason or ""
-        elif why := method.pointless(matrix.shape):
-            left[matrix] = why
-            events.append(Event("skipped", f"left as it is: {why}", matrix.name))
         else:
             methods[matrix] = method
     methods = placed(methods, model.anatomy.blocks)
+    for matrix in list(methods):
+        if why := methods[matrix].pointless(matrix.shape):
+            del methods[matrix]
+            left[matrix] = why
+            events.append(Event("skipped", f"left as it is: {why}", matrix.name))
     problems = [f"{m.name} {list(m.shape)}: {why}" for m, method in methods.items() if (why := method.check(m.shape))]
     refuse(problems, HINTS.get(stage.task, HINT))
     if not methods:

@@ -360,6 +360,9 @@ class FactorizeStage(TargetStage):
         if self.ratios is not None and tied != (self.ratios.name == "similarity"):
             wanted = "similarity" if tied else "spectrum"
             raise refuse([fault(("ratios", "name"), f"of {self.method.name} it is {wanted}", self.ratios.name)])
+        if tied and self.ratios is None and not self.layers and "keep" in settings:
+            message = "without `ratios` all that can be one is: leave out `keep`, or `ratios: null`"
+            raise refuse([fault(("method", "keep"), message, settings["keep"])])
         said = next((key for key in ("rank", "bits") if settings.get(key) is not None), None)
         if self.ratios is not None and said is not None:
             raise refuse([fault(("ratios",), f"the method's `{said}` says the rank: leave out one or the other")])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmshrink.checks.gates import Outcome, check_gates, check_size, judge
 from llmshrink.errors import GateError
+from llmshrink.plan.schema import Plan
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.report.schema import EventRecord, GateReport, ModelInfo, ModelMeasure, Report, StageReport, TextScore
 
@@ -143,7 +143,8 @@ def test_gates_and_strictness_are_told_together() -> None:
 
 
 def test_a_plan_that_is_too_large_is_refused() -> None:
+    files = {"a": 10, "b": 20}
     for limit in (None, 30):
-        check_size(SimpleNamespace(file_bytes={"a": 10, "b": 20}, max_bytes=limit))  # type: ignore[arg-type]
+        check_size(Plan.model_construct(file_bytes=files, max_bytes=limit))
     with pytest.raises(GateError, match="planned with 30 bytes, and 29 are allowed"):
-        check_size(SimpleNamespace(file_bytes={"a": 10, "b": 20}, max_bytes=29, bytes_are_bound=False))  # type: ignore[arg-type]
+        check_size(Plan.model_construct(file_bytes=files, max_bytes=29, bytes_are_bound=False))

@@ -356,16 +356,20 @@ def test_what_is_most_alike_becomes_one(text_file: Path, tmp_path: Path) -> None
     assert main(again) == 0 and content(tmp_path / "twice") == content(out)
 
 
-def test_all_blocks_become_one(text_file: Path, tmp_path: Path) -> None:
+def test_all_blocks_become_one_but_what_is_alone(text_file: Path, tmp_path: Path) -> None:
     original, out = alike_model(tmp_path / "model"), tmp_path / "out"
-    (stage,) = factorize(original, out, text_file, {"ratios": None}, name="tie", blocks=4).stages
+    report = factorize(original, out, text_file, {"ratios": None}, name="tie", blocks=3)
+    (stage,) = report.stages
     assert stage.bytes_after == stage.planned_bytes_after
+    alone = [layer.name for layer in stage.layers if not layer.method]
+    assert len(alone) == 7 and all(".layers.3." in name for name in alone)
+    assert any(event.kind == "skipped" and "no other of its name" in event.message for event in report.events)
     lent = homes(out)
-    assert len(lent) == 28 and set(lent.values()) == {name for name in lent if ".layers.0." in name}
+    assert len(lent) == 21 and set(lent.values()) == {name for name in lent if ".layers.0." in name}
     assert_loads_packed(stage, out, original, tmp_path / "again", PRODUCTS)
 
 
-@pytest.mark.parametrize("settings", [{"name": "tie", "keep": 0.6}, {"blocks": 2}])
+@pytest.mark.parametrize("settings", [{"name": "tie"}, {"blocks": 2}])
 def test_a_smoke_run_has_all_blocks_that_share(
     smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -399,6 +403,8 @@ def test_tying_is_planned_stopped_and_refused(
         wanted(smallest, tmp_path / "no", text_file, {"ratios": {"name": "spectrum"}}, name="tie")
     with pytest.raises(RecipeError, match="one layer at a time"):
         wanted(smallest, tmp_path / "no", text_file, {"allocate": {"bpw": 20}}, name="tie")
+    with pytest.raises(RecipeError, match="leave out `keep`"):
+        wanted(smallest, tmp_path / "no", text_file, {"ratios": None}, name="tie", keep=0.7)
     capsys.readouterr()
     assert main(["factorize", str(smallest), "-r", "tie-90", "--set", "method.keep=0.7", "--plan"]) == 0
     assert "one choice that saves as much" in " ".join(capsys.readouterr().out.split())

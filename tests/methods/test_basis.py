@@ -12,7 +12,7 @@ from correlated import WIDTH, hessian
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmshrink.forms import LowRank, check_blocks, decode
+from llmshrink.forms import Dense, LowRank, check_blocks, decode
 from llmshrink.methods.basis import Place, basis, directions, left_behind, mean, spread
 from llmshrink.methods.metric import Metric, fitted
 from llmshrink.methods.svdllm import SvdLlm, SvdLlmConfig
@@ -69,7 +69,7 @@ def test_what_a_basis_loses_is_what_the_best_left_factor_loses() -> None:
 def test_no_block_decides_by_its_size_alone() -> None:
     matrices, known = weights(20), metrics()
     larger = [matrices[0], 1000 * matrices[1], matrices[2]]
-    louder = [known[0], Metric(known[1].H * 100, known[1].damp * 100), known[2]]  # type: ignore[operator]
+    louder = [known[0], Metric(known[1].dense(WIDTH).float() * 100, 0), known[2]]
     one, other = directions(matrices, known)[:9], directions(larger, louder)[:9]
     seen = [torch.linalg.qr(rows.T)[0] for rows in (one, other)]
     assert float((seen[0].T @ seen[1]).square().sum()) == pytest.approx(9, rel=1e-5)
@@ -118,8 +118,9 @@ def test_the_parts_are_as_promised_and_nothing_is_nearer(dtype: torch.dtype) -> 
         assert isinstance(made, LowRank) and isinstance(promised, LowRank)
         check_blocks(made)
         assert (made.shared, made.own) == (promised.shared, promised.own) == ("a", place.own(rank))
-        assert made.left.weight.shape == promised.left.weight.shape  # type: ignore[union-attr]
-        numbers += made.left.weight.numel()  # type: ignore[union-attr]
+        assert isinstance(made.left, Dense) and isinstance(promised.left, Dense)
+        assert made.left.weight.shape == promised.left.weight.shape
+        numbers += made.left.weight.numel()
         best = W.double() - fitted(W.double(), right.double(), H) @ right.double()
         error = H.error(W.double() - decode(made).double()).sum() / H.error(W.double()).sum()
         assert float(error) <= 1.02 * float(H.error(best).sum() / H.error(W.double()).sum()) + 1e-4

@@ -20,7 +20,9 @@ def metrics() -> dict[str, Metric]:
 
 def exact(metric: Metric) -> Tensor:
     """H of a metric, float64 [in, in]."""
-    return metric.weigh(torch.eye(WIDTH, dtype=torch.float64))
+    found = metric.weigh(torch.eye(WIDTH, dtype=torch.float64))
+    assert torch.equal(metric.dense(WIDTH), found)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])

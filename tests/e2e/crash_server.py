@@ -86,6 +86,7 @@ def _serve() -> None:
 
     # The foreign reader imports for seconds, and has nothing to do with files that are written half.
     job.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")
+    os.fsync = lambda _: None  # the system outlives every child
     compress.SAVE_EVERY = 0  # more durable steps, and states that are whole, torn or missing
     warm = False
     for line in sys.stdin:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,6 @@ from test_workspace import IDENTITY, unfinished
 from llmshrink.engine.workspace import WORK, Workspace
 
 BLOCKS = 3
-
-
-@pytest.fixture(autouse=True)
-def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them here, and nothing is cut off
 
 
 def begin(output: Path) -> tuple[int, str]:

@@ -19,7 +19,7 @@ demo: $(STAMP) ## install, quantize the embedded model to 4 bits, show what it c
 	$(BIN)/llmshrink quantize --bits 4 --output out/demo --overwrite
 
 test: $(STAMP) ## the default tests: offline, under ten minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP) ## tests that take minutes: every method of every family, a built wheel
 	$(BIN)/python -m pytest -m slow

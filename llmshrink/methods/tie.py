@@ -72,9 +72,8 @@ class Tie(Sharing):
         return nearest(weights, metrics).to(dtype), [whole] * len(weights)
 
     def compress(self, weight: Tensor, prepared: Prepared) -> Layer:
-        """The tensor of all; the matrix itself where that is not made yet."""
-        assert self.place is not None
-        found = weight if self.place.right is None else self.place.right
+        """The tensor of all; the matrix itself where there is none."""
+        found = weight if self.place is None or self.place.right is None else self.place.right
         return self._layer(found.to(weight.device, copy=True).contiguous(), weight.device)
 
     def form(self, shape: tuple[int, int], dtype: torch.dtype) -> Layer:

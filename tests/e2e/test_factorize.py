@@ -356,7 +356,7 @@ def test_what_is_most_alike_becomes_one(text_file: Path, tmp_path: Path) -> None
     assert main(again) == 0 and content(tmp_path / "twice") == content(out)
 
 
-def test_all_blocks_become_one_but_what_is_alone(text_file: Path, tmp_path: Path) -> None:
+def test_all_become_one_but_the_lone(text_file: Path, tmp_path: Path) -> None:
     original, out = alike_model(tmp_path / "model"), tmp_path / "out"
     report = factorize(original, out, text_file, {"ratios": None}, name="tie", blocks=3)
     (stage,) = report.stages

@@ -124,9 +124,9 @@ def left_behind(weight: Tensor, rows: Tensor, metric: Metric) -> Tensor:
 
     With the best left factor for each: outputs are projected on what these rows see of the inputs.
     """
-    rooted, outputs = metric.root(torch.cat([rows, weight])).split([len(rows), len(weight)])  # one root for both
-    seen = torch.linalg.qr(rooted.T)[0]
-    kept = (outputs @ seen).square().sum(0).cumsum(0)
+    both = metric.root(torch.cat([rows, weight]))  # one root for both
+    seen = torch.linalg.qr(both[: len(rows)].T)[0]
+    kept = (both[len(rows) :] @ seen).square().sum(0).cumsum(0)
     total = metric.error(weight).sum().clamp(min=torch.finfo(torch.float64).tiny)
     return torch.cat([kept.new_ones(1), 1 - kept / total]).clamp_(min=0)
 

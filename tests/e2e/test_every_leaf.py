@@ -265,7 +265,7 @@ ELSEWHERE = {
     "run.device": "how, not what: tests/e2e/test_gpu.py::test_a_gpu_gives_the_cpu_s_result",
     "run.resume": "how, not what: tests/e2e/test_resume.py::test_no_resume_starts_anew",
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
-    "stages.factorize.method.tie.blocks": "of deeper models: tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
+    "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }

@@ -28,6 +28,7 @@ from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.slopes import make_slopes
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
@@ -297,6 +298,9 @@ class Job:
             batches = rows.grouped(begun)  # a run goes on as it began
         if work.stacks:
             make_bases(work, batches, folder=workspace.work, progress=self.progress)
+        if work.needs_slopes:
+            seed = self.recipe.calibration.seed
+            make_slopes(work, batches, seed, folder=workspace.work, progress=self.progress)
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmshrink.engine.hidden import Hidden, on_disk
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.memory import trim
+from llmshrink.model.streamed import StreamedModel
 
+Targets = Callable[[slice, Tensor], Tensor]
 Head = Callable[[int, Tensor], tuple[float, Tensor]]
 
 
@@ -97,3 +99,32 @@ def backward(hidden: Hidden, blocks: Blocks, head: Head, folder: Path | None = N
         blocks.drop(block.index)
         trim()
     return sum(loss for loss, _ in found)
+
+
+def surprise(
+    model: StreamedModel, tokens: Tensor, state: Tensor, positions: int, logits: int, targets: Targets
+) -> tuple[float, Tensor]:
+    """Cross entropy of some tokens, summed, nats, and its gradient by the state that left the last block.
+
+    Args:
+        model: that gives out logits.
+        tokens: ids [rows, length].
+        state: [rows, length, hidden].
+        positions: how many of a row count, from the first.
+        logits: bytes of the head's output at a time.
+        targets: for a stretch of positions and the logits there, the tokens [rows * positions] whose entropy it is.
+    """
+    gradient, total = torch.zeros_like(state), 0.0
+    stretch = max(1, logits // (len(tokens) * model.width * 4))
+    for start in range(0, positions, stretch):
+        part = slice(start, min(start + stretch, positions))
+        leaf = state[:, part].to(model.device).detach().requires_grad_()
+        with torch.enable_grad():
+            out = model.output(tokens[:, part], leaf, {})
+            wanted = targets(part, out).to(out.device)
+            loss = nn.functional.cross_entropy(out.float().flatten(0, 1), wanted, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        gradient[:, part] = leaf.grad
+        total += float(loss.detach())
+    return total, gradient

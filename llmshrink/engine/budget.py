@@ -102,8 +102,9 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     # While it is tuned, the states of the compressed model are gone.
     tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
     shared = states + _sharing(work, economy, tokens) if work.stacks else 0
+    weighed = states + TWIN + _sloping(work, economy, tokens) if work.needs_slopes else 0
     verified = work.opened_bytes + min(HEAD_ROWS, work.model.width) * work.model.hidden * FLOAT if work.pack else 0
-    return FIXED + max(twin + max(compressed, tuned), shared, verified)
+    return FIXED + max(twin + max(compressed, tuned), shared, weighed, verified)
 
 
 def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
@@ -198,6 +199,14 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     shards = sum(work.shard_bytes.values()) if work.apart else 0
     states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
     states += sum(t.nbytes for stack in work.stacks for t in work.packed(stack[0]).values())  # no less than the factor
+    if work.needs_slopes:  # what entered each block, and what its tokens count
+        depth = len(work.model.anatomy.blocks)
+        states += (
+            rows
+            * work.length
+            * FLOAT
+            * ((depth + 3) * work.model.hidden + depth * max(len(block.groups) for block in work.model.anatomy.blocks))
+        )
     if work.tune is None:
         return shards + states
     between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
@@ -283,6 +292,17 @@ def _sharing(work: Work, economy: Economy, tokens: int) -> int:
     largest = max(basis.scratch((len(stack) * stack[0].shape[0], stack[0].shape[1])) for stack in work.stacks)
     loaded = max(_weights(model, block) + _forward(model, block, batch) for block in model.anatomy.blocks)
     return TWIN + loaded + kept + max(factors, largest)
+
+
+def _sloping(work: Work, economy: Economy, tokens: int) -> int:
+    """A pass of gradients through a second model: a block with its graph, or the head's; states lie in files."""
+    model, batch = work.model, _batch(work, economy, tokens)
+    logits = 4 * min(economy.logits, max(economy.batch_tokens, work.length) * model.width * FLOAT)
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    back = max(
+        _weights(model, b) + _forward(model, b, batch) + _learning(model, b, batch) for b in model.anatomy.blocks
+    )
+    return max(back, logits + head)
 
 
 def _repairing(work: Work, block: Block, batch: int) -> int:

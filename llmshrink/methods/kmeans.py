@@ -21,7 +21,7 @@ from llmshrink.methods import clusters, vectors
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.codes import STORED, Codes, beside, moved, nearest, refitted, rescaled, swept
 from llmshrink.methods.hessian import DampConfig, Factors, factorised, output_error
-from llmshrink.statistics import Hessian, NoStatistic, Statistic
+from llmshrink.statistics import Fisher, Hessian, NoStatistic, Statistic
 
 FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
 OVERHEAD = {1: 0.25, 2: 0.25, 3: 0.2}  # bits a weight that tables may take where rows have no scales
@@ -67,9 +67,10 @@ class KmeansConfig(DampConfig):
         le=0.05,
         description="share of the weights, the largest of their rows, that have a number beside their code: 32 bits",
     )
-    weighting: Literal["hessian", "none"] = Field(
+    weighting: Literal["hessian", "gradient", "none"] = Field(
         "hessian",
-        description="what an error counts: by the Hessian of the layer's outputs; or all alike: no text, no feedback",
+        description="what an error counts: hessian: by what it changes in the layer's outputs; gradient: the same, its "
+        "tokens weighed by squared gradients, found in a pass of its own; none: all alike, no text, no feedback",
     )
     feedback: bool = Field(True, description="columns to come make up for the error of those that have their codes")
     refine: int = Field(3, ge=0, description="passes over all tables, scales and codes after that")
@@ -123,7 +124,7 @@ class Kmeans(Method[KmeansConfig]):
     @property
     def statistic(self) -> type[Statistic]:
         """The Hessian, where errors are weighed."""
-        return NoStatistic if self.config.weighting == "none" else Hessian
+        return {"none": NoStatistic, "gradient": Fisher}.get(self.config.weighting, Hessian)
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be clustered so, or None."""

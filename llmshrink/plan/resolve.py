@@ -17,7 +17,7 @@ from llmshrink.forms import Codebook, CodeKind, Event, LowRank, Scheme, Sparse, 
 from llmshrink.methods import by_weights, load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
-from llmshrink.model.anatomy import Matrix, Site
+from llmshrink.model.anatomy import Group, Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs, says_types
@@ -30,7 +30,7 @@ from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import MatrixStage, TargetStage
 from llmshrink.recipe.tune import TuneSpec
-from llmshrink.statistics import Cross
+from llmshrink.statistics import Cross, Fisher
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
@@ -123,7 +123,37 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         raise PlanError(f"{message}.", hint="Leave out `transform`, or method.blocks.")
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)
+    _check_slopes(stage, work)
     return work
+
+
+def _check_slopes(stage: MatrixStage, work: Work) -> None:
+    """What weighing by gradients cannot do.
+
+    Raises:
+        PlanError: the model gives out no logits, or nothing is weighed.
+    """
+    asked = [m.name for m, method in work.methods.items() if method.statistic is Fisher]
+    if not asked:
+        return
+    if work.model.task.gives != "logits" or not work.model.distribution:
+        raise PlanError(
+            f"{asked[0]}: gradients need a model that gives out logits of tokens, and this one gives out "
+            f"{work.model.task.gives}.",
+            hint="Choose weighting: hessian.",
+        )
+    if plain := [group for part in work.parts for group in part.groups if _unweighed(work, group)]:
+        message = "experts, the embedding and the head are weighed by their inputs alone, not by gradients"
+        work.events.append(Event("not_weighed", message, plain[0].matrices[0].name))
+    if stage.allocate is not None:
+        message = "candidates are measured with inputs that count alike; what is chosen is weighed by gradients"
+        work.events.append(Event("not_weighed", message))
+
+
+def _unweighed(work: Work, group: Group) -> bool:
+    return Fisher not in work.needs(group) and any(
+        work.methods[m].statistic is Fisher for m in group.matrices if m in work.methods
+    )
 
 
 def _tune(stage: MatrixStage, work: Work) -> TuneSpec | None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmshrink.engine.hidden import Hidden, on_disk
 from llmshrink.engine.lanes import side_by_side
 from llmshrink.memory import trim
 from llmshrink.model.streamed import StreamedModel
 
+T = TypeVar("T")
 Targets = Callable[[slice, Tensor], Tensor]
 Head = Callable[[int, Tensor], tuple[float, Tensor]]
 
@@ -66,7 +67,14 @@ def forward(hidden: Hidden, blocks: Blocks, before: Callable[[int], None] | None
         trim()
 
 
-def backward(hidden: Hidden, blocks: Blocks, head: Head, folder: Path | None = None) -> float:
+def backward(
+    hidden: Hidden,
+    blocks: Blocks,
+    head: Head,
+    folder: Path | None = None,
+    *,
+    begin: Callable[[int], None] | None = None,
+) -> float:
     """The loss of some batches; what it depends on gets its gradients by `blocks.collect` and in `head`.
 
     Args:
@@ -74,6 +82,8 @@ def backward(hidden: Hidden, blocks: Blocks, head: Head, folder: Path | None = N
         blocks: gives the blocks.
         head: for the number of a batch and the state that left the last block, its loss and the gradient of that state.
         folder: keep the states between blocks in files there; None: in the device's memory.
+        begin: where nothing is learned, there are no leaves and batches go back side by side: told of each before it
+            does so through a block, in the thread that runs it. None: one after another, as their gradients are added.
 
     Returns:
         The sum of all batches' losses.
@@ -83,18 +93,30 @@ def backward(hidden: Hidden, blocks: Blocks, head: Head, folder: Path | None = N
     def keep(_: int) -> None:
         entered.append([state.clone() if folder is None else on_disk(folder, state) for state in hidden.states])
 
+    def each(job: Callable[[int], T]) -> list[T]:
+        count = len(hidden.states)
+        if begin is None or count == 1:
+            return [job(batch) for batch in range(count)]
+        return list(side_by_side(hidden.model.device, job, count))
+
     forward(hidden, blocks, keep)
-    found = [head(batch, state) for batch, state in enumerate(hidden.states)]
+    found = each(lambda batch: head(batch, hidden.states[batch]))
     gradients = [gradient for _, gradient in found]
     for block in reversed(hidden.model.anatomy.blocks):
         leaves = blocks.load(block.index)
-        for batch, state in enumerate(entered.pop()):
-            hidden.states[batch] = state.requires_grad_()
+        hidden.states = entered.pop()
+
+        def back(batch: int, index: int = block.index, leaves: Mapping[str, Tensor] = leaves) -> None:
+            state = hidden.states[batch].requires_grad_()
+            if begin is not None:
+                begin(batch)
             with torch.enable_grad():
-                out = hidden.run(block.index, batch, leaves)
+                out = hidden.run(index, batch, leaves)
             torch.autograd.backward(out, gradients[batch].to(out.device, out.dtype))
             assert state.grad is not None
             gradients[batch] = state.grad
+
+        each(back)
         blocks.collect(block.index, leaves)
         blocks.drop(block.index)
         trim()
@@ -112,7 +134,8 @@ def surprise(
         state: [rows, length, hidden].
         positions: how many of a row count, from the first.
         logits: bytes of the head's output at a time.
-        targets: for a stretch of positions and the logits there, the tokens [rows * positions] whose entropy it is.
+        targets: for a stretch of positions and the logarithms of the chances there [rows, positions, width], the tokens
+            [rows, positions] whose entropy it is.
     """
     gradient, total = torch.zeros_like(state), 0.0
     stretch = max(1, logits // (len(tokens) * model.width * 4))
@@ -121,10 +144,11 @@ def surprise(
         leaf = state[:, part].to(model.device).detach().requires_grad_()
         with torch.enable_grad():
             out = model.output(tokens[:, part], leaf, {})
-            wanted = targets(part, out).to(out.device)
-            loss = nn.functional.cross_entropy(out.float().flatten(0, 1), wanted, reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
+        chances = torch.log_softmax(out.detach().float(), -1)
+        wanted = targets(part, chances).to(out.device)[..., None]
+        total -= float(chances.gather(-1, wanted).sum(dtype=torch.float64))
+        chances.exp_().scatter_add_(-1, wanted, chances.new_full(wanted.shape, -1))  # the gradient by the logits
+        torch.autograd.backward(out, chances.to(out.dtype))
         assert leaf.grad is not None
         gradient[:, part] = leaf.grad
-        total += float(loss.detach())
     return total, gradient

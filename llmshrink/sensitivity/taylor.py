@@ -55,7 +55,7 @@ class Taylor:
         """Cross entropy of the next tokens, summed, nats, and its gradient by the state; some positions at a time."""
 
         def following(part: slice, _: Tensor) -> Tensor:
-            return tokens[:, part.start + 1 : part.stop + 1].flatten()
+            return tokens[:, part.start + 1 : part.stop + 1]
 
         return surprise(self._model, tokens, state, tokens.shape[1] - 1, self._logits, following)
 

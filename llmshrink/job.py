@@ -28,7 +28,7 @@ from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
-from llmshrink.engine.slopes import make_slopes
+from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
@@ -298,9 +298,10 @@ class Job:
             batches = rows.grouped(begun)  # a run goes on as it began
         if work.stacks:
             make_bases(work, batches, folder=workspace.work, progress=self.progress)
-        if work.needs_slopes:
-            seed = self.recipe.calibration.seed
-            make_slopes(work, batches, seed, folder=workspace.work, progress=self.progress)
+        if work.needs_slopes and rows is not None:
+            most = together(sum(map(len, rows.tokens)), len(work.model.anatomy.blocks))
+            parts = [part.batches(economy.batch_tokens) for part in rows.parted(most)]
+            make_slopes(work, parts, self.recipe.calibration.seed, folder=workspace.work, progress=self.progress)
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,

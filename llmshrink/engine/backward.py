@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from llmshrink.engine.lanes import side_by_side
 from llmshrink.memory import trim
 from llmshrink.model.streamed import StreamedModel
 
-T = TypeVar("T")
 Targets = Callable[[slice, Tensor], Tensor]
 Head = Callable[[int, Tensor], tuple[float, Tensor]]
 
@@ -93,14 +92,8 @@ def backward(
     def keep(_: int) -> None:
         entered.append([state.clone() if folder is None else on_disk(folder, state) for state in hidden.states])
 
-    def each(job: Callable[[int], T]) -> list[T]:
-        count = len(hidden.states)
-        if begin is None or count == 1:
-            return [job(batch) for batch in range(count)]
-        return list(side_by_side(hidden.model.device, job, count))
-
     forward(hidden, blocks, keep)
-    found = each(lambda batch: head(batch, hidden.states[batch]))
+    found = [head(batch, state) for batch, state in enumerate(hidden.states)]
     gradients = [gradient for _, gradient in found]
     for block in reversed(hidden.model.anatomy.blocks):
         leaves = blocks.load(block.index)
@@ -116,7 +109,9 @@ def backward(
             assert state.grad is not None
             gradients[batch] = state.grad
 
-        each(back)
+        count = len(hidden.states)
+        for _ in map(back, range(count)) if begin is None else side_by_side(hidden.model.device, back, count):
+            pass
         blocks.collect(block.index, leaves)
         blocks.drop(block.index)
         trim()

@@ -48,8 +48,8 @@ def gather(
     """Run all batches through the loaded block and gather the statistics of each group, before inputs are rounded.
 
     Linears that the plan found to share an input must be handed the very same tensor here too; anything else would mean
-    that one is compressed for the inputs of another, and is an error. Of groups in `slopes` [rows, length] a `Fisher`
-    weighs tokens by these.
+    that one is compressed for the inputs of another, and is an error. Of groups in `slopes` [tokens of all rows] a
+    `Fisher` weighs tokens by these.
     """
     statistics: dict[Group, Gathered] = {
         group: {kind: kind(group.width, model.device) for kind in kinds[group]} for group in groups
@@ -59,7 +59,8 @@ def gather(
     crossed = {group for group in groups if any(issubclass(kind, Cross) for kind in kinds[group])}
     paired = crossed if hidden.originals else set()  # without them these are the original's
     batch, turns = _Batch(), Turns(len(hidden.batches))
-    weights = {group: torch.split(each, hidden.rows) for group, each in (slopes or {}).items()}
+    sizes = [tokens.numel() for tokens in hidden.batches]
+    weights = {group: torch.split(each, sizes) for group, each in (slopes or {}).items()}
 
     def observe(site: Site, x: Tensor) -> None:
         group, seen = owner.get(site), batch.seen

@@ -10,7 +10,8 @@ columns make up for each other as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,36 +24,56 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.io import safetensors
 from llmshrink.io.files import has_hash, sealed, unsealed, write_bytes
 from llmshrink.model.anatomy import Block, Group
-from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.work import Work
 from llmshrink.progress import Progress
 from llmshrink.statistics import Fisher
 
 MADE = "slopes.json"  # in the folder of work: the files that are there, with their SHA-256
+LEAST = 2 * BATCH_TOKENS  # tokens that go through the model together
 
 
-def make_slopes(work: Work, batches: list[Tensor], seed: int, *, folder: Path, progress: Progress) -> None:
-    """Find what the tokens of each group count that is weighed by gradients, one file for each block in `folder`.
+def make_slopes(work: Work, parts: list[list[Tensor]], seed: int, *, folder: Path, progress: Progress) -> None:
+    """Find what the tokens of each group count that is weighed by gradients, in files in `folder`.
 
-    A run that goes on has them already: what is compressed was weighed by them.
+    One part after another goes through the whole model and back, and has a file: a run that goes on takes those that
+    are whole. What is compressed was weighed by them.
 
     Args:
         work: the plan.
-        batches: token ids [rows, length] each, all of one length.
+        parts: batches [rows, length] of token ids that go together, as many tokens as `together` says.
         seed: of the tokens that are drawn.
         folder: of the run's work.
-        progress: told of each block.
+        progress: told of each part.
     """
     path = folder / MADE
-    known = unsealed(path.read_bytes()) if path.is_file() else None
-    if known is None or not all(has_hash(folder / name, digest) for name, digest in known.items()):
-        model = StreamedModel(work.model.source, work.model.device)  # of its own: the embedding of the other may change
-        groups = {block.index: weighed(work, block) for block in model.anatomy.blocks}
-        progress.start("weigh tokens by gradients", 2 * len(groups))
-        slopes = Slopes(model, groups, work.economy.logits, seed, folder, progress)
-        files = slopes.run(Hidden(model, batches, folder=folder if work.economy.on_disk else None))
-        write_bytes(path, sealed(files))
-        progress.finish()
+    known = (unsealed(path.read_bytes()) if path.is_file() else None) or {}
+    made = {name: digest for name, digest in known.items() if has_hash(folder / name, digest)}
+    named = {f"slopes-{number:05d}.safetensors": part for number, part in enumerate(parts)}
+    if made.keys() >= named.keys():
+        return
+    sizes = {name: sum(batch.numel() for batch in part) for name, part in named.items()}
+    progress.start("weigh tokens by gradients", sum(sizes.values()), sum(sizes[name] for name in made))
+    generator = torch.Generator().manual_seed(seed)
+    model = StreamedModel(work.model.source, work.model.device)  # of its own: the embedding of the other may change
+    slopes = Slopes(model, {block.index: weighed(work, block) for block in model.anatomy.blocks}, work.economy.logits)
+    below = folder if work.economy.on_disk else None
+    for name, part in named.items():
+        # Row by row: they do not depend on the batches, nor on what is there already.
+        draws = [torch.stack([torch.rand(len(row), generator=generator) for row in batch]) for batch in part]
+        if name not in made:
+            made[name] = safetensors.write(folder / name, slopes.run(Hidden(model, part, folder=below), draws, below))
+            write_bytes(path, sealed(made))
+            progress.advance(sizes[name], name)
+    progress.finish()
+
+
+def together(tokens: int, depth: int) -> int:
+    """How many of these tokens go through a model together: what is kept between its blocks is no more than once all.
+
+    Each stretch has every block loaded twice; fewer than LEAST would be loaded for next to nothing.
+    """
+    return max(LEAST, tokens // (depth + 1))
 
 
 def weighed(work: Work, block: Block) -> list[Group]:
@@ -61,105 +82,98 @@ def weighed(work: Work, block: Block) -> list[Group]:
 
 
 def slopes_of(work: Work, block: Block, folder: Path) -> dict[Group, Tensor]:
-    """What each token counts for the groups of a block that are weighed: float32 [rows, length] of mean 1."""
-    groups = weighed(work, block)
+    """What each token counts for the groups of a block that are weighed: float32 [tokens of all rows], of mean 1."""
+    groups, found = weighed(work, block), {}
     if not groups:
         return {}
-    made = safetensors.Checkpoint(folder, safetensors.read_header(folder / _name(block.index)))
-    return {group: made.get(str(number)) for number, group in enumerate(groups)}
+    names = sorted(unsealed((folder / MADE).read_bytes()))
+    parts = [safetensors.Checkpoint(folder, safetensors.read_header(folder / name)) for name in names]
+    for number, group in enumerate(groups):
+        squares = torch.cat([part.get(_name(block.index, number)) for part in parts])
+        mean = float(squares.mean(dtype=torch.float64))
+        found[group] = squares / mean if mean else torch.ones_like(squares)
+    return found
 
 
 class Slopes:
-    """Mean squared gradients of tokens, while they go back through the blocks of a model."""
+    """Squared gradients of tokens, summed over the outputs of a group, while they go back through a model's blocks."""
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        groups: Mapping[int, list[Group]],
-        logits: int,
-        seed: int,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, model: StreamedModel, groups: Mapping[int, list[Group]], logits: int) -> None:
         """Begin.
 
         Args:
             model: to be differentiated; nothing of it is changed.
             groups: of each block, those whose outputs are looked at.
             logits: bytes of the head's output at a time.
-            seed: of the tokens that are drawn.
-            folder: for the results, and the states between blocks.
-            progress: told of each block, on the way there and back.
         """
-        self._model, self._groups, self._logits, self._seed = model, groups, logits, seed
-        self._folder, self._progress = folder, progress
+        self._model, self._groups, self._logits = model, groups, logits
         self._hooks: list[RemovableHandle] = []
-        self._squares: dict[Group, list[Tensor]] = {}  # of each batch [rows, length]
-        self._files: dict[str, str] = {}
+        self._now = threading.local()  # the batch that a thread takes back
+        self._squares: dict[Group, list[Tensor]] = {}  # of each batch [tokens], on the model's device
 
-    def run(self, hidden: Hidden) -> dict[str, str]:
-        """Write a file for each block by the rows of `hidden`, which is used up; their SHA-256 by their names."""
-        backward(hidden, self, lambda batch, state: self._loss(batch, hidden.batches[batch], state), self._folder)
-        return self._files
+    def run(self, hidden: Hidden, draws: list[Tensor], folder: Path | None) -> dict[str, Tensor]:
+        """The sums of the tokens of `hidden`, which is used up: float32 [tokens] for each block and group.
 
-    def _loss(self, batch: int, tokens: Tensor, state: Tensor) -> tuple[float, Tensor]:
-        generator = torch.Generator().manual_seed(self._seed + batch)
+        Args:
+            hidden: what enters the first block.
+            draws: of each batch [rows, length], numbers from 0 to 1 that say which token follows.
+            folder: the states between blocks lie in files there; None: in the device's memory.
+        """
+        self._found: dict[str, Tensor] = {}
+        self._sizes = [batch.numel() for batch in hidden.batches]
 
-        def drawn(_: slice, logits: Tensor) -> Tensor:
-            chances = logits.detach().float().softmax(-1).flatten(0, 1).cpu()
-            return torch.multinomial(chances, 1, generator=generator)[:, 0]
+        def head(batch: int, state: Tensor) -> tuple[float, Tensor]:
+            tokens = hidden.batches[batch]
+            drawn = partial(_drawn, draws[batch].to(self._model.device))
+            return surprise(self._model, tokens, state, tokens.shape[1], self._logits, drawn)
 
-        return surprise(self._model, tokens, state, tokens.shape[1], self._logits, drawn)
+        backward(hidden, self, head, folder, begin=self._begin)
+        return self._found
 
     # --- as `backward` wants it
 
     def load(self, index: int) -> Mapping[str, Tensor]:
         """Put a block into memory, and look at what its linears give out."""
         self._model.load_block(index)
-        self._progress.advance(1, f"block {index}")
-        block = self._model.model.get_submodule(self._model.anatomy.blocks[index].prefix)
-        self._hooks.append(block.register_forward_pre_hook(partial(self._begin, index)))
         for group in self._groups[index]:
+            self._squares[group] = [torch.zeros(size, device=self._model.device) for size in self._sizes]
             for module in dict.fromkeys(site.module for site in group.sites):
-                look = self._look(group)
+                look = partial(self._look, self._squares[group])
                 self._hooks.append(self._model.model.get_submodule(module).register_forward_hook(look))
         return {}
 
     def collect(self, index: int, leaves: Mapping[str, Tensor]) -> None:
-        """Write what was found in a block."""
-        found = {}
+        """Keep what was found in a block."""
         for number, group in enumerate(self._groups[index]):
-            squares = torch.cat(self._squares.pop(group))
-            mean = float(squares.mean(dtype=torch.float64))
-            found[str(number)] = squares / mean if mean else torch.ones_like(squares)
-        if found:
-            path = self._folder / _name(index)
-            self._files[path.name] = safetensors.write(path, found)
+            self._found[_name(index, number)] = torch.cat(self._squares[group]).cpu()
 
     def drop(self, index: int) -> None:
         """Take a block out of memory."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._squares.clear()
         self._model.drop_block(index)
 
-    def _begin(self, index: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        (state, *_rest) = args
-        if state.requires_grad:  # on the way back, one batch after another
-            for group in self._groups[index]:
-                self._squares.setdefault(group, []).append(torch.zeros(state.shape[:2]))
+    def _begin(self, batch: int) -> None:
+        self._now.batch = batch
 
-    def _look(self, group: Group) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            found = self._squares[group][-1]
-            found += gradient.float().square().sum(-1).view(found.shape).cpu()  # some linears get all tokens in one row
-
-        def look(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
-            if out.requires_grad:
-                out.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return look
+    def _look(self, squares: list[Tensor], _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.requires_grad:  # on the way back
+            out.register_hook(partial(_add, squares[self._now.batch]))  # type: ignore[no-untyped-call]
 
 
-def _name(index: int) -> str:
-    return f"slopes-{index:05d}.safetensors"
+def _add(squares: Tensor, gradient: Tensor) -> None:
+    squares += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square_().view(-1)
+
+
+def _drawn(draws: Tensor, part: slice, chances: Tensor) -> Tensor:
+    """Tokens [rows, positions] by `draws` [rows, length], for logarithms of chances [rows, positions, width]."""
+    upto = chances.exp().cumsum_(-1)
+    wanted = draws[:, part, None] * upto[..., -1:]
+    return torch.searchsorted(upto, wanted, right=True)[..., 0].clamp_(max=upto.shape[-1] - 1)
+
+
+def _name(index: int, number: int) -> str:
+    """Of a tensor of a block's group, in each file."""
+    return f"{index}.{number}"

@@ -124,7 +124,9 @@ class Kmeans(Method[KmeansConfig]):
     @property
     def statistic(self) -> type[Statistic]:
         """The Hessian, where errors are weighed."""
-        return {"none": NoStatistic, "gradient": Fisher}.get(self.config.weighting, Hessian)
+        if self.config.weighting == "none":
+            return NoStatistic
+        return Fisher if self.config.weighting == "gradient" else Hessian
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be clustered so, or None."""

@@ -350,8 +350,8 @@ def _project(module: nn.Linear, rows: Callable[[Rows], Tensor]) -> Callable[[Ten
 
     def forward(x: Tensor) -> Tensor:
         stretches = (slice(start, start + HEAD_ROWS) for start in range(0, module.out_features, HEAD_ROWS))
-        parts: list[Tensor] = [_Product.apply(x, partial(read, stretch)) for stretch in stretches]
-        out = torch.cat(parts, dim=-1)
+        product: Callable[[Tensor, Callable[[], Tensor]], Tensor] = _Product.apply
+        out = torch.cat([product(x, partial(read, stretch)) for stretch in stretches], dim=-1)
         return out if module.bias is None else out + module.bias
 
     return forward

@@ -64,7 +64,7 @@ def make_slopes(work: Work, parts: list[list[Tensor]], seed: int, *, folder: Pat
         if name not in made:
             made[name] = safetensors.write(folder / name, slopes.run(Hidden(model, part, folder=below), draws, below))
             write_bytes(path, sealed(made))
-            progress.advance(sizes[name], name)
+            progress.advance(sizes[name], f"part {len(made)} of {len(named)}")
     progress.finish()
 
 

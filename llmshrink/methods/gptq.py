@@ -21,16 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmshrink.forms import Event, Layer, Objective
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
-from llmshrink.methods.hessian import DOUBLE_WIDTH, DampConfig, Factors, factorised, in_halves, output_error
+from llmshrink.methods.hessian import DOUBLE_WIDTH, Factors, WeighedConfig, factorised, in_halves, output_error
 from llmshrink.methods.sparsity import kept_before
 from llmshrink.statistics import Cross, Hessian, Statistic
 
@@ -38,7 +38,7 @@ CONTIGUOUS = torch.contiguous_format
 FALLBACK = ("rtn_fallback", "rounded to nearest")
 
 
-class GptqConfig(BlockConfig, DampConfig):
+class GptqConfig(BlockConfig, WeighedConfig):
     """Settings of GPTQ."""
 
     act_order: bool = Field(True, description="quantize the inputs with the largest mean square first")
@@ -50,6 +50,12 @@ class GptqConfig(BlockConfig, DampConfig):
         description="what share of the error of the compressed blocks before it a layer makes up for; above 0 the "
         "original's states are computed beside",
     )
+
+    @model_validator(mode="after")
+    def _check_weighting(self) -> Self:
+        if self.weighting == "gradient" and self.propagate:
+            raise ValueError("`propagate` goes with weighting hessian: the original's inputs are not weighed")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,8 @@ class Gptq(Method[GptqConfig]):
 
     @property
     def statistic(self) -> type[Statistic]:
-        """The Hessian; with the original's inputs beside it where their difference is made up for."""
-        return Cross if self.config.propagate else Hessian
+        """The Hessian, its tokens weighed or not; with the original's inputs where their difference is made up for."""
+        return Cross if self.config.propagate else self.config.statistic
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None."""

@@ -23,6 +23,7 @@ from llmshrink.engine.backward import backward, surprise
 from llmshrink.engine.hidden import Hidden
 from llmshrink.io import safetensors
 from llmshrink.io.files import has_hash, sealed, unsealed, write_bytes
+from llmshrink.memory import release
 from llmshrink.model.anatomy import Block, Group
 from llmshrink.model.streamed import BATCH_TOKENS, StreamedModel
 from llmshrink.plan.work import Work
@@ -66,6 +67,8 @@ def make_slopes(work: Work, parts: list[list[Tensor]], seed: int, *, folder: Pat
             write_bytes(path, sealed(made))
             progress.advance(sizes[name], f"part {len(made)} of {len(named)}")
     progress.finish()
+    del model, slopes
+    release(work.model.device)  # a GPU holds the embedding and the head of that model
 
 
 def together(tokens: int, depth: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llmshrink.forms import Event
 from llmshrink.methods.base import MethodConfig, Prepared
-from llmshrink.statistics import Fisher, Hessian
+from llmshrink.statistics import Hessian
 
 DOUBLE_WIDTH = 4096  # widest Hessian that is factorised in float64
 PANEL = 256  # rows of the Hessian that are factorised at a time
@@ -29,21 +28,6 @@ class DampConfig(MethodConfig):
     """Settings of the methods that solve with a Hessian."""
 
     damp: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
-
-
-class WeighedConfig(DampConfig):
-    """Settings of those whose Hessian may weigh tokens."""
-
-    weighting: Literal["hessian", "gradient"] = Field(
-        "hessian",
-        description="what an error counts: hessian: by what it changes in the layer's outputs; gradient: the same, its "
-        "tokens weighed by squared gradients, found in a pass of its own",
-    )
-
-    @property
-    def statistic(self) -> type[Hessian]:
-        """What is to be gathered for it."""
-        return Fisher if self.weighting == "gradient" else Hessian
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 A table belongs to a stretch of rows, which are counted in scales of their own; its entries are values, or vectors of
 adjacent inputs. It is the best one for these weights (`clusters.py`, `vectors.py`), each error counted by how much an
 error of its input costs: SqueezeLLM (Kim et al. 2024, arXiv 2306.07629, section 4.1) weighs by squared gradients, here
-it is the Hessian of the layer's outputs. With `feedback` columns make up for the codes of others, and `refine` moves
-tables, scales and codes to where the outputs of the layer are nearest to the original's (`codes.py`).
+it is the Hessian of the layer's outputs, in which tokens may weigh by their squared gradients (`weighting: gradient`,
+`engine/slopes.py`). With `feedback` columns make up for the codes of others, and `refine` moves tables, scales and
+codes to where the outputs of the layer are nearest to the original's (`codes.py`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor
 from llmshrink.forms import Layer, Objective, Quantized, Sparse, decode
 from llmshrink.methods.base import GroupConfig, Method, MethodConfig, Prepared, Task
 from llmshrink.methods.gptq import Gptq, GptqConfig
-from llmshrink.methods.hessian import LEAF, Factors, WeighedConfig, factorised, in_halves, output_error
+from llmshrink.methods.hessian import LEAF, DampConfig, Factors, factorised, in_halves, output_error
 from llmshrink.methods.sparsity import (
     SparsityConfig,
     better_filled,
@@ -37,7 +37,7 @@ BLOCK = 128  # columns whose mask is chosen together, as in the paper
 FALLBACK = ("magnitude_fallback", "pruned by magnitude")
 
 
-class SparseGptConfig(SparsityConfig, GroupConfig, WeighedConfig):
+class SparseGptConfig(SparsityConfig, GroupConfig, DampConfig):
     """Settings of SparseGPT."""
 
     refit: int = Field(
@@ -63,11 +63,6 @@ class SparseGpt(Method[SparseGptConfig]):
     needs: ClassVar[type[Statistic]] = Hessian
     baseline = "magnitude"
     Config: ClassVar[type[MethodConfig]] = SparseGptConfig
-
-    @property
-    def statistic(self) -> type[Statistic]:
-        """The Hessian, of tokens that weigh alike or not."""
-        return self.config.statistic
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be pruned so, or None."""

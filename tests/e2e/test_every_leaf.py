@@ -190,7 +190,6 @@ TRIALS = {
     "stages.prune.ratios.spread": Trial(0.2, SHARED["owl"]),
     "stages.prune.method.sparsegpt.bits": Trial(3, SPARSE_W4),
     "stages.prune.method.sparsegpt.group_size": Trial(16, SPARSE_W4),
-    "stages.prune.method.sparsegpt.weighting": Trial("gradient", PRUNED["sparsegpt"]),
     "stages.prune.method.sparsegpt.symmetric": Trial(False, SPARSE_W4),
     **{
         f"stages.factorize.method.{name}.{key}": Trial(value, context)

@@ -19,7 +19,7 @@ from llmshrink.engine.gather import gather
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.slopes import Slopes
 from llmshrink.engine.workspace import WORK
-from llmshrink.errors import InterruptedRun, PlanError
+from llmshrink.errors import InterruptedRun, PlanError, RecipeError
 from llmshrink.model.anatomy import Group
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -188,6 +188,11 @@ def test_weighed_otherwise_it_is_another_result(
             assert all(layer.objective is not None for layer in done.layers if layer.method)
             results.append(content(out))
         assert results[0] != results[1]
+
+
+def test_inputs_of_the_original_are_not_weighed(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="`propagate` goes with weighting hessian"):
+        wanted(smallest, tmp_path / "out", text_file, name="gptq", propagate=0.5)
 
 
 def test_models_without_logits_are_refused(models_folder: Models, text_file: Path, tmp_path: Path) -> None:

@@ -201,7 +201,10 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     shards = sum(work.shard_bytes.values()) if work.apart else 0
     states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
     states += sum(t.nbytes for stack in work.stacks for t in work.packed(stack[0]).values())  # no less than the factor
-    states += sum(rows * work.length * FLOAT * len(weighed(work, block)) for block in work.model.anatomy.blocks)
+    if work.needs_slopes:  # what lay between blocks is gone when tokens have been weighed
+        there_and_back = _weighing(work, work.economy, rows * work.length) if work.economy.on_disk else 0
+        counts = sum(len(weighed(work, block)) for block in work.model.anatomy.blocks)
+        states = max(states, there_and_back) + rows * work.length * FLOAT * counts
     if work.tune is None:
         return shards + states
     between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
@@ -292,16 +295,23 @@ def _sharing(work: Work, economy: Economy, tokens: int) -> int:
 def _sloping(work: Work, economy: Economy, tokens: int) -> int:
     """A pass of gradients through a second model: states between its blocks, and a block with its graph or logits."""
     model, batch = work.model, _batch(work, economy, tokens)
-    blocks = model.anatomy.blocks
-    part = min(tokens, together(tokens, len(blocks)) + batch)
-    states = (2 if economy.on_disk else len(blocks) + 3) * part * model.hidden * FLOAT
-    lanes = lanes_of(model.device)
+    blocks, lanes = model.anatomy.blocks, lanes_of(model.device)
+    states = _weighing(work, economy, tokens)
+    if economy.on_disk:
+        states = 2 * states // (len(blocks) + 3)  # gradients
     block = max(
         _weights(model, b) + lanes * _learning(model, b, batch) + _forward(model, b, batch) // lanes for b in blocks
     )
     head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
     logits = DRAWN * min(economy.logits, batch * model.width * FLOAT) + head
     return TWIN + states + max(block, logits)
+
+
+def _weighing(work: Work, economy: Economy, tokens: int) -> int:
+    """The states of the rows that go there and back together: those between blocks, and some more."""
+    depth = len(work.model.anatomy.blocks)
+    part = min(tokens, together(tokens, depth) + _batch(work, economy, tokens))
+    return (depth + 3) * part * work.model.hidden * FLOAT
 
 
 def _repairing(work: Work, block: Block, batch: int) -> int:

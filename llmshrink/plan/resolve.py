@@ -17,7 +17,7 @@ from llmshrink.forms import Codebook, CodeKind, Event, LowRank, Scheme, Sparse, 
 from llmshrink.methods import by_weights, load_method
 from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.inputs import Inputs
-from llmshrink.model.anatomy import Group, Matrix, Site
+from llmshrink.model.anatomy import Matrix, Site
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import lay_out, refuse
 from llmshrink.plan.mix import mix_of, mix_specs, says_types
@@ -123,37 +123,26 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         raise PlanError(f"{message}.", hint="Leave out `transform`, or method.blocks.")
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)
-    _check_slopes(stage, work)
+    _check_slopes(work)
     return work
 
 
-def _check_slopes(stage: MatrixStage, work: Work) -> None:
+def _check_slopes(work: Work) -> None:
     """What weighing by gradients cannot do.
 
     Raises:
-        PlanError: the model gives out no logits, or nothing is weighed.
+        PlanError: the model gives out no logits.
     """
-    asked = [m.name for m, method in work.methods.items() if method.statistic is Fisher]
+    model, asked = work.model, {m for m, method in work.methods.items() if method.statistic is Fisher}
     if not asked:
         return
-    if work.model.task.gives != "logits" or not work.model.distribution:
-        raise PlanError(
-            f"{asked[0]}: gradients need a model that gives out logits of tokens, and this one gives out "
-            f"{work.model.task.gives}.",
-            hint="Choose weighting: hessian.",
-        )
-    if plain := [group for part in work.parts for group in part.groups if _unweighed(work, group)]:
+    if model.task.gives != "logits" or not model.distribution:
+        message = f"gradients need a model that gives out logits of tokens, and this one gives out {model.task.gives}"
+        raise PlanError(f"{message}.", hint="Choose weighting: hessian (--set method.weighting=hessian).")
+    groups = [group for part in work.parts for group in part.groups if Fisher not in work.needs(group)]
+    if plain := [m.name for group in groups for m in group.matrices if m in asked]:
         message = "experts, the embedding and the head are weighed by their inputs alone, not by gradients"
-        work.events.append(Event("not_weighed", message, plain[0].matrices[0].name))
-    if stage.allocate is not None:
-        message = "candidates are measured with inputs that count alike; what is chosen is weighed by gradients"
-        work.events.append(Event("not_weighed", message))
-
-
-def _unweighed(work: Work, group: Group) -> bool:
-    return Fisher not in work.needs(group) and any(
-        work.methods[m].statistic is Fisher for m in group.matrices if m in work.methods
-    )
+        work.events.append(Event("not_weighed", message, plain[0]))
 
 
 def _tune(stage: MatrixStage, work: Work) -> TuneSpec | None:

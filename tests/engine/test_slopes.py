@@ -218,6 +218,18 @@ def test_experts_and_ends_are_told(models_folder: Models, text_file: Path, tmp_p
     assert [event.layer for event in work.events if event.kind == "not_weighed"] == ["lm_head"]
 
 
+def test_costs_are_measured_before_it_and_that_is_told(
+    smallest: Path, text_file: Path, tmp_path: Path, without_reader: None
+) -> None:
+    allocate = {"bpw": 14, "candidates": [{"bits": 2}, {"bits": 6}], "rows": 2, "length": 16}
+    method = {"name": "kmeans", "weighting": "gradient", "rows": -1}
+    stage = {"allocate": allocate, "format": {"name": "codebook"}}
+    report = run.execute(recipe(smallest, tmp_path / "out", text_file, method, stage=stage), progress=Silent())
+    assert report.stages[0].allocation is not None and report.stages[0].seconds["look ahead"] > 0
+    told = [event.message for event in report.events if event.kind == "measured_before"]
+    assert told == ["costs were measured before tokens were weighed by gradients"]
+
+
 def test_rows_go_in_parts_that_keep_no_more_than_all_once() -> None:
     tokens = 1 << 24
     assert all((depth + 1) * slopes.together(tokens, depth) <= tokens for depth in (1, 8, 80))

@@ -121,6 +121,21 @@ def test_a_token_counts_in_the_hessian_as_often_as_it_weighs(models_folder: Mode
     torch.testing.assert_close(weighed(weights).double(), (x.T * weights) @ x / len(x), rtol=1e-4, atol=1e-6)
 
 
+def test_what_tokens_count_is_put_together_in_their_order(
+    smallest: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, *_ = plan_of(wanted(smallest, tmp_path / "out", text_file), StreamedModel(open_source(str(smallest)), CPU))
+    parts = [[torch.randint(3, 100, (2, 8))], [torch.randint(3, 100, (1, 5))]]
+    squares = torch.rand(21)
+    each = iter(squares.split([16, 5]))
+    monkeypatch.setattr(Slopes, "run", lambda *_: dict.fromkeys(("0.0", "0.1", "0.2", "0.3"), next(each)))
+    slopes.make_slopes(work, parts, 0, folder=tmp_path, progress=Silent())
+    found = slopes.slopes_of(work, work.model.anatomy.blocks[0], tmp_path)
+    assert len(found) == 4
+    for weights in found.values():
+        torch.testing.assert_close(weights, squares / squares.mean())
+
+
 # --- runs
 
 

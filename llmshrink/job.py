@@ -28,6 +28,7 @@ from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
+from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
@@ -295,8 +296,14 @@ class Job:
         begun = next((entry["batches"] for entry in done if "batches" in entry), None)
         if rows is not None and begun is not None:
             batches = rows.grouped(begun)  # a run goes on as it began
+        clock = time.perf_counter()
         if work.stacks:
             make_bases(work, batches, folder=workspace.work, progress=self.progress)
+        if work.needs_slopes and rows is not None:
+            most = together(sum(map(len, rows.tokens)), len(work.model.anatomy.blocks))
+            parts = [part.batches(economy.batch_tokens) for part in rows.parted(most)]
+            make_slopes(work, parts, self.recipe.calibration.seed, folder=workspace.work, progress=self.progress)
+        before = time.perf_counter() - clock
         folder, originals = workspace.work if economy.on_disk else None, work.needs_originals
         embed = partial(
             Hidden,
@@ -321,7 +328,10 @@ class Job:
             seed=seed,
             progress=self.progress,
         )
-        return compressor.run(done)
+        result, ends = compressor.run(done)
+        if work.stacks or work.needs_slopes:
+            result.seconds = {"look ahead": before, **result.seconds}
+        return result, ends
 
     def _verify(
         self,

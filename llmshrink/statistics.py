@@ -225,6 +225,10 @@ class Hessian:
         return 4 * width * width
 
 
+class Fisher(Hessian):
+    """The same, its tokens weighed by what errors cost there: `update` gets inputs times the root of that."""
+
+
 class Cross(Hessian):
     """A Hessian, and how far the inputs are from those of the original model: `shift` [in, in], float32.
 

@@ -68,6 +68,16 @@ class Rows:
                 found.append([row])
         return [torch.stack(rows) for rows in found]
 
+    def parted(self, tokens: int) -> list[Rows]:
+        """Stretches of the rows with at most so many tokens (at least one row), in order."""
+        found: list[list[Tensor]] = []
+        for row in self.tokens:
+            if found and sum(map(len, found[-1])) + len(row) <= tokens:
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return [replace(self, tokens=tuple(part)) for part in found]
+
     def grouped(self, counts: list[int]) -> list[Tensor]:
         """Rows stacked into batches of these numbers of rows, in order."""
         left = iter(self.tokens)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
+from llmshrink.engine.slopes import together, weighed
 from llmshrink.engine.tune import HELD
 from llmshrink.memory import TRIM, free_memory
 from llmshrink.methods import basis
@@ -32,6 +33,7 @@ LEARNING = 9  # copies of what is learned: latents, their gradients and averages
 LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, their gradients, one that is being made
 TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
 SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
+DRAWN = 4  # stretches of logits: as they are, as chances and as sums of these, and one that is being made
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
@@ -102,8 +104,9 @@ def planned_memory(work: Work, economy: Economy, *, rows: int, subset: bool) -> 
     # While it is tuned, the states of the compressed model are gone.
     tuned = states // 2 + _tuning(work, economy, tokens) if work.tune is not None else 0
     shared = states + _sharing(work, economy, tokens) if work.stacks else 0
+    sloping = _sloping(work, economy, tokens) if work.needs_slopes else 0  # no other states are there yet
     verified = work.opened_bytes + min(HEAD_ROWS, work.model.width) * work.model.hidden * FLOAT if work.pack else 0
-    return FIXED + max(twin + max(compressed, tuned), shared, verified)
+    return FIXED + max(twin + max(compressed, tuned), shared, sloping, verified)
 
 
 def planned_measuring(choices: Choices, economy: Economy, *, rows: int) -> int:
@@ -198,6 +201,10 @@ def compress_scratch(work: Work, recipe: Recipe) -> int:
     shards = sum(work.shard_bytes.values()) if work.apart else 0
     states = (2 + work.economy.on_disk) * _streams(work) * rows * work.length * work.model.hidden * FLOAT
     states += sum(t.nbytes for stack in work.stacks for t in work.packed(stack[0]).values())  # no less than the factor
+    if work.needs_slopes:  # what lay between blocks is gone when tokens have been weighed
+        there_and_back = _weighing(work, work.economy, rows * work.length) if work.economy.on_disk else 0
+        counts = sum(len(weighed(work, block)) for block in work.model.anatomy.blocks)
+        states = max(states, there_and_back) + rows * work.length * FLOAT * counts
     if work.tune is None:
         return shards + states
     between = _between(work, work.economy, rows * work.length) if work.economy.on_disk else 0
@@ -285,6 +292,28 @@ def _sharing(work: Work, economy: Economy, tokens: int) -> int:
     return TWIN + loaded + kept + max(factors, largest)
 
 
+def _sloping(work: Work, economy: Economy, tokens: int) -> int:
+    """A pass of gradients through a second model: states between its blocks, and a block with its graph or logits."""
+    model, batch = work.model, _batch(work, economy, tokens)
+    blocks, lanes = model.anatomy.blocks, lanes_of(model.device)
+    states = _weighing(work, economy, tokens)
+    if economy.on_disk:
+        states = 2 * states // (len(blocks) + 3)  # gradients
+    block = max(
+        _weights(model, b) + lanes * _learning(model, b, batch) + _forward(model, b, batch) // lanes for b in blocks
+    )
+    head = min(HEAD_ROWS, model.width) * model.hidden * FLOAT
+    logits = DRAWN * min(economy.logits, batch * model.width * FLOAT) + head
+    return TWIN + states + max(block, logits)
+
+
+def _weighing(work: Work, economy: Economy, tokens: int) -> int:
+    """The states of the rows that go there and back together: those between blocks, and some more."""
+    depth = len(work.model.anatomy.blocks)
+    part = min(tokens, together(tokens, depth) + _batch(work, economy, tokens))
+    return (depth + 3) * part * work.model.hidden * FLOAT
+
+
 def _repairing(work: Work, block: Block, batch: int) -> int:
     """The original's block beside the smaller one, and the sums of what is fitted, solved in float64."""
     if work.repair is None or work.original is None:
@@ -370,7 +399,7 @@ def _factors(work: Work, group: Group) -> int:
     size, kinds = Hessian.bytes(group.width), work.needs(group)
     if Cross in kinds:
         return int(max(PANELS / FLOAT, SOLVING) * size) + size  # the factors are kept
-    return int(PANELS * size / FLOAT) if Hessian in kinds else 0
+    return int(PANELS * size / FLOAT) if any(issubclass(kind, Hessian) for kind in kinds) else 0
 
 
 def _weights(model: StreamedModel, block: Block) -> int:

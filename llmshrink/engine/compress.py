@@ -24,6 +24,7 @@ from llmshrink.engine.hidden import Hidden, save_states
 from llmshrink.engine.reconstruct import reconstruct
 from llmshrink.engine.repair import repair, repair_head
 from llmshrink.engine.shards import Shards
+from llmshrink.engine.slopes import slopes_of
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.tuning import Tuning
 from llmshrink.engine.workspace import Workspace
@@ -399,7 +400,8 @@ class Compressor:
         for attempt in itertools.count():
             try:
                 self._model.load_block(block.index, decoded)
-                return gather(self._model, block, groups, kinds, self._hidden)
+                slopes = slopes_of(self._work, block, self._workspace.work)
+                return gather(self._model, block, groups, kinds, self._hidden, slopes)
             except (MemoryError, RuntimeError) as error:
                 if not memory_error(error) or (attempt and not self._hidden.most_tokens()):
                     raise

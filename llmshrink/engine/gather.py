@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import zip_longest
 
@@ -15,7 +16,7 @@ from llmshrink.errors import LlmshrinkError
 from llmshrink.memory import trim
 from llmshrink.model.anatomy import Block, Group, Site, watch
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.statistics import Cross, Gathered, Hessian, Statistic
+from llmshrink.statistics import Cross, Fisher, Gathered, Hessian, Statistic
 
 # Of the mean square of the head's inputs: what 0.1 to 1 of it give differs little with 4 bits and more, and with fewer
 # they differ from text to text (LOG).
@@ -42,11 +43,13 @@ def gather(
     groups: list[Group],
     kinds: dict[Group, tuple[type[Statistic], ...]],
     hidden: Hidden,
+    slopes: Mapping[Group, Tensor] | None = None,
 ) -> dict[Group, Gathered]:
     """Run all batches through the loaded block and gather the statistics of each group, before inputs are rounded.
 
     Linears that the plan found to share an input must be handed the very same tensor here too; anything else would mean
-    that one is compressed for the inputs of another, and is an error.
+    that one is compressed for the inputs of another, and is an error. Of groups in `slopes` [tokens of all rows] a
+    `Fisher` weighs tokens by these.
     """
     statistics: dict[Group, Gathered] = {
         group: {kind: kind(group.width, model.device) for kind in kinds[group]} for group in groups
@@ -56,6 +59,8 @@ def gather(
     crossed = {group for group in groups if any(issubclass(kind, Cross) for kind in kinds[group])}
     paired = crossed if hidden.originals else set()  # without them these are the original's
     batch, turns = _Batch(), Turns(len(hidden.batches))
+    sizes = [tokens.numel() for tokens in hidden.batches]
+    weights = {group: torch.split(each, sizes) for group, each in (slopes or {}).items()}
 
     def observe(site: Site, x: Tensor) -> None:
         group, seen = owner.get(site), batch.seen
@@ -69,7 +74,8 @@ def gather(
                     batch.originals[group] = rows.to(torch.float32, copy=True)
             else:
                 with turns.turn(batch.number, group):
-                    _update(statistics[group], rows.float(), batch.originals.pop(group, None))
+                    weight = weights[group][batch.number] if group in weights else None
+                    _update(statistics[group], rows.float(), batch.originals.pop(group, None), weight)
         elif seen[group].data_ptr() != x.data_ptr() or seen[group]._version != x._version:
             raise LlmshrinkError(f"{site.module}: its input is not the tensor that {group.sites[0].module} gets.")
         if site == group.sites[-1]:
@@ -93,9 +99,12 @@ def gather(
     return statistics
 
 
-def _update(statistics: Gathered, x: Tensor, original: Tensor | None) -> None:
-    """Add a batch of inputs [tokens, in], and of the original's where they are known."""
+def _update(statistics: Gathered, x: Tensor, original: Tensor | None, weight: Tensor | None = None) -> None:
+    """Add a batch of inputs [tokens, in], of the original's where they are known, and what each token counts."""
     for statistic in statistics.values():
+        if isinstance(statistic, Fisher) and weight is not None:
+            statistic.update(x * weight.to(x.device).sqrt().view(-1, 1))
+            continue
         if isinstance(statistic, Cross) and original is not None:
             statistic.pair(x, original)
         else:

@@ -13,6 +13,9 @@ squares are W + W S (H + damp)^-1, with S the mean of (y - x) x^T, and GPTQ goes
 GPTAQ (Li et al. 2025, arXiv 2504.02692); going a part of the way only is taken from QEP (Arai and Ichikawa 2025,
 arXiv 2504.09629).
 
+With `weighting: gradient`, tokens weigh in H by what an error of the outputs costs there (GuidedQuant, Kim et al. 2025,
+arXiv 2505.07004, with one group of outputs; `engine/slopes.py`).
+
 Weights of a matrix that was pruned are zero, and stay so: their columns are rounded to zero like any other code.
 """
 
@@ -21,10 +24,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmshrink.forms import Event, Layer, Objective
@@ -32,7 +35,7 @@ from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.grid import BlockConfig, Grid, choose_grid, round_to
 from llmshrink.methods.hessian import DOUBLE_WIDTH, DampConfig, Factors, factorised, in_halves, output_error
 from llmshrink.methods.sparsity import kept_before
-from llmshrink.statistics import Cross, Hessian, Statistic
+from llmshrink.statistics import Cross, Fisher, Hessian, Statistic
 
 CONTIGUOUS = torch.contiguous_format
 FALLBACK = ("rtn_fallback", "rounded to nearest")
@@ -50,6 +53,18 @@ class GptqConfig(BlockConfig, DampConfig):
         description="what share of the error of the compressed blocks before it a layer makes up for; above 0 the "
         "original's states are computed beside",
     )
+
+    weighting: Literal["hessian", "gradient"] = Field(
+        "hessian",
+        description="what an error counts: hessian: by what it changes in the layer's outputs; gradient: the same, its "
+        "tokens weighed by squared gradients, found in a pass of its own",
+    )
+
+    @model_validator(mode="after")
+    def _check_weighting(self) -> Self:
+        if self.weighting == "gradient" and self.propagate:
+            raise ValueError("`propagate` goes with weighting hessian: the original's inputs are not weighed")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +85,10 @@ class Gptq(Method[GptqConfig]):
 
     @property
     def statistic(self) -> type[Statistic]:
-        """The Hessian; with the original's inputs beside it where their difference is made up for."""
-        return Cross if self.config.propagate else Hessian
+        """The Hessian, its tokens weighed or not; with the original's inputs where their difference is made up for."""
+        if self.config.propagate:
+            return Cross
+        return Fisher if self.config.weighting == "gradient" else Hessian
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be compressed, or None."""

@@ -3,8 +3,9 @@
 A table belongs to a stretch of rows, which are counted in scales of their own; its entries are values, or vectors of
 adjacent inputs. It is the best one for these weights (`clusters.py`, `vectors.py`), each error counted by how much an
 error of its input costs: SqueezeLLM (Kim et al. 2024, arXiv 2306.07629, section 4.1) weighs by squared gradients, here
-it is the Hessian of the layer's outputs. With `feedback` columns make up for the codes of others, and `refine` moves
-tables, scales and codes to where the outputs of the layer are nearest to the original's (`codes.py`).
+it is the Hessian of the layer's outputs, in which tokens may weigh by their squared gradients (`weighting: gradient`,
+`engine/slopes.py`). With `feedback` columns make up for the codes of others, and `refine` moves tables, scales and
+codes to where the outputs of the layer are nearest to the original's (`codes.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmshrink.methods import clusters, vectors
 from llmshrink.methods.base import Method, Prepared, Task
 from llmshrink.methods.codes import STORED, Codes, beside, moved, nearest, refitted, rescaled, swept
 from llmshrink.methods.hessian import DampConfig, Factors, factorised, output_error
-from llmshrink.statistics import Hessian, NoStatistic, Statistic
+from llmshrink.statistics import Fisher, Hessian, NoStatistic, Statistic
 
 FALLBACK = ("kmeans_fallback", "clustered by the weights alone")
 OVERHEAD = {1: 0.25, 2: 0.25, 3: 0.2}  # bits a weight that tables may take where rows have no scales
@@ -67,9 +68,10 @@ class KmeansConfig(DampConfig):
         le=0.05,
         description="share of the weights, the largest of their rows, that have a number beside their code: 32 bits",
     )
-    weighting: Literal["hessian", "none"] = Field(
+    weighting: Literal["hessian", "gradient", "none"] = Field(
         "hessian",
-        description="what an error counts: by the Hessian of the layer's outputs; or all alike: no text, no feedback",
+        description="what an error counts: hessian: by what it changes in the layer's outputs; gradient: the same, its "
+        "tokens weighed by squared gradients, found in a pass of its own; none: all alike, no text, no feedback",
     )
     feedback: bool = Field(True, description="columns to come make up for the error of those that have their codes")
     refine: int = Field(3, ge=0, description="passes over all tables, scales and codes after that")
@@ -123,7 +125,9 @@ class Kmeans(Method[KmeansConfig]):
     @property
     def statistic(self) -> type[Statistic]:
         """The Hessian, where errors are weighed."""
-        return NoStatistic if self.config.weighting == "none" else Hessian
+        if self.config.weighting == "none":
+            return NoStatistic
+        return Fisher if self.config.weighting == "gradient" else Hessian
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix [out, in] of this shape cannot be clustered so, or None."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -331,17 +331,27 @@ def _lookup(rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+class _Product(torch.autograd.Function):
+    """x W^T with rows of W that are read again on the way back: in float32 all of them may not fit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Callable[[], Tensor]) -> Tensor:
+        ctx.read = read
+        return nn.functional.linear(x, read())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] @ ctx.read(), None
+
+
 def _project(module: nn.Linear, rows: Callable[[Rows], Tensor]) -> Callable[[Tensor], Tensor]:
-    def part(x: Tensor, stretch: slice) -> Tensor:
-        return nn.functional.linear(x, rows(stretch).float())
+    def read(stretch: slice) -> Tensor:
+        return rows(stretch).float()
 
     def forward(x: Tensor) -> Tensor:
         stretches = (slice(start, start + HEAD_ROWS) for start in range(0, module.out_features, HEAD_ROWS))
-        if x.requires_grad:  # rows are read again on the way back: in float32 all of them may not fit
-            parts = [checkpoint(part, x, s, use_reentrant=False, preserve_rng_state=False) for s in stretches]
-        else:
-            parts = [part(x, s) for s in stretches]
-        out = torch.cat(parts, dim=-1)
+        product: Callable[[Tensor, Callable[[], Tensor]], Tensor] = _Product.apply
+        out = torch.cat([product(x, partial(read, stretch)) for stretch in stretches], dim=-1)
         return out if module.bias is None else out + module.bias
 
     return forward

@@ -244,8 +244,9 @@ class Choices:
     def events(self, work: Work) -> list[Event]:
         """What to tell of the size that was reached."""
         size, asked = self.size(work), self.limit
-        before = f"costs were measured before {work.transforms.words}" if work.transforms is not None else None
-        told = [] if before is None or self.decided is not None else [Event("measured_before", before)]
+        before = [] if work.transforms is None else [work.transforms.words]
+        before += ["tokens were weighed by gradients"] * work.needs_slopes
+        told = [Event("measured_before", f"costs were measured before {what}") for what in before]
         if self.decided is not None:
             message = f"the largest candidates fit into {asked:,} bytes with {size:,}: nothing was measured"
             return [Event("target_above", message)]

@@ -30,7 +30,7 @@ from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import MatrixStage, TargetStage
 from llmshrink.recipe.tune import TuneSpec
-from llmshrink.statistics import Cross
+from llmshrink.statistics import Cross, Fisher
 
 GROUP_SIZES = (128, 64, 32)  # what runtimes have kernels for, largest first
 # Shares of weights. Of those in the blocks: without the first there is little to gain; without the second it is told.
@@ -125,7 +125,26 @@ def resolve(recipe: Recipe, stage: MatrixStage, model: StreamedModel) -> Work:
         raise PlanError(f"{message}.", hint="Leave out `transform`, or method.blocks.")
     work.transforms, work.reconstruct = transforms, stage.reconstruct
     work.tune = _tune(stage, work)
+    _check_slopes(work)
     return work
+
+
+def _check_slopes(work: Work) -> None:
+    """What weighing by gradients cannot do.
+
+    Raises:
+        PlanError: the model gives out no logits.
+    """
+    model, asked = work.model, {m for m, method in work.methods.items() if method.statistic is Fisher}
+    if not asked:
+        return
+    if model.task.gives != "logits" or not model.distribution:
+        message = f"gradients need a model that gives out logits of tokens, and this one gives out {model.task.gives}"
+        raise PlanError(f"{message}.", hint="Choose weighting: hessian (--set method.weighting=hessian).")
+    groups = [group for part in work.parts for group in part.groups if Fisher not in work.needs(group)]
+    if plain := [m.name for group in groups for m in group.matrices if m in asked]:
+        message = "experts, the embedding and the head are weighed by their inputs alone, not by gradients"
+        work.events.append(Event("not_weighed", message, plain[0]))
 
 
 def _tune(stage: MatrixStage, work: Work) -> TuneSpec | None:

@@ -27,7 +27,7 @@ from llmshrink.plan.economy import Economy
 from llmshrink.plan.transform import Transforms
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.tune import TuneSpec
-from llmshrink.statistics import Cross, Hessian, NoStatistic, Range, Statistic
+from llmshrink.statistics import Cross, Fisher, Hessian, NoStatistic, Range, Statistic
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ class Work:
         """Whether a matrix is compressed by what its inputs are on calibration text."""
         return matrix in self.methods and self.methods[matrix].statistic.bytes(1) > 0
 
+    @cached_property
+    def needs_slopes(self) -> bool:
+        """Whether the inputs of any linear are weighed by gradients."""
+        return any(Fisher in self.needs(group) for part in self.parts for group in part.groups)
+
     @property
     def needs_originals(self) -> bool:
         """Whether the original's states are kept beside the compressed model's."""
@@ -192,10 +197,13 @@ class Work:
     def kind(self, group: Group, method: Method[Any]) -> type[Statistic]:
         """What a method is given of a group.
 
-        An expert of the original may get other tokens than that of the compressed model: they cannot be put in pairs.
+        An expert of the original may get other tokens than that of the compressed model: they cannot be put in pairs,
+        nor weighed by gradients of the original's. What is no linear of a block is not weighed either.
         """
         experts = group.sites[0].expert is not None
-        return Hessian if experts and method.statistic is Cross else method.statistic
+        outside = any(matrix.kind in ("embedding", "head") for matrix in group.matrices)
+        plain = (experts and method.statistic is Cross) or ((experts or outside) and method.statistic is Fisher)
+        return Hessian if plain else method.statistic
 
     def needs(self, group: Group) -> tuple[type[Statistic], ...]:
         """What is gathered of a group: tokens always, what its methods ask for, and the range of static inputs."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llmshrink.engine.backward import backward
+from llmshrink.engine.backward import backward, surprise
 from llmshrink.engine.hidden import Hidden
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
@@ -53,21 +53,11 @@ class Taylor:
 
     def _loss(self, tokens: Tensor, state: Tensor) -> tuple[float, Tensor]:
         """Cross entropy of the next tokens, summed, nats, and its gradient by the state; some positions at a time."""
-        gradient, total = torch.zeros_like(state), 0.0
-        stretch = max(1, self._logits // (len(tokens) * self._model.width * 4))
-        last = tokens.shape[1] - 1
-        for start in range(0, last, stretch):
-            part = slice(start, min(start + stretch, last))
-            leaf = state[:, part].to(self._model.device).detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self._model.output(tokens[:, part], leaf, {})
-                target = tokens[:, part.start + 1 : part.stop + 1].to(logits.device)
-                loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
-            assert leaf.grad is not None
-            gradient[:, part] = leaf.grad
-            total += float(loss.detach())
-        return total, gradient
+
+        def following(part: slice, _: Tensor) -> Tensor:
+            return tokens[:, part.start + 1 : part.stop + 1]
+
+        return surprise(self._model, tokens, state, tokens.shape[1] - 1, self._logits, following)
 
     # --- as `backward` wants it
 

@@ -121,6 +121,7 @@ TRIALS = {
     "stages.quantize.method.gptq.damp": Trial(0.5),
     "stages.quantize.method.gptq.refine": Trial(0),
     "stages.quantize.method.gptq.propagate": Trial(0.5),
+    "stages.quantize.method.gptq.weighting": Trial("gradient"),
     "stages.quantize.method.rtn.bits": Trial(3, RTN_32),
     "stages.quantize.method.rtn.group_size": Trial(16, RTN_32),
     "stages.quantize.method.rtn.symmetric": Trial(False, {**RTN_32, **DENSE}),

@@ -182,6 +182,16 @@ def factorize(
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
+def distill(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+) -> None:
+    """Train a smaller model towards what a larger one says, verify the result, and measure what it cost."""
+
+
+@app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,

@@ -386,7 +386,9 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
             data = load.override(data, key, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in ("quantize", "prune", "cluster", "factorize", "export") if name in tasks), "eval")
+    command = next(
+        (name for name in ("quantize", "prune", "cluster", "factorize", "distill", "export") if name in tasks), "eval"
+    )
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

@@ -27,12 +27,13 @@ from llmshrink.plan.schema import (
     RatiosPlan,
     TensorPlan,
 )
+from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work, main_method
 
 
 def describe(
     work: Work,
-    choices: Choices | Cuts | Ratios | None = None,
+    choices: Choices | Cuts | Ratios | Training | None = None,
     *,
     memory_bytes: int,
     evaluation_bytes: int,
@@ -72,7 +73,7 @@ def describe(
     return Plan(
         model=model.source.id,
         architecture=type(model.model).__name__,
-        method=method_name(first),
+        method="distill" if isinstance(choices, Training) else method_name(first),
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,

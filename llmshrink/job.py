@@ -323,7 +323,7 @@ class Job:
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
     def _calibration(self, work: Work, workspace: Workspace, training: Training | None) -> Rows:
-        """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, else new ones.
+        """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, or new.
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """

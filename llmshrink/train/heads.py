@@ -55,7 +55,7 @@ class Halves:
     def head(self, state: Tensor) -> Tensor:
         """Logits [rows, length, vocabulary] of what the body gave out; it must have been run."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
-        with _in_place_of(self._body, self._kind(last_hidden_state=state)):  # type: ignore[call-arg]
+        with _in_place_of(self._body, self._kind(last_hidden_state=state)):
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
 
@@ -65,7 +65,7 @@ def _in_place_of(body: nn.Module, out: ModelOutput) -> Iterator[None]:
     def forward(*_: Any, **__: Any) -> ModelOutput:
         return out
 
-    body.forward = forward  # type: ignore[method-assign]
+    body.forward = forward
     try:
         yield
     finally:

@@ -180,7 +180,7 @@ def _save(learner: PreTrainedModel, student: StreamedModel, folder: Path) -> dic
 
 
 @dataclass
-class _Journal(TrainerCallback):
+class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
     """Tells of steps, ends them where a limit is met, and vouches for the states that are saved."""
 
     workspace: Workspace

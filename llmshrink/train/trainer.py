@@ -18,7 +18,7 @@ from llmshrink.train.losses import mixed
 LOGITS = 64 << 20  # bytes of one model's logits at a time
 
 
-class Distiller(Trainer):
+class Distiller(Trainer):  # type: ignore[misc] # it has no types
     """Makes a student's distribution that of a teacher."""
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole step

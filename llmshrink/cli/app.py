@@ -187,6 +187,22 @@ def distill(
     ctx: typer.Context,
     model: opt.Model = None,
     recipe: opt.RecipeName = None,
+    teacher: opt.Teacher = None,
+    neurons: opt.Neurons = None,
+    heads: opt.Heads = None,
+    hidden: opt.HiddenWidth = None,
+    experts: opt.Experts = None,
+    layers: opt.Layers = None,
+    target_params: opt.TargetParams = None,
+    loss: opt.Loss = None,
+    temperature: opt.Temperature = None,
+    alpha: opt.Alpha = None,
+    data: opt.Data = None,
+    batch: opt.Batch = None,
+    rate: opt.Rate = None,
+    max_steps: opt.MaxSteps = None,
+    max_tokens: opt.MaxTokens = None,
+    max_minutes: opt.MaxMinutes = None,
 ) -> None:
     """Train a smaller model towards what a larger one says, verify the result, and measure what it cost."""
 

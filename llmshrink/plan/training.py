@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from llmshrink.errors import PlanError
@@ -98,7 +99,7 @@ class Training:
             None if train.max_tokens is None else -(-train.max_tokens // self.length),
         ]
         known = [limit for limit in limits if limit is not None]
-        return max(per_step, min(known)) if known else MANY
+        return math.ceil(max(per_step, min(known)) / (1 - train.hold)) if known else MANY
 
 
 MANY = 1 << 20  # rows, where no limit says how many are needed

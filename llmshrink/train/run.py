@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.workspace import Workspace
@@ -66,8 +74,9 @@ def train(
         args=_arguments(training, steps, workspace.work / STATES, device),
         train_dataset=[{"input_ids": row, "labels": row} for row in learned],
         eval_dataset=[{"input_ids": row, "labels": row} for row in seen],
-        callbacks=[journal],
+        callbacks=[journal, *([] if spec.patience is None else [EarlyStoppingCallback(spec.patience)])],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints where results belong
     start, newest = time.perf_counter(), _newest(workspace, done)
     progress.start("distill", steps, 0 if newest is None else newest["step"])
     before = _measured(trainer) if newest is None else newest["before"]
@@ -133,7 +142,10 @@ def _arguments(training: Training, steps: int, folder: Path, device: torch.devic
         max_grad_norm=spec.clip,
         eval_strategy="steps" if spec.evaluations else "no",
         eval_steps=every,
-        save_strategy="no",  # the journal says when
+        save_strategy="no" if spec.patience is None else "steps",  # else the journal alone says when
+        save_steps=every,
+        load_best_model_at_end=spec.patience is not None,
+        restore_callback_states_from_checkpoint=spec.patience is not None,
         save_total_limit=2,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,

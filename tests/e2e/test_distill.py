@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,61 @@ def test_a_stopped_run_gives_the_same_bytes(deep: Path, text_file: Path, tmp_pat
     assert content(out) == content(whole)
     curves = [report.stages[0].trained and report.stages[0].trained.curve for report in (first, again)]
     assert curves[0] == curves[1]
+
+
+def test_it_ends_when_its_time_is_up(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    report = run.execute(wanted(deep, tmp_path / "out", text_file, max_minutes=1e-6), progress=Silent())
+    assert report.stages[0].trained is not None and report.stages[0].trained.steps == 1
+
+
+def test_it_ends_where_nothing_is_gained(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = {"max_steps": 40, "evaluations": 20, "rate": 0.9, "schedule": "constant", "hold": "20%"}
+    found = {}
+    for patience in (2, None):
+        report = run.execute(
+            wanted(deep, tmp_path / str(patience), text_file, **steps, patience=patience), progress=Silent()
+        )
+        assert report.stages[0].trained is not None
+        found[patience] = report.stages[0].trained
+    early, late = found[2], found[None]
+    assert early.steps < late.steps == 40
+    held = [point.value for point in early.curve if point.kind == "held"]
+    assert early.kl_after == pytest.approx(min(held[1:-1]), rel=1e-3) and late.kl_after is not None
+    assert early.kl_after is not None and early.kl_after < late.kl_after
+
+
+class Killed(Silent):
+    """Ends as a kill does: nobody is told before."""
+
+    def __init__(self, note: str) -> None:
+        self._note = note
+
+    def advance(self, amount: int, note: str = "") -> None:
+        if note.startswith(self._note):
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_from_what_was_saved(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run.execute(wanted(deep, whole, text_file), progress=Silent())
+    seen: list[str] = []
+
+    class Noting(Silent):
+        def advance(self, amount: int, note: str = "") -> None:
+            seen.append(note)
+
+    for minutes, left in ((1e-6, ["step 5 of 6", "step 6 of 6"]), (60.0, [f"step {n} of 6" for n in range(1, 7)])):
+        with pytest.raises(KeyboardInterrupt):
+            run.execute(wanted(deep, out, text_file, save_minutes=minutes), progress=Killed("step 5"))
+        seen.clear()
+        run.execute(wanted(deep, out, text_file, save_minutes=minutes), progress=Noting())
+        assert [note for note in seen if note.startswith("step")] == left
+        assert weights(out) == weights(whole)
+        shutil.rmtree(out)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def test_what_cannot_be_learned_is_refused(deep: Path, text_file: Path, tmp_path: Path) -> None:

@@ -217,7 +217,8 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
             self._stopped = stopped
         if self.max_minutes is not None and now - self._begun >= 60 * self.max_minutes:
             control.should_training_stop = True
-        control.should_save = self._stopped is not None or now - self._saved >= 60 * self.save_minutes
+        if self._stopped is not None or now - self._saved >= 60 * self.save_minutes:
+            control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

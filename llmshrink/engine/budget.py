@@ -13,10 +13,11 @@ from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.engine.slopes import together, weighed
 from llmshrink.engine.tune import HELD
+from llmshrink.forms import Codebook, Sum
 from llmshrink.memory import TRIM, free_memory
 from llmshrink.methods import basis
 from llmshrink.methods.base import FLOAT, SWEEP
-from llmshrink.model.anatomy import Block, Group, Part
+from llmshrink.model.anatomy import Block, Group, Matrix, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
@@ -31,6 +32,7 @@ LIBRARIES = 320 << 20  # what Python and the imports hold before anything is don
 FIXED = (36 << 20) + TRIM  # the model's own classes, buffers of the libraries, the journal; holes in the heap
 TWIN = 32 << 20  # a second model of the same shape, of which one block at a time is in memory
 LEARNING = 9  # copies of what is learned: latents, their gradients and averages of these, weights and their gradients
+TABLED = 2  # more of what is learned as codes into tables: latents in units of a row's scale, codes of 64 bits
 LENT = 5  # float32 copies of a block that is tuned: codes in steps, weights, their gradients, one that is being made
 TUNED = 5  # copies of what is tuned: moves, their gradients and averages of these, what is written
 SAVED = 8  # of the same on disk: an older and a newer file of moves and averages, and what is written
@@ -289,12 +291,18 @@ def _block(work: Work, block: Block, economy: Economy, tokens: int, subset: bool
             kept -= size
     phases += [loaded + kept for kept in _transforming(work, block, economy)]
     if work.reconstruct is not None:
-        learned = sum(m.numel for m in block.matrices if m in work.methods)
-        phases.append(loaded + _learning(work.model, block, batch) + LEARNING * FLOAT * learned)
+        learned = [m for m in block.matrices if m in work.methods]
+        copies = sum(m.numel * (LEARNING + TABLED * _has_tables(work, m)) for m in learned)
+        phases.append(loaded + _learning(work.model, block, batch) + FLOAT * copies)
     if work.repair is not None:
         phases.append(loaded + _repairing(work, block, batch))
     decoded = max((m.numel for m in block.matrices), default=0) * FLOAT
     return packed + max([*phases, loaded + decoded])
+
+
+def _has_tables(work: Work, matrix: Matrix) -> bool:
+    form = work.form(matrix).weight
+    return any(isinstance(part, Codebook) for part in (form.parts if isinstance(form, Sum) else (form,)))
 
 
 def _sharing(work: Work, economy: Economy, tokens: int) -> int:

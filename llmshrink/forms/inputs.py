@@ -48,13 +48,18 @@ class InputScheme:
         return codes.mul_(scale)
 
 
+# By which bitsandbytes 0.50 multiplies integers on a CPU (`backends/default/ops.py`): 1 / 127^2 but for a lost zero. Of
+# what passes many layers so little decides which way numbers are rounded.
+UNIT = 6.200124e-05
+
+
 def _round_llm_int8(x: Tensor, threshold: float) -> Tensor:
     """LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, section 3.2), as bitsandbytes 0.50 does it on a CPU."""
     half = x.half()
     outlier = half.abs() >= threshold if threshold else torch.zeros_like(half, dtype=torch.bool)
     half = half.masked_fill(outlier, 0)
     largest = half.abs().amax(-1, keepdim=True).float()
-    rounded = (half * (127.0 / largest)).round_().nan_to_num_() * (largest / 127.0)
+    rounded = (half * (127.0 / largest)).round_().nan_to_num_() * (largest * (127.0 * UNIT))
     return torch.where(outlier.any(-2, keepdim=True), x, rounded.to(x.dtype))
 
 

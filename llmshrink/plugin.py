@@ -25,7 +25,7 @@ from llmshrink.formats.base import Slot
 from llmshrink.formats.own import METHOD, VERSION, OwnFormat, packed_bytes
 from llmshrink.forms import Form, applied, decode
 
-STRETCH = 1 << 19  # weights of a head that are decoded at a time; on a GPU so many more, as each stretch takes a start:
+STRETCH = 1 << 19  # weights that are decoded at a time; on a GPU so many more, as each stretch takes a start:
 WIDER = 32
 
 if TYPE_CHECKING:  # it is only being imported when this module is
@@ -71,10 +71,10 @@ class LlmshrinkQuantizer(HfQuantizer):  # type: ignore[misc] # the same
         why = fmt.cannot_read(config) if isinstance(fmt, OwnFormat) else "it is not known"
         if why or not isinstance(fmt, OwnFormat):
             raise ValueError(f"This llmshrink cannot read the format {config.get('format')!r}: {why}.")
-        head, made = model.get_output_embeddings(), dict[str, Packed]()
+        made = dict[str, Packed]()
         for name, entry in config["layers"].items():
             old = model.get_submodule(entry["module"])
-            kind = PackedEmbedding if isinstance(old, nn.Embedding) else PackedHead if old is head else Packed
+            kind = PackedEmbedding if isinstance(old, nn.Embedding) else Packed
             made[name] = kind(name, entry, fmt, config, old)
             model.set_submodule(entry["module"], made[name])
             _tie(model, entry["module"], made[name])
@@ -198,12 +198,12 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return applied(self.form(), x, self.bias)
+        return self.in_stretches(x, self.bias)
 
     def in_stretches(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., in] -> [..., out], a stretch of the outputs at a time."""
         out, width = self._slot.shape
-        if out * width <= STRETCH or self._format.factored(self._entry):
+        if out * width <= STRETCH or not self._format.reads_rows or self._format.factored(self._entry):
             return applied(self.form(), x, bias)
         whole = x.new_empty(*x.shape[:-1], out)
         step = max(1, STRETCH * (1 if x.device.type == "cpu" else WIDER) // width)
@@ -226,14 +226,6 @@ class Packed(nn.Module):
     def extra_repr(self) -> str:
         """What it is."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self._format.name}"
-
-
-class PackedHead(Packed):
-    """A linear with an output for each token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., tokens]."""
-        return self.in_stretches(x, self.bias)
 
 
 class PackedEmbedding(Packed):

@@ -48,6 +48,11 @@ class OwnFormat(Format):
         """The form of some rows of the matrix `key`, by their numbers (int64 [n]); others need not be decoded."""
         return Dense(decode(self.read(key, entry, get))[rows])
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rows are decoded without all others."""
+        return type(self).read_rows is not OwnFormat.read_rows
+
     def codes(self, key: str, entry: Entry) -> dict[str, int]:
         """The tensors of the matrix `key` that are flat codes, by their names, with the bits of a code."""
         return {}

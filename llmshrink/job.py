@@ -60,7 +60,6 @@ from llmshrink.report.schema import (
     Report,
     SensitivityReport,
     StageReport,
-    TrainReport,
 )
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
@@ -181,8 +180,8 @@ class Job:
                     work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
-                    work, plan, chosen["trained"] = self._train(choices, work, plan, rows, workspace, learned)
-                    chosen["method"] = {"name": "distill"}
+                    work, plan, found = self._train(choices, work, rows, workspace, learned)
+                    chosen |= {**found, "method": {"name": "distill"}}
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
@@ -255,14 +254,13 @@ class Job:
         self,
         training: Training,
         guessed: Work,
-        plan: Plan,
         rows: Rows | None,
         workspace: Workspace,
         done: list[dict[str, Any]],
-    ) -> tuple[Work, Plan, TrainReport]:
-        """Make the student, train it, and plan to write it."""
+    ) -> tuple[Work, Plan, dict[str, Any]]:
+        """Make the student, train it, and plan to write it; also what the report says of that."""
         assert rows is not None
-        student, events = self.model, list(guessed.events)
+        student, cut, events = self.model, None, list(guessed.events)
         if training.cuts is not None:
             folder = workspace.work / STUDENT
             if not folder.is_dir():
@@ -270,6 +268,7 @@ class Job:
                 made = Job(replace(self.facts, recipe=recipe), self.progress, cached=False).write(overwrite=True)
                 events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
             student = StreamedModel(open_source(str(folder)), self.facts.device)
+            cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
         trained, report = train(
             training,
             student,
@@ -282,7 +281,7 @@ class Job:
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events
-        return work, planned(self.recipe, self.model, work, training), report
+        return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""

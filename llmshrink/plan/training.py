@@ -10,6 +10,7 @@ from llmshrink.formats import load_format
 from llmshrink.methods.trained import Trained, TrainedConfig
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.words import check_same_tokens
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out, row_length
 from llmshrink.plan.work import Work
@@ -54,8 +55,10 @@ class Training:
                 hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
             )
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
+        if stage.teacher is not None:
+            check_same_tokens(model.source, self.teacher)
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
-        self.guess = self.work(model) if self.cuts is None else self._laid_out(self._cut_work().model)
+        self.guess = self.work(model if self.cuts is None else self._cut_work().model)
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None
@@ -73,9 +76,6 @@ class Training:
 
     def work(self, model: StreamedModel) -> Work:
         """The work of writing a student as it is."""
-        return self._laid_out(model)
-
-    def _laid_out(self, model: StreamedModel) -> Work:
         matrices = [m for block in model.anatomy.blocks for m in block.matrices]
         output = self._recipe.output or str(default_output(self.model.source.id, "distilled"))
         recipe = self._recipe.model_copy(update={"output": output})
@@ -90,16 +90,27 @@ class Training:
         return row_length(self.stage.train.length or LENGTH, self.model, [])
 
     @property
+    def per_step(self) -> int:
+        """Rows in a step of gradient, on one device."""
+        return self.stage.train.batch * self.stage.train.accumulate
+
+    @property
+    def limit(self) -> int | None:
+        """Steps of gradient that the recipe allows; None: as many as the rows give."""
+        train = self.stage.train
+        by_tokens = None if train.max_tokens is None else train.max_tokens // (self.per_step * self.length)
+        known = [limit for limit in (train.max_steps, by_tokens) if limit is not None]
+        return max(1, min(known)) if known else None
+
+    @property
     def rows(self) -> int:
         """How many rows can be needed: fewer are seen more often."""
-        train = self.stage.train
-        per_step = train.batch * train.accumulate
-        limits = [
-            None if train.max_steps is None else train.max_steps * per_step,
-            None if train.max_tokens is None else -(-train.max_tokens // self.length),
-        ]
-        known = [limit for limit in limits if limit is not None]
-        return math.ceil(max(per_step, min(known)) / (1 - train.hold)) if known else MANY
+        return MANY if self.limit is None else math.ceil(self.limit * self.per_step / (1 - self.stage.train.hold))
+
+    def steps(self, rows: int) -> int:
+        """Steps of gradient on so many rows."""
+        seen = math.ceil(self.stage.train.epochs * rows / self.per_step)
+        return self.limit or max(1, seen)
 
 
 MANY = 1 << 20  # rows, where no limit says how many are needed

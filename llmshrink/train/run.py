@@ -64,7 +64,7 @@ def train(
         return folder, TrainReport.model_validate(finished[-1]["trained"])
     spec, held = training.stage.train, _held(rows, training.stage.train.hold, training.stage.train.batch)
     learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
-    steps = _steps(training, len(learned))
+    steps = training.steps(len(learned))
     learner, teacher = _load(student.source, student), _load(training.teacher, student).requires_grad_(False)
     journal = _Journal(workspace, progress, steps, spec.save_minutes, spec.max_minutes, spec.batch * spec.accumulate)
     trainer = Distiller(
@@ -107,15 +107,6 @@ def _held(rows: Rows, share: float, batch: int) -> int:
     """How many rows are held back: whole batches, none of a few."""
     count = len(rows.tokens)
     return 0 if count < FEW or not share else min(count // 2, max(batch, round(share * count)))
-
-
-def _steps(training: Training, rows: int) -> int:
-    """Steps of gradient in all."""
-    spec = training.stage.train
-    per_step = spec.batch * spec.accumulate
-    limits = [spec.max_steps, None if spec.max_tokens is None else spec.max_tokens // (per_step * training.length)]
-    known = [limit for limit in limits if limit is not None]
-    return max(1, min(known)) if known else max(1, math.ceil(spec.epochs * rows / per_step))
 
 
 def _load(source: Source, like: StreamedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from helpers import Stopping, content, load, logits
 from tiny import build_model, config
 
 from llmshrink import run
-from llmshrink.errors import InterruptedRun, PlanError
+from llmshrink.errors import InterruptedRun, PlanError, UsageError
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
@@ -70,6 +71,21 @@ def test_a_stopped_run_gives_the_same_bytes(deep: Path, text_file: Path, tmp_pat
     assert curves[0] == curves[1]
 
 
+def test_another_model_teaches(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    student, out = tmp_path / "student", tmp_path / "out"
+    build_model(student, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=168))
+    data = {"data": [str(text_file)], "rows": 2, "length": 16}
+    made = wanted(student, out, text_file, {"teacher": str(deep), "student": None}, max_steps=30, rate=1e-2)
+    report = run.execute(
+        made.model_copy(update={"evaluation": made.evaluation.model_validate({**data, "speed": False})}),
+        progress=Silent(),
+    )
+    (stage,) = report.stages
+    assert stage.trained is not None and stage.trained.teacher == str(deep)
+    assert stage.trained.kl_after < stage.trained.kl_before and report.after is not None  # type: ignore[operator]
+    assert report.after.scores[0].kl is not None and report.model.id == str(student)
+
+
 def test_it_ends_when_its_time_is_up(deep: Path, text_file: Path, tmp_path: Path) -> None:
     report = run.execute(wanted(deep, tmp_path / "out", text_file, max_minutes=1e-6), progress=Silent())
     assert report.stages[0].trained is not None and report.stages[0].trained.steps == 1
@@ -125,5 +141,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_cannot_be_learned_is_refused(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(deep, tmp_path / "other")
+    said = json.loads((other / "tokenizer.json").read_text())
+    said["added_tokens"].append({**said["added_tokens"][0], "id": 160, "content": "<more>"})
+    (other / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(PlanError, match="reads other tokens than .*: one knows"):
+        run.make_plan(wanted(deep, tmp_path / "out", text_file, {"teacher": str(other)}))
+    with pytest.raises(UsageError, match="training has none"):
+        run.smoke(wanted(deep, tmp_path / "out", text_file), progress=Silent())
     with pytest.raises(PlanError, match="nothing to learn"):
         run.make_plan(wanted(deep, tmp_path / "out", text_file, {"student": None}))

@@ -45,6 +45,7 @@ from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
@@ -63,8 +64,11 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.train.run import STATES, TRAINED, train
 
-ROWS = "calibration.json"  # in the folder of work
+ROWS = "calibration.json"  # in the folder of work, as
+STUDENT = "student"  # what a student is before it has learned
+FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
 
 
 class Job:
@@ -158,11 +162,14 @@ class Job:
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             needed = work.needs_data or (choices is not None and choices.needs_data)
-            rows = self._calibration(work, workspace) if needed else None
+            training = choices if isinstance(choices, Training) else None
+            rows = self._calibration(work, workspace, training) if needed else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
-            done = workspace.begin(self.facts.identity(rows), resume=self.recipe.run.resume)
+            identity = self.facts.identity(rows)
+            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS)
+            learned, done = [e for e in done if "saved" in e], [e for e in done if "saved" not in e]
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:
@@ -172,6 +179,9 @@ class Job:
                 elif isinstance(choices, Ratios):
                     work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
+                elif isinstance(choices, Training):
+                    work, plan, found = self._train(choices, work, rows, workspace, learned)
+                    chosen |= {**found, "method": {"name": "distill"}}
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
@@ -185,7 +195,8 @@ class Job:
             checks = self._verify(work, written, result, files, probe, ends)
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
-            models = {"before": self.model, "after": written}
+            original = self._taught_by(choices) if isinstance(choices, Training) else self.model
+            models = {"before": original, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
             report = self.facts.report(
@@ -239,6 +250,45 @@ class Job:
         work.events += kept
         return work, plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
 
+    def _train(
+        self,
+        training: Training,
+        guessed: Work,
+        rows: Rows | None,
+        workspace: Workspace,
+        done: list[dict[str, Any]],
+    ) -> tuple[Work, Plan, dict[str, Any]]:
+        """Make the student, train it, and plan to write it; also what the report says of that."""
+        assert rows is not None
+        student, cut, events = self.model, None, list(guessed.events)
+        if training.cuts is not None:
+            folder = workspace.work / STUDENT
+            if not folder.is_dir():
+                recipe = training.student_recipe(folder)
+                made = Job(replace(self.facts, recipe=recipe), self.progress, cached=False).write(overwrite=True)
+                events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
+            student = StreamedModel(open_source(str(folder)), self.facts.device)
+            cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
+        trained, report = train(
+            training,
+            student,
+            rows,
+            workspace=workspace,
+            done=done,
+            device=self.facts.device,
+            progress=self.progress,
+        )
+        source = Source(self.model.source.id, trained, self.model.source.commit)
+        work = training.work(StreamedModel(source, self.facts.device))
+        work.events = events
+        return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
+
+    def _taught_by(self, training: Training) -> StreamedModel:
+        """The teacher, with which the student is compared."""
+        if training.stage.teacher is None:
+            return self.model
+        return StreamedModel(training.teacher, self.facts.device)
+
     def _cut(
         self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace
     ) -> tuple[Work, Plan, CutReport]:
@@ -271,12 +321,14 @@ class Job:
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
-    def _calibration(self, work: Work, workspace: Workspace) -> Rows:
-        """The rows that an unfinished run of this output began with, else new ones.
+    def _calibration(self, work: Work, workspace: Workspace, training: Training | None) -> Rows:
+        """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, or new.
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
+        if kept is None and training is not None:
+            return self.loader.training(training.stage.train, training.rows, training.length)
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]

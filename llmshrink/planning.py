@@ -16,8 +16,10 @@ from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.training import Training
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage, ExportStage, FactorizeStage, MatrixStage, PruneStage
 
@@ -30,13 +32,17 @@ def open_model(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-def writing_stage_of(recipe: Recipe) -> MatrixStage | CutStage | ExportStage | None:
+Writing = MatrixStage | CutStage | DistillStage | ExportStage
+Open = Choices | Cuts | Ratios | Training  # what a plan leaves to be found out
+
+
+def writing_stage_of(recipe: Recipe) -> Writing | None:
     """The stage of a recipe that writes a model; None: it only evaluates.
 
     Raises:
         PlanError: there are several.
     """
-    stages = [stage for stage in recipe.stages if isinstance(stage, MatrixStage | CutStage | ExportStage)]
+    stages = [stage for stage in recipe.stages if isinstance(stage, Writing)]
     if len(stages) > 1:
         raise PlanError(
             "A recipe can hold one stage that writes a model.",
@@ -45,7 +51,7 @@ def writing_stage_of(recipe: Recipe) -> MatrixStage | CutStage | ExportStage | N
     return stages[0] if stages else None
 
 
-def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices | Cuts | Ratios | None]:
+def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Open | None]:
     """What is done; where something is found out by measuring first, one way that may come out, and all of them.
 
     Raises:
@@ -55,10 +61,13 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
-    choices: Choices | Cuts | Ratios | None = None
+    choices: Open | None = None
     if isinstance(stage, CutStage):
         choices = Cuts(recipe, stage, model)
         work = choices.work(choices.first(choices.shapes[0]))
+    elif isinstance(stage, DistillStage):
+        choices = Training(recipe, stage, model)
+        work = choices.guess
     elif isinstance(stage, MatrixStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()
@@ -73,7 +82,7 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Choices |
     return work, planned(recipe, model, work, choices), choices
 
 
-def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Choices | Cuts | Ratios | None) -> Plan:
+def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Open | None) -> Plan:
     """The plan of a work, which is told its economy: how it keeps within the memory there is."""
     work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")

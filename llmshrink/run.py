@@ -21,6 +21,7 @@ from llmshrink.model.truncate import truncate
 from llmshrink.plan.schema import Plan
 from llmshrink.planning import open_model, plan_of, writing_stage_of
 from llmshrink.progress import Progress
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage
 from llmshrink.report.schema import Check, Report, SensitivityReport
@@ -73,6 +74,8 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     """Compress the first block that the recipe treats in a temporary folder, reload, verify: seconds, not hours."""
     if isinstance(writing_stage_of(recipe), CutStage):
         raise UsageError("--smoke tries a method on one block, and a cut has none: --plan says what is left.")
+    if isinstance(writing_stage_of(recipe), DistillStage):
+        raise UsageError("--smoke tries a method on one block, and training has none: try --max-steps 1.")
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
         source, _ = open_model(recipe)
         model = StreamedModel(source, torch.device("cpu"))

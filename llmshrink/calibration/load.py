@@ -14,6 +14,7 @@ from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
+from llmshrink.recipe.train import TrainSpec
 
 GENERAL_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # what `auto` means where there is a network
 AUTO_SELF_TOKENS = 16_384  # sampled for the evaluation that a recipe leaves to `auto`
@@ -45,6 +46,16 @@ class TextLoader:
         message = "calibrated on the model's own samples: no text was given and the Hub cannot be reached"
         self.events.append(Event("self_calibration", message))
         return self._rows("self", "train", None, spec.samples, length, spec.seed, spec.packed)
+
+    def training(self, spec: TrainSpec, count: int, length: int) -> Rows:
+        """Rows to learn from, as many as there are of `count`."""
+        calibration = CalibrationSpec(
+            data=spec.data, split=spec.split, column=spec.column, samples=count, length=length, seed=spec.seed
+        )
+        known = len(self.events)
+        rows = self.calibration(calibration, length)
+        self.events[known:] = [event for event in self.events[known:] if event.kind != "few_rows"]  # seen again
+        return rows
 
     def evaluation(self, spec: EvaluationSpec, length: int, calibration: Rows | None) -> list[Rows]:
         """Rows of each text to evaluate on."""

@@ -182,6 +182,32 @@ def factorize(
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
+def distill(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    teacher: opt.Teacher = None,
+    neurons: opt.Neurons = None,
+    heads: opt.Heads = None,
+    hidden: opt.HiddenWidth = None,
+    experts: opt.Experts = None,
+    layers: opt.Layers = None,
+    target_params: opt.TargetParams = None,
+    loss: opt.Loss = None,
+    temperature: opt.Temperature = None,
+    alpha: opt.Alpha = None,
+    data: opt.Data = None,
+    batch: opt.Batch = None,
+    rate: opt.Rate = None,
+    max_steps: opt.MaxSteps = None,
+    max_tokens: opt.MaxTokens = None,
+    max_minutes: opt.MaxMinutes = None,
+) -> None:
+    """Train a smaller model towards what a larger one says, verify the result, and measure what it cost."""
+
+
+@app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,

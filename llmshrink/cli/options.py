@@ -29,6 +29,16 @@ RECIPE_KEYS = {
     "experts": "cut.experts",
     "layers": "cut.layers",
     "target_params": "cut.params",
+    "teacher": "teacher",
+    "loss": "loss.name",
+    "temperature": "loss.temperature",
+    "alpha": "loss.alpha",
+    "data": "train.data",
+    "batch": "train.batch",
+    "rate": "train.rate",
+    "max_steps": "train.max_steps",
+    "max_tokens": "train.max_tokens",
+    "max_minutes": "train.max_minutes",
     "inputs": "inputs.type",
     "transform": "transform",
     "format": "format.name",
@@ -80,9 +90,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "factorize": {"reconstruct": {}},
     },
 }
+WRITING = ("quantize", "prune", "cluster", "factorize", "distill", "export")  # commands
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
 _PARTS = "Whole parts: smaller tensors that load everywhere"
+_LEARN = "Learning"
 
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
@@ -211,6 +223,30 @@ TargetParams = Annotated[
     str | None,
     typer.Option(help="Find what to cut for so many parameters.", metavar="N|80%", rich_help_panel=_PARTS),
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(help="Who teaches: Hub id or folder; without it MODEL, before it is cut.", rich_help_panel=_WHAT),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(help="What is made small.", metavar="kl|reverse-kl|jsd", rich_help_panel=_LEARN),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="Softens what teacher and student say: 2.", metavar="T", rich_help_panel=_LEARN)
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Weight of the teacher; the rest is the text's.", metavar="0..1", rich_help_panel=_LEARN),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text to learn from: auto, generator, self, a file, a Hub dataset.", rich_help_panel=_LEARN),
+]
+Batch = Annotated[int | None, typer.Option(help="Rows in a forward pass.", rich_help_panel=_LEARN)]
+Rate = Annotated[float | None, typer.Option(help="Of learning, at its highest.", rich_help_panel=_LEARN)]
+MaxSteps = Annotated[int | None, typer.Option(help="Steps of gradient at most.", rich_help_panel=_LEARN)]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens to learn from at most.", rich_help_panel=_LEARN)]
+MaxMinutes = Annotated[float | None, typer.Option(help="Minutes to learn at most.", rich_help_panel=_LEARN)]
 Inputs = Annotated[
     str | None,
     typer.Option(help="Round inputs to 8 bits too: int8 or fp8.", metavar="int8|fp8", rich_help_panel=_WHAT),
@@ -383,10 +419,11 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):
-            data = load.override(data, key, _plain(flag, value), task=task)
+            place = key.replace("cut.", "student.") if task == "distill" else key  # who learns is cut out of the model
+            data = load.override(data, place, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in ("quantize", "prune", "cluster", "factorize", "export") if name in tasks), "eval")
+    command = next((name for name in WRITING if name in tasks), "eval")
     if command != task:
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

@@ -23,6 +23,7 @@ from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.ratios import Ratios
+from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
 from llmshrink.statistics import Cross, Hessian, Norm
@@ -39,6 +40,7 @@ DRAWN = 4  # stretches of logits: as they are, as chances and as sums of these, 
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
+LOGIT_COPIES, LOGITS_AT_A_TIME = 8, 64 << 20  # while a loss is found, on the way there and back
 SHORT = 256  # tokens of a row on which candidates are compared
 WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -46,7 +48,9 @@ SOLVING = 3 * 2 + 1  # float32 matrices while targets are solved for: three in f
 PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float64, half the result in float32
 
 
-def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | None = None) -> tuple[Economy, int]:
+def compress_economy(
+    work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | Training | None = None
+) -> tuple[Economy, int]:
     """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
 
     Where layers' settings are chosen by measuring before it, that is done with the same economy.
@@ -57,11 +61,28 @@ def compress_economy(work: Work, recipe: Recipe, choices: Choices | Cuts | Ratio
         compressing = planned_memory(work, economy, rows=rows, subset=recipe.run.sequential == "subset")
         if isinstance(choices, Cuts):
             return max(compressing, planned_search(choices, work, economy, rows=rows))
+        if isinstance(choices, Training):
+            return max(compressing, planned_training(choices))
         if isinstance(choices, Ratios):
             return max(compressing, planned_ratios(choices, economy, rows=rows))
         return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))
 
     return _choose(needed, work.model, recipe.run, work.length, statistics_bytes(work))
+
+
+def planned_training(training: Training) -> int:
+    """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way."""
+    student, spec = training.guess.model, training.stage.train
+    weights = FLOAT * (4 * student.parameters + open_parameters(training))
+    tokens = spec.batch * training.length
+    blocks = student.anatomy.blocks
+    kept = sum(_learning(student, block, tokens) for block in blocks)
+    return FIXED + weights + kept + LOGIT_COPIES * LOGITS_AT_A_TIME
+
+
+def open_parameters(training: Training) -> int:
+    """Weights of the teacher."""
+    return sum(info.numel for info in training.teacher.checkpoint.infos.values())
 
 
 def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int, opened: int = 0) -> tuple[Economy, int]:

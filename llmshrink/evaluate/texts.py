@@ -85,15 +85,16 @@ def score_batch(
 ) -> None:
     """Add a batch to the scores, a stretch of positions at a time; the first model is the others' reference."""
     stretch = max(1, logits // (len(tokens) * models[0].vocabulary * 4))
+    shared = min(model.vocabulary for model in models)  # what one has more is padding: they read the same tokens
     for one in scores:
         one.begin(len(tokens))
     for start in range(0, tokens.shape[1] - 1, stretch):
         part = slice(start, min(start + stretch, tokens.shape[1] - 1))
         targets = tokens[:, part.start + 1 : part.stop + 1]
-        reference = models[0].output(tokens[:, part], ends[0][:, part])
+        reference = models[0].output(tokens[:, part], ends[0][:, part])[..., :shared]
         scores[0].add(reference, targets)
         for model, end, score in zip(models[1:], ends[1:], scores[1:], strict=True):
-            score.add(model.output(tokens[:, part], end[:, part]), targets, reference)
+            score.add(model.output(tokens[:, part], end[:, part])[..., :shared], targets, reference)
 
 
 @torch.no_grad()

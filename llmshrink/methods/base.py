@@ -18,7 +18,7 @@ from torch import Tensor
 from llmshrink.forms import Event, Layer
 from llmshrink.statistics import Statistic
 
-Task = Literal["quantize", "prune", "cluster", "factorize", "export"]
+Task = Literal["quantize", "prune", "cluster", "factorize", "distill", "export"]
 
 
 FLOAT = 4

@@ -26,13 +26,15 @@ from llmshrink.plan.schema import (
     PlanEvent,
     RatiosPlan,
     TensorPlan,
+    TrainPlan,
 )
+from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work, main_method
 
 
 def describe(
     work: Work,
-    choices: Choices | Cuts | Ratios | None = None,
+    choices: Choices | Cuts | Ratios | Training | None = None,
     *,
     memory_bytes: int,
     evaluation_bytes: int,
@@ -72,13 +74,14 @@ def describe(
     return Plan(
         model=model.source.id,
         architecture=type(model.model).__name__,
-        method=method_name(first),
+        method="distill" if isinstance(choices, Training) else method_name(first),
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,
         allocation=_allocation(choices) if isinstance(choices, Choices) else None,
         ratios=_ratios(choices) if isinstance(choices, Ratios) else None,
-        cut=_cut(work, choices) if isinstance(choices, Cuts) else None,
+        cut=_cut(work, choices) if isinstance(choices, Cuts) else _cut_before(choices),
+        training=_training(choices) if isinstance(choices, Training) else None,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         tuning_steps=0 if work.tune is None else work.tune.steps,
         blocks=blocks,
@@ -120,6 +123,17 @@ def _allocation(choices: Choices) -> AllocationPlan:
 
 def _ratios(ratios: Ratios) -> RatiosPlan:
     return RatiosPlan(name=ratios.spec.name, sparsity=ratios.sparsity, units=len(ratios.units))
+
+
+def _training(training: Training) -> TrainPlan:
+    return TrainPlan(teacher=training.teacher.id, steps=training.limit, tokens=training.per_step * training.length)
+
+
+def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:
+    """What is cut out of the model before it learns."""
+    if not isinstance(choices, Training) or choices.cuts is None:
+        return None
+    return _cut(choices.cuts.work(choices.cuts.first(choices.cuts.shapes[0])), choices.cuts)
 
 
 def _cut(work: Work, cuts: Cuts) -> CutPlan:

@@ -63,6 +63,14 @@ class CutPlan(_Part):
     parameters_before: int
 
 
+class TrainPlan(_Part):
+    """How a model learns from another one."""
+
+    teacher: str
+    steps: int | None  # of gradient; None: as many as the text gives, which is not read for a plan
+    tokens: int  # of a step
+
+
 class BlockPlan(_Part):
     """One decoder block."""
 
@@ -107,6 +115,7 @@ class Plan(_Part):
     transforms: str | None  # what is done to weights before they are compressed; None: nothing
     allocation: AllocationPlan | None  # None: every layer's settings are known
     cut: CutPlan | None = None  # None: no part is cut out
+    training: TrainPlan | None = None  # None: nothing learns from another model
     ratios: RatiosPlan | None = None  # None: each layer's sparsity is known
     learning_steps: int  # of gradient for each block after the method; 0: none
     tuning_steps: int  # of gradient through the whole model after that; 0: none

@@ -21,6 +21,7 @@ from llmshrink import patterns
 from llmshrink.methods import load_method
 from llmshrink.recipe.allocate import AllocateSpec
 from llmshrink.recipe.cut import CutSpec
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec
@@ -427,6 +428,7 @@ Stage = Annotated[
     | Annotated[CutStage, Tag("cut")]
     | Annotated[ClusterStage, Tag("cluster")]
     | Annotated[FactorizeStage, Tag("factorize")]
+    | Annotated[DistillStage, Tag("distill")]
     | Annotated[ExportStage, Tag("export")]
     | Annotated[EvalStage, Tag("eval")],
     Discriminator(_kind),

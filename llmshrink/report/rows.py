@@ -24,6 +24,7 @@ from llmshrink.report.schema import (
     Report,
     StageReport,
     TextScore,
+    TrainReport,
     TransformReport,
     TuneReport,
 )
@@ -223,9 +224,11 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.type is not None:
         what = f" with {stage.method['name']}"
     lines = [f"{stage.task}{what}, {stage.format}" + (f" {stage.type}" if stage.type else "")]
+    if stage.trained is not None:
+        lines = ["distill"]
     if stage.cut is not None:
         lines = _cut(stage.cut)
-    elif weights:
+    elif weights and stage.trained is None:
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
         if zeros := sum(layer.zeros or 0 for layer in done if stage.task == "prune"):
@@ -242,6 +245,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_learned(stage.blocks, fitted=stage.cut is not None))
     if stage.tuned is not None:
         lines.append(_tuned(stage.tuned))
+    if stage.trained is not None:
+        lines.append(_trained(stage.trained))
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -332,6 +337,15 @@ def _learned(blocks: list[BlockReport], *, fitted: bool) -> str:
     what, of = ("fitted", "what it was without") if fitted else ("learned", "the method's")
     gained = f"{count(len(blocks), 'block')} {what}: their error is {after / before if before else 1:.2f} of {of}"
     return gained + (f"; {left} got no better and stayed as they were" if left else "")
+
+
+def _trained(found: TrainReport) -> str:
+    """What a training gained."""
+    held = "no rows were held back"
+    if found.kl_before is not None and found.kl_after is not None:
+        held = f"KL to it on {found.tokens_held:,} tokens held back {found.kl_before:.4f} -> {found.kl_after:.4f}"
+    text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
+    return f"learned from {found.teacher}, {text}, {seconds(found.seconds)}: {held}"
 
 
 def _tuned(tuned: TuneReport) -> str:

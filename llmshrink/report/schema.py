@@ -193,6 +193,29 @@ class TuneReport(Record):
     tokens_held: int = Field(description="on which both were measured")
 
 
+class LossPoint(Record):
+    """One point of a training's course."""
+
+    step: int
+    kind: Literal["loss", "held"] = Field(description="loss: of the steps since the last point; held: KL on rows held")
+    value: float = Field(description="nats per token")
+
+
+class TrainReport(Record):
+    """What a training did."""
+
+    teacher: str
+    steps: int = Field(description="of gradient")
+    tokens: int = Field(description="that were learned from, seen again or not")
+    rows: int = Field(description="of different text")
+    parameters: int = Field(description="that were trained")
+    kl_before: float | None = Field(description="KL(teacher || student) on rows held back; None: none were")
+    kl_after: float | None = Field(description="the same afterwards")
+    tokens_held: int
+    curve: list[LossPoint]
+    seconds: float = Field(description="of this call: those of an interrupted run are not counted")
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -281,6 +304,7 @@ class StageReport(Record):
     cut: CutReport | None = Field(default=None, description="None: no part was cut out")
     ratios: RatiosReport | None = Field(default=None, description="None: no layer's share was found by measuring")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
+    trained: TrainReport | None = Field(default=None, description="None: it was not")
     packed: PackReport | None = Field(default=None, description="None: codes are not entropy-coded")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
@@ -353,6 +377,7 @@ __all__ = [
     "EventRecord",
     "GateReport",
     "LayerReport",
+    "LossPoint",
     "MemoryReport",
     "ModelInfo",
     "ModelMeasure",
@@ -365,6 +390,7 @@ __all__ = [
     "StageReport",
     "Support",
     "TextScore",
+    "TrainReport",
     "TransformReport",
     "TuneReport",
     "UnitReport",

@@ -79,6 +79,9 @@ def render_plan(plan: Plan) -> Group:
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
+    if plan.training is not None:
+        found = plan.training
+        lines.insert(1, f"then it learns from {found.teacher}: {found.steps:,} steps of {found.tokens:,} tokens")
     if plan.tuning_steps:
         lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
     if plan.learning_steps:

@@ -29,6 +29,7 @@ from llmshrink.evaluate import measure
 from llmshrink.evaluate.reader import Found, ReadResult
 from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.load import apply_overrides, validate
 from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
@@ -107,6 +108,20 @@ CLUSTERED = {"stages": [{"task": "cluster", "method": {"name": "kmeans", "bits":
 
 def cut(**what: Any) -> dict[str, Any]:
     return {"model.id": "{wide_model}", "stages": [{"task": "prune", "cut": what}], "calibration.samples": 12}
+
+
+DISTILLED: dict[str, Any] = {
+    "stages": [{"task": "distill", "student": {"layers": [0], "repair": False}}],
+    "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 12},
+}
+TAUGHT = {
+    "teacher": "{other_model}",
+    **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 1.0}.items()},
+    **{f"train.{k}": v for k, v in {"data": "{other_text}", "length": 12, "batch": 3, "accumulate": 2}.items()},
+    **{f"train.{k}": v for k, v in {"max_steps": 10, "max_tokens": 64, "rate": 0.1, "schedule": "constant"}.items()},
+    **{f"train.{k}": v for k, v in {"warmup": 0.9, "weight_decay": 0.5, "clip": 1e-3, "hold": "50%"}.items()},
+    **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1}.items()},
+}
 
 
 TRIALS = {
@@ -232,6 +247,11 @@ TRIALS = {
     "stages.prune.cut.rows": Trial(2, cut(params="80%", rows=1)),
     "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
+    **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
+    "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
+    "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
+    "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
+    "stages.distill.train.column": Trial("answer", {**DISTILLED, "stages.0.train.data": "{columns}"}),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),
@@ -268,6 +288,9 @@ ELSEWHERE = {
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
+    "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
+    "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
+    "stages.distill.train.save_minutes": "tests/e2e/test_distill.py::test_a_killed_run_goes_on_from_what_was_saved",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }
 
@@ -293,6 +316,8 @@ def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
             "method"
         }:
             continue  # the same as of quantize, and done by the same code
+        if model is DistillStage and name in ("student", "gate"):
+            continue  # the same as `cut` of prune, and the gates of others
         below = list(branches(info.annotation))
         for branch in below:
             task = branch.model_fields.get("task")
@@ -501,11 +526,11 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    task = command if command in ("prune", "cluster", "factorize", "export", "eval") else "quantize"
+    task = command if command in ("prune", "cluster", "factorize", "distill", "export", "eval") else "quantize"
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
-    value = {"revision": "main", "device": "cpu", "to": "dense"}.get(flag.name)
+    value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":
         base, given = [command, *base[2:]], [str(value)]

@@ -1,0 +1,37 @@
+"""Whether two models read a text as the same tokens: asked of their tokenizers, not of the widths of their tables."""
+
+from __future__ import annotations
+
+from llmshrink.errors import PlanError
+from llmshrink.model.source import Source
+
+# What tokenizers differ in: cases, accents, scripts without spaces, numbers, blanks, code, what no vocabulary has.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "I don't think it's 3.14159, or 2,718,281 -- is it?",
+    "Straße, naïve façade; Žluťoučký kůň",
+    "東京と北京 مرحبا Здравствуй 한국어",
+    "def f(x):\n\tif x > 0:\n        return x ** 2  # comment\n\n\n",
+    "  two  spaces,   three \u00a0 and\ttabs\r\n",
+    "\U0001f600\U0001f680 \u200d \ufeff <s> </s> <|endoftext|> <unk>",
+)
+
+
+def check_same_tokens(student: Source, teacher: Source) -> None:
+    """Refuse a teacher who reads other tokens than the student.
+
+    Raises:
+        PlanError: a probe is encoded otherwise, or one of them knows more tokens.
+    """
+    one, other = student.tokenizer, teacher.tokenizer
+    why = None
+    if len(one) != len(other):
+        why = f"one knows {len(one)} tokens, the other {len(other)}"
+    for text in PROBES:
+        if one(text)["input_ids"] != other(text)["input_ids"]:
+            why = f"{text!r} is encoded otherwise"
+    if why is not None:
+        raise PlanError(
+            f"{teacher.id} reads other tokens than {student.id}: {why}.",
+            hint="Chances are compared token by token: choose a teacher of the same family.",
+        )

@@ -1,0 +1,116 @@
+"""From a stage that trains to who learns, who teaches, and the work of writing what was learned."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from llmshrink.errors import PlanError
+from llmshrink.formats import load_format
+from llmshrink.methods.trained import Trained, TrainedConfig
+from llmshrink.model.source import Source, open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.words import check_same_tokens
+from llmshrink.plan.cut import Cuts
+from llmshrink.plan.layout import default_output, lay_out, row_length
+from llmshrink.plan.work import Work
+from llmshrink.recipe.distill import DistillStage
+from llmshrink.recipe.schema import EvaluationSpec, Recipe
+from llmshrink.recipe.stages import CutStage
+
+LENGTH = 512  # tokens in a row, where nobody says how many
+
+
+class Training:
+    """What a stage trains.
+
+    Attributes:
+        stage: What the recipe says.
+        model: That comes in.
+        teacher: Whom the student learns from.
+        cuts: What makes the student of the model; None: the model is it.
+        guess: The work of writing the student, whose sizes are known before it has learned anything.
+    """
+
+    needs_data = True
+
+    def __init__(self, recipe: Recipe, stage: DistillStage, model: StreamedModel) -> None:
+        """Find who learns from whom.
+
+        Raises:
+            PlanError: the model cannot be trained so, or its teacher cannot teach it.
+        """
+        self.stage, self.model, self._recipe = stage, model, recipe
+        if not model.task.causal:
+            raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
+        if model.weights.compressed or model.source.gguf:
+            raise PlanError(
+                f"{model.source.id} is stored as {model.weights.format.name}: codes cannot be trained.",
+                hint="`llmshrink export --to dense` writes it without codes; distill that, and quantize the result.",
+            )
+        if stage.teacher is None and stage.student is None:
+            raise PlanError(
+                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
+                "as large as it is.",
+                hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
+            )
+        self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
+        if stage.teacher is not None:
+            check_same_tokens(model.source, self.teacher)
+        self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
+        self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+
+    def _cut_work(self) -> Work:
+        assert self.cuts is not None
+        return self.cuts.work(self.cuts.first(self.cuts.shapes[0]))
+
+    def student_recipe(self, folder: Path) -> Recipe:
+        """The recipe that makes the student in a folder."""
+        assert self.stage.student is not None
+        changes = {
+            "stages": [CutStage(task="prune", cut=self.stage.student)],
+            "evaluation": EvaluationSpec(data=[], speed=False),
+            "output": str(folder),
+        }
+        return self._recipe.model_copy(update=changes)
+
+    def work(self, model: StreamedModel) -> Work:
+        """The work of writing a student as it is."""
+        matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+        output = self._recipe.output or str(default_output(self.model.source.id, "distilled"))
+        recipe = self._recipe.model_copy(update={"output": output})
+        methods = {matrix: Trained(TrainedConfig()) for matrix in matrices}
+        work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
+        work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
+        return work
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row to train on."""
+        return row_length(self.stage.train.length or LENGTH, self.model, [])
+
+    @property
+    def per_step(self) -> int:
+        """Rows in a step of gradient, on one device."""
+        return self.stage.train.batch * self.stage.train.accumulate
+
+    @property
+    def limit(self) -> int | None:
+        """Steps of gradient that the recipe allows; None: as many as the rows give."""
+        train = self.stage.train
+        by_tokens = None if train.max_tokens is None else train.max_tokens // (self.per_step * self.length)
+        known = [limit for limit in (train.max_steps, by_tokens) if limit is not None]
+        return max(1, min(known)) if known else None
+
+    @property
+    def rows(self) -> int:
+        """How many rows can be needed: fewer are seen more often."""
+        return MANY if self.limit is None else math.ceil(self.limit * self.per_step / (1 - self.stage.train.hold))
+
+    def steps(self, rows: int) -> int:
+        """Steps of gradient on so many rows."""
+        seen = math.ceil(self.stage.train.epochs * rows / self.per_step)
+        return self.limit or max(1, seen)
+
+
+MANY = 1 << 20  # rows, where no limit says how many are needed

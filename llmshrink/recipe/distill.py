@@ -1,0 +1,44 @@
+"""How a model learns from another one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmshrink.recipe.cut import CutSpec
+from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.section import Section
+from llmshrink.recipe.train import TrainSpec
+
+Divergence = Literal["kl", "reverse-kl", "jsd"]
+
+
+class LossSpec(Section):
+    """What is made small: how far the student's distribution is from the teacher's, and its surprise at the text."""
+
+    name: Divergence = Field(
+        "kl",
+        description="kl: from teacher to student, which keeps all that the teacher finds likely; reverse-kl: from "
+        "student to teacher, which drops what the student cannot say; jsd: between both, by `beta`",
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
+    temperature: float = Field(
+        2.0, gt=0, description="both distributions are softened by it; its square weighs the loss"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of that; the rest is cross entropy of the text")
+
+
+class DistillStage(Section):
+    """Train a smaller model towards what a larger one says."""
+
+    task: Literal["distill"] = Field(description="what this stage does")
+    teacher: str | None = Field(
+        None, min_length=1, description="Hub id or folder; null: the model itself, before `student` cuts it"
+    )
+    student: CutSpec | None = Field(
+        None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
+    )
+    loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
+    train: TrainSpec = Field(default_factory=TrainSpec, description="how")
+    gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")

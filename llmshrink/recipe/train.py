@@ -1,0 +1,40 @@
+"""How a model is trained: on what, how long, how fast, and what is kept on the way."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmshrink.recipe.section import Section
+from llmshrink.recipe.units import Share
+
+
+class TrainSpec(Section):
+    """Steps of gradient on text; whichever of the limits is met first ends them."""
+
+    data: str = Field("auto", min_length=1, description="text to train on, named as calibration.data; auto: as there")
+    split: str | None = Field(None, min_length=1, description="split of a Hub dataset; null: train")
+    column: str | None = Field(None, min_length=1, description="the column or key that holds the text; null: found")
+    length: int | None = Field(None, ge=2, description="tokens in a row; null: 512, or the model's positions if fewer")
+    batch: int = Field(4, ge=1, description="rows in a forward pass on each device")
+    accumulate: int = Field(1, ge=1, description="forward passes whose gradients make one step")
+    epochs: float = Field(1.0, gt=0, description="times that each row is seen, where no limit says otherwise")
+    max_steps: int | None = Field(None, ge=1, description="steps of gradient at most")
+    max_tokens: int | None = Field(None, ge=1, description="tokens at most, seen again or not; epochs follow from it")
+    max_minutes: float | None = Field(None, gt=0, description="minutes at most; the rate falls as if all were done")
+    rate: float = Field(1e-3, gt=0, lt=1, description="of learning, at its highest")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls to its end")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises to its highest")
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="norm that gradients are cut to")
+    hold: Share = Field(0.05, description="share of the rows that is not trained on and measures how it goes")
+    evaluations: int = Field(4, ge=0, description="times that the rows held back are measured on the way")
+    patience: int | None = Field(
+        None, ge=1, description="stop after as many of these in a row without a gain, and keep the best; null: go on"
+    )
+    save_minutes: float = Field(5.0, gt=0, description="minutes between two states that a killed run goes on from")
+    seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
+
+
+__all__ = ["TrainSpec"]

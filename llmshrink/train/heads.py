@@ -1,0 +1,72 @@
+"""A causal model in two parts, its body and its head, so that logits of all positions never are in memory at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+
+
+class Halves:
+    """The body and the head of one model.
+
+    Everything that a family does behind its blocks (a scale or a cap on logits, a bias) is its own code: the head runs
+    the model's whole forward pass, with what the body gave out in the body's place.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._body: nn.Module = model.get_decoder()
+        self._kind: type[ModelOutput] = BaseModelOutputWithPast  # of what the body returns
+        self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has logits for."""
+        size: int = self._model.config.get_text_config(decoder=True).vocab_size
+        return size
+
+    def body(self, call: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What enters the head [rows, length, hidden].
+
+        Args:
+            call: the model, or what wraps it (DDP, FSDP): it is called itself, so that gradients are exchanged.
+            inputs: of its forward pass.
+        """
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, out: Any) -> None:
+            seen.append(out[0])
+            self._kind = type(out)
+
+        handle = self._body.register_forward_hook(keep)
+        try:
+            call(**inputs, use_cache=False, **({"logits_to_keep": 1} if self._short else {}))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def head(self, state: Tensor) -> Tensor:
+        """Logits [rows, length, vocabulary] of what the body gave out; it must have been run."""
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+        with _in_place_of(self._body, self._kind(last_hidden_state=state)):
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+@contextmanager
+def _in_place_of(body: nn.Module, out: ModelOutput) -> Iterator[None]:
+    def forward(*_: Any, **__: Any) -> ModelOutput:
+        return out
+
+    body.forward = forward
+    try:
+        yield
+    finally:
+        del body.forward

@@ -1,0 +1,153 @@
+"""Distillation from end to end: a smaller model, taught by the larger one, that loads anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Stopping, content, load, logits
+from tiny import build_model, config
+
+from llmshrink import run
+from llmshrink.errors import InterruptedRun, PlanError, UsageError
+from llmshrink.progress import Silent
+from llmshrink.recipe.load import validate
+from llmshrink.recipe.schema import Recipe
+
+pytestmark = pytest.mark.usefixtures("without_reader")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three layers."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    build_model(folder, config("llama", num_hidden_layers=3, **small))
+    return folder
+
+
+def wanted(model: Path, out: Path, text: Path, stage: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    steps = {"data": str(text), "length": 16, "batch": 2, "max_steps": 6, "rate": 1e-3, **train}
+    return validate(
+        {
+            "version": 1,
+            "model": {"id": str(model)},
+            "stages": [
+                {"task": "distill", "student": {"layers": [0, 2], "repair": False}, "train": steps, **(stage or {})}
+            ],
+            "evaluation": {"data": [], "speed": False},
+            "output": str(out),
+        }
+    )
+
+
+def test_a_student_learns_and_is_written(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = run.execute(wanted(deep, out, text_file, max_steps=30, rate=1e-2), progress=Silent())
+    (stage,) = report.stages
+    assert stage.task == "distill" and all(check.passed for check in stage.checks)
+    trained = stage.trained
+    assert trained is not None and trained.steps == 30 and trained.tokens == 30 * 2 * 16
+    assert trained.kl_before is not None and trained.kl_after is not None and trained.kl_after < 0.7 * trained.kl_before
+    assert {point.kind for point in trained.curve} == {"loss", "held"}
+    model, info = load(out)
+    assert model.config.num_hidden_layers == 2 and not info["missing_keys"]
+    assert logits(model).isfinite().all()
+    assert not (out / ".work").exists()
+
+
+def test_a_stopped_run_gives_the_same_bytes(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    first = run.execute(wanted(deep, whole, text_file), progress=Silent())
+    for note in ("step 3 of 6", "step 5 of 6"):
+        with pytest.raises(InterruptedRun):
+            run.execute(wanted(deep, out, text_file), progress=Stopping(step="distill", note=note))
+    again = run.execute(wanted(deep, out, text_file), progress=Silent())
+    assert content(out) == content(whole)
+    curves = [report.stages[0].trained and report.stages[0].trained.curve for report in (first, again)]
+    assert curves[0] == curves[1]
+
+
+def test_another_model_teaches(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    student, out = tmp_path / "student", tmp_path / "out"
+    build_model(student, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=168))
+    data = {"data": [str(text_file)], "rows": 2, "length": 16}
+    made = wanted(student, out, text_file, {"teacher": str(deep), "student": None}, max_steps=30, rate=1e-2)
+    report = run.execute(
+        made.model_copy(update={"evaluation": made.evaluation.model_validate({**data, "speed": False})}),
+        progress=Silent(),
+    )
+    (stage,) = report.stages
+    assert stage.trained is not None and stage.trained.teacher == str(deep)
+    assert stage.trained.kl_after < stage.trained.kl_before and report.after is not None  # type: ignore[operator]
+    assert report.after.scores[0].kl is not None and report.model.id == str(student)
+
+
+def test_it_ends_when_its_time_is_up(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    report = run.execute(wanted(deep, tmp_path / "out", text_file, max_minutes=1e-6), progress=Silent())
+    assert report.stages[0].trained is not None and report.stages[0].trained.steps == 1
+
+
+def test_it_ends_where_nothing_is_gained(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = {"max_steps": 40, "evaluations": 20, "rate": 0.9, "schedule": "constant", "hold": "20%"}
+    found = {}
+    for patience in (2, None):
+        report = run.execute(
+            wanted(deep, tmp_path / str(patience), text_file, **steps, patience=patience), progress=Silent()
+        )
+        assert report.stages[0].trained is not None
+        found[patience] = report.stages[0].trained
+    early, late = found[2], found[None]
+    assert early.steps < late.steps == 40
+    held = [point.value for point in early.curve if point.kind == "held"]
+    assert early.kl_after == pytest.approx(min(held[1:-1]), rel=1e-3)
+
+
+class Killed(Silent):
+    """Ends as a kill does: nobody is told before."""
+
+    def __init__(self, note: str) -> None:
+        self._note = note
+
+    def advance(self, amount: int, note: str = "") -> None:
+        if note.startswith(self._note):
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_from_what_was_saved(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run.execute(wanted(deep, whole, text_file), progress=Silent())
+    seen: list[str] = []
+
+    class Noting(Silent):
+        def advance(self, amount: int, note: str = "") -> None:
+            seen.append(note)
+
+    for minutes, left in ((1e-6, ["step 5 of 6", "step 6 of 6"]), (60.0, [f"step {n} of 6" for n in range(1, 7)])):
+        with pytest.raises(KeyboardInterrupt):
+            run.execute(wanted(deep, out, text_file, save_minutes=minutes), progress=Killed("step 5"))
+        seen.clear()
+        run.execute(wanted(deep, out, text_file, save_minutes=minutes), progress=Noting())
+        assert [note for note in seen if note.startswith("step")] == left
+        assert weights(out) == weights(whole)
+        shutil.rmtree(out)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_what_cannot_be_learned_is_refused(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(deep, tmp_path / "other")
+    said = json.loads((other / "tokenizer.json").read_text())
+    said["added_tokens"].append({**said["added_tokens"][0], "id": 160, "content": "<more>"})
+    (other / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(PlanError, match="reads other tokens than .*: one knows"):
+        run.make_plan(wanted(deep, tmp_path / "out", text_file, {"teacher": str(other)}))
+    with pytest.raises(UsageError, match="training has none"):
+        run.smoke(wanted(deep, tmp_path / "out", text_file), progress=Silent())
+    with pytest.raises(PlanError, match="nothing to learn"):
+        run.make_plan(wanted(deep, tmp_path / "out", text_file, {"student": None}))

@@ -1,0 +1,63 @@
+"""The loss of a batch, some positions at a time, against the same of whole logits; and what is no number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import config
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from llmshrink.errors import InputError
+from llmshrink.recipe.distill import LossSpec
+from llmshrink.train import trainer as module
+from llmshrink.train.losses import mixed
+from llmshrink.train.trainer import Distiller
+
+
+def model(seed: int, **more: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config("llama", **more))
+    return made
+
+
+def distiller(folder: Path, student: PreTrainedModel, teacher: PreTrainedModel | None, **loss: Any) -> Distiller:
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
+    return Distiller(teacher=teacher, loss=LossSpec(**loss), model=student, args=arguments)
+
+
+def rows() -> dict[str, Tensor]:
+    ids = torch.randint(3, 100, (3, 20), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :7] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@pytest.mark.parametrize("loss", [{}, {"alpha": 1.0, "temperature": 1.0}, {"alpha": 0.0}, {"name": "jsd"}])
+@pytest.mark.parametrize("padding", [0, 16])
+def test_a_stretch_at_a_time_is_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, Any], padding: int
+) -> None:
+    monkeypatch.setattr(module, "LOGITS", 3 * 160 * 4 * 4)  # four positions
+    student, teacher = model(0), model(1, vocab_size=160 + padding).eval()
+    batch = rows()
+    distiller(tmp_path, student, teacher, **loss).compute_loss(student, batch, num_items_in_batch=40).backward()
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    own, other = (one(**given).logits[:, :-1, :160].flatten(0, 1) for one in (student, teacher))
+    (mixed(own, other.detach(), batch["labels"][:, 1:].flatten(), LossSpec(**loss)) / 40).backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_what_is_no_number_names_the_step_and_the_rows(tmp_path: Path) -> None:
+    student = model(0)
+    with torch.no_grad():
+        student.lm_head.weight[5] = torch.nan
+    with pytest.raises(InputError, match=r"step 0 is no number; its rows begin with the tokens \[\["):
+        distiller(tmp_path, student, model(1)).compute_loss(student, rows())

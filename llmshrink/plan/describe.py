@@ -56,6 +56,8 @@ def describe(
     units = choices.units if isinstance(choices, Choices | Ratios) else []
     open_ = {m for unit in units for m in unit.matrices}
     whole = model if work.original is None else work.original.model
+    if isinstance(choices, Training):
+        whole = choices.model
     blocks = [
         BlockPlan(index=block.index, layers=[_layer_plan(work, m, m in open_) for m in block.matrices])
         for block in model.anatomy.blocks

@@ -57,6 +57,11 @@ class Training:
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
         if stage.teacher is not None:
             check_same_tokens(model.source, self.teacher)
+            if self.teacher.quantization is not None:
+                raise PlanError(
+                    f"{self.teacher.id} is quantized: teachers are read as floats.",
+                    hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
+                )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Stopping, content, load, logits
+from helpers import Stopping, content, load, logits, recipe
 from tiny import build_model, config
 
 from llmshrink import run
@@ -48,6 +48,7 @@ def test_a_student_learns_and_is_written(deep: Path, text_file: Path, tmp_path: 
     out = tmp_path / "out"
     report = run.execute(wanted(deep, out, text_file, max_steps=30, rate=1e-2), progress=Silent())
     (stage,) = report.stages
+    assert stage.bytes_after == stage.planned_bytes_after < stage.bytes_before and stage.cut is not None
     assert stage.task == "distill" and all(check.passed for check in stage.checks)
     trained = stage.trained
     assert trained is not None and trained.steps == 30 and trained.tokens == 30 * 2 * 16
@@ -147,6 +148,12 @@ def test_what_cannot_be_learned_is_refused(deep: Path, text_file: Path, tmp_path
     (other / "tokenizer.json").write_text(json.dumps(said))
     with pytest.raises(PlanError, match="reads other tokens than .*: one knows"):
         run.make_plan(wanted(deep, tmp_path / "out", text_file, {"teacher": str(other)}))
+    quantized = tmp_path / "quantized"
+    run.execute(recipe(deep, quantized, text_file, {"name": "rtn", "bits": 8, "group_size": 32}), progress=Silent())
+    for changes, why in (({"teacher": str(quantized)}, "teachers are read as floats"), ({}, "codes cannot be trained")):
+        model = deep if changes else quantized
+        with pytest.raises(PlanError, match=why):
+            run.make_plan(wanted(model, tmp_path / "out", text_file, changes))
     with pytest.raises(UsageError, match="training has none"):
         run.smoke(wanted(deep, tmp_path / "out", text_file), progress=Silent())
     with pytest.raises(PlanError, match="nothing to learn"):

@@ -169,7 +169,7 @@ class Job:
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             identity = self.facts.identity(rows)
             done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS)
-            learned, done = [e for e in done if "saved" in e], [e for e in done if "saved" not in e]
+            learned, done = [e for e in done if "training" in e], [e for e in done if "training" not in e]
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
             with PeakMonitor(self.facts.device, base=self.facts.base_bytes) as memory:

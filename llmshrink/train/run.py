@@ -60,7 +60,7 @@ def train(
         The folder of the checkpoint, and what was measured.
     """
     folder, finished = workspace.work / TRAINED, [entry for entry in done if "trained" in entry]
-    if finished and workspace.holds(finished[-1]["saved"]):
+    if finished and workspace.holds(finished[-1]["training"]):
         return folder, TrainReport.model_validate(finished[-1]["trained"])
     spec, held = training.stage.train, _held(rows, training.stage.train.hold, training.stage.train.batch)
     learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
@@ -98,7 +98,7 @@ def train(
     )
     files = _save(learner, student, folder)
     saved = {workspace.below(folder / name): digest for name, digest in files.items()}
-    workspace.append({"files": {}, "saved": saved, "trained": report.model_dump(mode="json")})
+    workspace.append({"files": {}, "training": saved, "trained": report.model_dump(mode="json")})
     shutil.rmtree(workspace.work / STATES, ignore_errors=True)
     return folder, report
 
@@ -168,7 +168,7 @@ def _curve(state: TrainerState) -> list[LossPoint]:
 
 def _newest(workspace: Workspace, done: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The last saved state that is whole."""
-    states = [entry["state"] | {"saved": entry["saved"]} for entry in done if "state" in entry]
+    states = [entry["state"] | {"saved": entry["training"]} for entry in done if "state" in entry]
     return next((state for state in reversed(states) if workspace.holds(state["saved"])), None)
 
 
@@ -218,6 +218,6 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         saved = {self.workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
         entry = {"step": state.global_step, "folder": self.workspace.below(folder), "before": self.before}
-        self.workspace.append({"files": {}, "saved": saved, "state": entry})
+        self.workspace.append({"files": {}, "training": saved, "state": entry})
         if self._stopped is not None:
             raise self._stopped

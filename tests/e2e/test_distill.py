@@ -17,6 +17,7 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
+TAUGHT: dict[str, Any] = {"loss": {"alpha": 1.0, "temperature": 1.0}}  # by the teacher alone, who has seen none of the text
 pytestmark = pytest.mark.usefixtures("without_reader")
 
 
@@ -46,7 +47,7 @@ def wanted(model: Path, out: Path, text: Path, stage: dict[str, Any] | None = No
 
 def test_a_student_learns_and_is_written(deep: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = run.execute(wanted(deep, out, text_file, max_steps=30, rate=1e-2), progress=Silent())
+    report = run.execute(wanted(deep, out, text_file, TAUGHT, max_steps=30, rate=1e-2), progress=Silent())
     (stage,) = report.stages
     assert stage.bytes_after == stage.planned_bytes_after < stage.bytes_before and stage.cut is not None
     assert stage.task == "distill" and all(check.passed for check in stage.checks)
@@ -76,7 +77,7 @@ def test_another_model_teaches(deep: Path, text_file: Path, tmp_path: Path) -> N
     student, out = tmp_path / "student", tmp_path / "out"
     build_model(student, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=168))
     data = {"data": [str(text_file)], "rows": 2, "length": 16}
-    made = wanted(student, out, text_file, {"teacher": str(deep), "student": None}, max_steps=30, rate=1e-2)
+    made = wanted(student, out, text_file, {**TAUGHT, "teacher": str(deep), "student": None}, max_steps=30, rate=1e-2)
     report = run.execute(
         made.model_copy(update={"evaluation": made.evaluation.model_validate({**data, "speed": False})}),
         progress=Silent(),

@@ -55,6 +55,17 @@ def test_a_stretch_at_a_time_is_the_whole(
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("loss", [{}, {"alpha": 0.0}, {"name": "reverse-kl", "alpha": 1.0}])
+def test_what_is_measured_is_the_divergence(tmp_path: Path, loss: dict[str, Any]) -> None:
+    student, teacher, batch = model(0).eval(), model(1).eval(), rows()
+    with torch.no_grad():
+        found = distiller(tmp_path, student, teacher, **loss).compute_loss(student, batch, num_items_in_batch=1000)
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        q, p = (one(**given).logits[:, :-1].double().log_softmax(-1) for one in (student, teacher))
+        each = (p.exp() * (p - q)).sum(-1)[batch["labels"][:, 1:] != -100]
+    assert float(found) == pytest.approx(float(each.mean()), rel=1e-4)
+
+
 def test_what_is_no_number_names_the_step_and_the_rows(tmp_path: Path) -> None:
     student = model(0)
     with torch.no_grad():

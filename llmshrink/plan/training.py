@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
-from llmshrink.methods.trained import Trained, TrainedConfig
+from llmshrink.methods.cut import CutConfig
+from llmshrink.methods.trained import Trained
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
@@ -84,7 +85,7 @@ class Training:
         matrices = [m for block in model.anatomy.blocks for m in block.matrices]
         output = self._recipe.output or str(default_output(self.model.source.id, "distilled"))
         recipe = self._recipe.model_copy(update={"output": output})
-        methods = {matrix: Trained(TrainedConfig()) for matrix in matrices}
+        methods = {matrix: Trained(CutConfig()) for matrix in matrices}
         work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
         work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
         return work

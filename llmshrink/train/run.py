@@ -66,7 +66,7 @@ def train(
     learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
     steps = training.steps(len(learned))
     learner, teacher = _load(student.source, student), _load(training.teacher, student).requires_grad_(False)
-    journal = _Journal(workspace, progress, steps, spec.save_minutes, spec.max_minutes, spec.batch * spec.accumulate)
+    journal = _Journal(workspace, progress, steps, spec.save_minutes, spec.max_minutes)
     trainer = Distiller(
         teacher=teacher.eval().to(device),
         loss=training.stage.loss,
@@ -87,7 +87,7 @@ def train(
     report = TrainReport(
         teacher=training.teacher.id,
         steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * spec.batch * spec.accumulate * rows.length,
+        tokens=trainer.state.global_step * training.per_step * rows.length,
         rows=len(learned),
         parameters=sum(p.numel() for p in learner.parameters() if p.requires_grad),
         kl_before=before,
@@ -191,7 +191,6 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
     steps: int
     save_minutes: float
     max_minutes: float | None
-    rows: int
     before: float | None = None
     _stopped: InterruptedRun | None = None
     _begun: float = field(default_factory=time.perf_counter)

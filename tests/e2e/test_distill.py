@@ -17,7 +17,8 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 
-TAUGHT: dict[str, Any] = {"loss": {"alpha": 1.0, "temperature": 1.0}}  # by the teacher alone, who has seen none of the text
+# By the teacher alone, who has seen none of the text.
+TAUGHT: dict[str, Any] = {"loss": {"alpha": 1.0, "temperature": 1.0}}
 pytestmark = pytest.mark.usefixtures("without_reader")
 
 

@@ -64,7 +64,8 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
-from llmshrink.train.run import STATES, TRAINED, train
+from llmshrink.train.distillation import Distillation
+from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
@@ -269,13 +270,14 @@ class Job:
                 events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
-        trained, report = train(
-            training,
-            student,
+        device = self.facts.device
+        trained, report = finished(workspace, done) or train(
+            Distillation(training, student, device),
+            training.steps,
             rows,
             workspace=workspace,
             done=done,
-            device=self.facts.device,
+            device=device,
             progress=self.progress,
         )
         source = Source(self.model.source.id, trained, self.model.source.commit)
@@ -328,7 +330,7 @@ class Job:
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None and training is not None:
-            return self.loader.training(training.stage.train, training.rows, training.length)
+            return self.loader.training(training.stage.train, training.steps.rows, training.steps.length)
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]

@@ -23,6 +23,7 @@ from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
 from llmshrink.plan.ratios import Ratios
+from llmshrink.plan.steps import LOGITS
 from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.recipe.schema import Recipe, RunSpec
@@ -40,7 +41,7 @@ DRAWN = 4  # stretches of logits: as they are, as chances and as sums of these, 
 COMPARED = 6  # stretches of logits: both models', both as logarithms, their difference
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
-LOGIT_COPIES, LOGITS_AT_A_TIME = 8, 64 << 20  # while a loss is found, on the way there and back
+LOGIT_COPIES = 8  # while a loss is found, on the way there and back
 SHORT = 256  # tokens of a row on which candidates are compared
 WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -73,14 +74,14 @@ def compress_economy(
 def planned_training(training: Training) -> int:
     """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way."""
     student, spec = training.guess.model, training.stage.train
-    weights = FLOAT * (4 * student.parameters + open_parameters(training))
-    tokens = spec.batch * training.length
+    weights = FLOAT * (4 * student.parameters + teacher_parameters(training))
+    tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    return FIXED + weights + kept + LOGIT_COPIES * LOGITS_AT_A_TIME
+    return FIXED + weights + kept + LOGIT_COPIES * LOGITS
 
 
-def open_parameters(training: Training) -> int:
+def teacher_parameters(training: Training) -> int:
     """Weights of the teacher."""
     return sum(info.numel for info in training.teacher.checkpoint.infos.values())
 

@@ -128,7 +128,8 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
 
 
 def _training(training: Training) -> TrainPlan:
-    return TrainPlan(teacher=training.teacher.id, steps=training.limit, tokens=training.per_step * training.length)
+    steps = training.steps
+    return TrainPlan(teacher=training.teacher.id, steps=steps.limit, tokens=steps.per_step * steps.length)
 
 
 def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from llmshrink.errors import PlanError
@@ -13,13 +12,12 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
 from llmshrink.plan.cut import Cuts
-from llmshrink.plan.layout import default_output, lay_out, row_length
+from llmshrink.plan.layout import default_output, lay_out
+from llmshrink.plan.steps import Steps
 from llmshrink.plan.work import Work
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
 from llmshrink.recipe.stages import CutStage
-
-LENGTH = 512  # tokens in a row, where nobody says how many
 
 
 class Training:
@@ -29,6 +27,7 @@ class Training:
         stage: What the recipe says.
         model: That comes in.
         teacher: Whom the student learns from.
+        steps: Of gradient.
         cuts: What makes the student of the model; None: the model is it.
         guess: The work of writing the student, whose sizes are known before it has learned anything.
     """
@@ -42,6 +41,7 @@ class Training:
             PlanError: the model cannot be trained so, or its teacher cannot teach it.
         """
         self.stage, self.model, self._recipe = stage, model, recipe
+        self.steps = Steps(stage.train, model)
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         if model.weights.compressed or model.source.gguf:
@@ -89,34 +89,3 @@ class Training:
         work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
         work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
         return work
-
-    @property
-    def length(self) -> int:
-        """Tokens in a row to train on."""
-        return row_length(self.stage.train.length or LENGTH, self.model, [])
-
-    @property
-    def per_step(self) -> int:
-        """Rows in a step of gradient, on one device."""
-        return self.stage.train.batch * self.stage.train.accumulate
-
-    @property
-    def limit(self) -> int | None:
-        """Steps of gradient that the recipe allows; None: as many as the rows give."""
-        train = self.stage.train
-        by_tokens = None if train.max_tokens is None else train.max_tokens // (self.per_step * self.length)
-        known = [limit for limit in (train.max_steps, by_tokens) if limit is not None]
-        return max(1, min(known)) if known else None
-
-    @property
-    def rows(self) -> int:
-        """How many rows can be needed: fewer are seen more often."""
-        return MANY if self.limit is None else math.ceil(self.limit * self.per_step / (1 - self.stage.train.hold))
-
-    def steps(self, rows: int) -> int:
-        """Steps of gradient on so many rows."""
-        seen = math.ceil(self.stage.train.epochs * rows / self.per_step)
-        return self.limit or max(1, seen)
-
-
-MANY = 1 << 20  # rows, where no limit says how many are needed

@@ -9,6 +9,8 @@ from pydantic import Field
 from llmshrink.recipe.section import Section
 from llmshrink.recipe.units import Share
 
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "sgd"]
+
 
 class TrainSpec(Section):
     """Steps of gradient on text; whichever of the limits is met first ends them."""
@@ -34,6 +36,16 @@ class TrainSpec(Section):
         None, ge=1, description="stop after as many of these in a row without a gain, and keep the best; null: go on"
     )
     save_minutes: float = Field(5.0, gt=0, description="minutes between two states that a killed run goes on from")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="adamw: two float32 values for each weight that learns; adamw-8bit: the same in a byte each "
+        "(bitsandbytes); paged-adamw-8bit: that, moved out of a GPU that is full; adafactor: sums of rows and columns; "
+        "sgd: nothing",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep only what enters each block and make the rest twice: less memory, a third slower",
+    )
     seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
 
 

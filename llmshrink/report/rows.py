@@ -342,10 +342,11 @@ def _learned(blocks: list[BlockReport], *, fitted: bool) -> str:
 def _trained(found: TrainReport) -> str:
     """What a training gained."""
     held = "no rows were held back"
-    if found.kl_before is not None and found.kl_after is not None:
-        held = f"KL to it on {found.tokens_held:,} tokens held back {found.kl_before:.4f} -> {found.kl_after:.4f}"
+    if found.held_before is not None and found.held_after is not None:
+        measure = "KL to it" if found.measure == "kl" else "loss"
+        held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
-    return f"learned from {found.teacher}, {text}, {seconds(found.seconds)}: {held}"
+    return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
 
 
 def _tuned(tuned: TuneReport) -> str:

@@ -197,20 +197,25 @@ class LossPoint(Record):
     """One point of a training's course."""
 
     step: int
-    kind: Literal["loss", "held"] = Field(description="loss: of the steps since the last point; held: KL on rows held")
+    kind: Literal["loss", "held"] = Field(
+        description="loss: of the steps since the last point; held: on rows held back"
+    )
     value: float = Field(description="nats per token")
 
 
 class TrainReport(Record):
     """What a training did."""
 
-    teacher: str
+    teacher: str | None = Field(description="None: the text alone")
     steps: int = Field(description="of gradient")
     tokens: int = Field(description="that were learned from, seen again or not")
     rows: int = Field(description="of different text")
     parameters: int = Field(description="that were trained")
-    kl_before: float | None = Field(description="KL(teacher || student) on rows held back; None: none were")
-    kl_after: float | None = Field(description="the same afterwards")
+    measure: Literal["kl", "loss"] = Field(
+        description="on rows held back; kl: KL(teacher || student); loss: surprise at them"
+    )
+    held_before: float | None = Field(description="nats per token; None: none were held back")
+    held_after: float | None = Field(description="the same afterwards")
     tokens_held: int
     curve: list[LossPoint]
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")

@@ -32,6 +32,14 @@ class Halves:
         size: int = self._model.config.get_text_config(decoder=True).vocab_size
         return size
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns of all that stands behind the body; a tied embedding does so in both."""
+        inside = {id(module) for module in self._body.modules()}
+        outside = (module for module in self._model.modules() if id(module) not in inside)
+        found = {id(p): p for module in outside for p in module.parameters(recurse=False) if p.requires_grad}
+        return list(found.values())
+
     def body(self, call: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """What enters the head [rows, length, hidden].
 
@@ -56,7 +64,7 @@ class Halves:
         """Logits [rows, length, vocabulary] of what the body gave out; it must have been run."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
         with _in_place_of(self._body, self._kind(last_hidden_state=state)):
-            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self._model.forward(input_ids=ids, use_cache=False).logits  # no hook of a wrapper
         return logits
 
 

@@ -1,4 +1,4 @@
-"""One training from its first step to a checkpoint that transformers loads, or on from where it was stopped."""
+"""One training from its first step to what was learned, or on from where it was stopped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -23,21 +24,26 @@ from transformers import (
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InterruptedRun
-from llmshrink.io.files import copy_file, sha256, write_json
-from llmshrink.model.source import Source
-from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan.training import Training
+from llmshrink.io.files import sha256
+from llmshrink.plan.steps import Steps
 from llmshrink.progress import Progress
+from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
-from llmshrink.train.trainer import Distiller
+from llmshrink.train.lesson import Lesson
 
 STATES, TRAINED = "trainer", "trained"  # folders in the folder of work
-FEW = 20  # rows of which none are held back
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw-8bit": "adamw_bnb_8bit",
+    "paged-adamw-8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
 
 
 def train(
-    training: Training,
-    student: StreamedModel,
+    lesson: Lesson,
+    steps: Steps,
     rows: Rows,
     *,
     workspace: Workspace,
@@ -45,11 +51,11 @@ def train(
     device: torch.device,
     progress: Progress,
 ) -> tuple[Path, TrainReport]:
-    """Train a student and write it as a checkpoint; done once, whatever comes after it.
+    """Train a model and keep what it learned; done once, whatever comes after it.
 
     Args:
-        training: who learns from whom.
-        student: as it is before.
+        lesson: what is learned.
+        steps: how long.
         rows: to learn from.
         workspace: of the run.
         done: entries of the journal about this training.
@@ -57,68 +63,59 @@ def train(
         progress: told of the steps.
 
     Returns:
-        The folder of the checkpoint, and what was measured.
+        The folder of what was learned, and what was measured.
     """
-    folder, finished = workspace.work / TRAINED, [entry for entry in done if "trained" in entry]
-    if finished and workspace.holds(finished[-1]["training"]):
-        return folder, TrainReport.model_validate(finished[-1]["trained"])
-    spec, held = training.stage.train, _held(rows, training.stage.train.hold, training.stage.train.batch)
+    spec, held = steps.spec, steps.held(len(rows.tokens))
     learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
-    steps = training.steps(len(learned))
-    learner, teacher = _load(student.source, student), _load(training.teacher, student).requires_grad_(False)
-    journal = _Journal(workspace, progress, steps, spec.save_minutes, spec.max_minutes)
-    trainer = Distiller(
-        teacher=teacher.eval().to(device),
-        loss=training.stage.loss,
-        model=learner,
-        args=_arguments(training, steps, workspace.work / STATES, device),
+    count = steps.count(len(learned))
+    if spec.checkpointing:
+        _keep_less(lesson.model)
+    journal = _Journal(workspace, progress, count, spec.save_minutes, spec.max_minutes)
+    trainer = lesson.trainer(
+        args=_arguments(spec, count, workspace.work / STATES, device),
         train_dataset=[{"input_ids": row, "labels": row} for row in learned],
         eval_dataset=[{"input_ids": row, "labels": row} for row in seen],
         callbacks=[journal, *([] if spec.patience is None else [EarlyStoppingCallback(spec.patience)])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints where results belong
     start, newest = time.perf_counter(), _newest(workspace, done)
-    progress.start("distill", steps, 0 if newest is None else newest["step"])
+    progress.start(lesson.task, count, 0 if newest is None else newest["step"])
     before = _measured(trainer) if newest is None else newest["before"]
     journal.before = before
     trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
     after = _measured(trainer)
     progress.finish()
     report = TrainReport(
-        teacher=training.teacher.id,
+        teacher=lesson.teacher,
         steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * training.per_step * rows.length,
+        tokens=trainer.state.global_step * steps.per_step * rows.length,
         rows=len(learned),
-        parameters=sum(p.numel() for p in learner.parameters() if p.requires_grad),
-        kl_before=before,
-        kl_after=after,
+        parameters=sum(p.numel() for p in lesson.model.parameters() if p.requires_grad),
+        measure=lesson.measure,
+        held_before=before,
+        held_after=after,
         tokens_held=sum(len(row) for row in seen),
         curve=_curve(trainer.state),
         seconds=time.perf_counter() - start,
     )
-    files = _save(learner, student, folder)
-    saved = {workspace.below(folder / name): digest for name, digest in files.items()}
-    workspace.append({"files": {}, "training": saved, "trained": report.model_dump(mode="json")})
-    shutil.rmtree(workspace.work / STATES, ignore_errors=True)
-    return folder, report
+    return _save(lesson, workspace, report), report
 
 
-def _held(rows: Rows, share: float, batch: int) -> int:
-    """How many rows are held back: whole batches, none of a few."""
-    count = len(rows.tokens)
-    return 0 if count < FEW or not share else min(count // 2, max(batch, round(share * count)))
+def _keep_less(model: PreTrainedModel) -> None:
+    """Keep only what enters each block."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _load(source: Source, like: StreamedModel) -> PreTrainedModel:
-    """A model as a whole, in float32."""
-    model: PreTrainedModel = like.task.loader.from_pretrained(
-        source.folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    )
-    return model
+def finished(workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, TrainReport] | None:
+    """What `train` gave when this run did it before it was interrupted; None: it is still to be done."""
+    found = next((entry for entry in reversed(done) if "trained" in entry), None)
+    if found is None or not workspace.holds(found["training"]):
+        return None
+    return workspace.work / TRAINED, TrainReport.model_validate(found["trained"])
 
 
-def _arguments(training: Training, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
-    spec = training.stage.train
+def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
     every = math.ceil(steps / spec.evaluations) if spec.evaluations else steps + 1
     return TrainingArguments(
         output_dir=str(folder),
@@ -126,11 +123,13 @@ def _arguments(training: Training, steps: int, folder: Path, device: torch.devic
         per_device_eval_batch_size=spec.batch,
         gradient_accumulation_steps=spec.accumulate,
         max_steps=steps,
+        optim=OPTIMIZERS[spec.optimizer],
         learning_rate=spec.rate,
         lr_scheduler_type=spec.schedule,
         warmup_steps=round(spec.warmup * steps),
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.clip,
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),  # products; weights are float32
         eval_strategy="steps" if spec.evaluations else "no",
         eval_steps=every,
         save_strategy="no" if spec.patience is None else "steps",  # else the journal alone says when
@@ -149,8 +148,8 @@ def _arguments(training: Training, steps: int, folder: Path, device: torch.devic
     )
 
 
-def _measured(trainer: Distiller) -> float | None:
-    """KL from the teacher on the rows held back, nats per token; None: there are none."""
+def _measured(trainer: Trainer) -> float | None:
+    """What is measured of the rows held back, nats per token; None: there are none."""
     if not trainer.eval_dataset:
         return None
     return float(trainer.evaluate()["eval_loss"])
@@ -172,14 +171,14 @@ def _newest(workspace: Workspace, done: list[dict[str, Any]]) -> dict[str, Any] 
     return next((state for state in reversed(states) if workspace.holds(state["saved"])), None)
 
 
-def _save(learner: PreTrainedModel, student: StreamedModel, folder: Path) -> dict[str, str]:
-    """Write what was learned, in the dtype that the student was stored in; the SHA-256 of each file."""
+def _save(lesson: Lesson, workspace: Workspace, report: TrainReport) -> Path:
+    folder = workspace.work / TRAINED
     shutil.rmtree(folder, ignore_errors=True)
-    learner.to(student.source.config.dtype or torch.float32).save_pretrained(folder)
-    write_json(folder / "config.json", student.source.config_dict)
-    for name, path in student.source.companions.items():
-        copy_file(path, folder / name)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    lesson.save(folder)
+    saved = {workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    workspace.append({"files": {}, "training": saved, "trained": report.model_dump(mode="json")})
+    shutil.rmtree(workspace.work / STATES, ignore_errors=True)
+    return folder
 
 
 @dataclass

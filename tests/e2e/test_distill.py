@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Stopping, content, load, logits, recipe
 from tiny import build_model, config
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun, PlanError, UsageError
@@ -54,7 +57,11 @@ def test_a_student_learns_and_is_written(deep: Path, text_file: Path, tmp_path: 
     assert stage.task == "distill" and all(check.passed for check in stage.checks)
     trained = stage.trained
     assert trained is not None and trained.steps == 30 and trained.tokens == 30 * 2 * 16
-    assert trained.kl_before is not None and trained.kl_after is not None and trained.kl_after < 0.7 * trained.kl_before
+    assert (
+        trained.held_before is not None
+        and trained.held_after is not None
+        and trained.held_after < 0.7 * trained.held_before
+    )
     assert {point.kind for point in trained.curve} == {"loss", "held"}
     model, info = load(out)
     assert model.config.num_hidden_layers == 2 and not info["missing_keys"]
@@ -85,8 +92,26 @@ def test_another_model_teaches(deep: Path, text_file: Path, tmp_path: Path) -> N
     )
     (stage,) = report.stages
     assert stage.trained is not None and stage.trained.teacher == str(deep)
-    assert stage.trained.kl_after < stage.trained.kl_before and report.after is not None  # type: ignore[operator]
+    assert stage.trained.held_after < stage.trained.held_before and report.after is not None  # type: ignore[operator]
     assert report.after.scores[0].kl is not None and report.model.id == str(student)
+
+
+def test_less_is_kept_on_the_way(deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, state: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return forward(self, state)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    found = []
+    for checkpointing in (False, True):
+        calls.clear()
+        out = tmp_path / str(checkpointing)
+        run.execute(wanted(deep, out, text_file, checkpointing=checkpointing), progress=Silent())
+        found.append((weights(out), sum(calls)))
+    assert found[0][0] == found[1][0] and found[1][1] == 2 * found[0][1] == 2 * 2 * 6  # layers, steps
 
 
 def test_it_ends_when_its_time_is_up(deep: Path, text_file: Path, tmp_path: Path) -> None:
@@ -106,7 +131,7 @@ def test_it_ends_where_nothing_is_gained(deep: Path, text_file: Path, tmp_path: 
     early, late = found[2], found[None]
     assert early.steps < late.steps == 40
     held = [point.value for point in early.curve if point.kind == "held"]
-    assert early.kl_after == pytest.approx(min(held[1:-1]), rel=1e-3)
+    assert early.held_after == pytest.approx(min(held[1:-1]), rel=1e-3)
 
 
 class Killed(Silent):

@@ -120,7 +120,7 @@ TAUGHT = {
     **{f"train.{k}": v for k, v in {"data": "{other_text}", "length": 12, "batch": 3, "accumulate": 2}.items()},
     **{f"train.{k}": v for k, v in {"max_steps": 10, "max_tokens": 64, "rate": 0.1, "schedule": "constant"}.items()},
     **{f"train.{k}": v for k, v in {"warmup": 0.9, "weight_decay": 0.5, "clip": 1e-3, "hold": "50%"}.items()},
-    **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1}.items()},
+    **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1, "optimizer": "sgd"}.items()},
 }
 
 
@@ -290,6 +290,7 @@ ELSEWHERE = {
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
+    "stages.distill.train.checkpointing": "tests/e2e/test_distill.py::test_less_is_kept_on_the_way",
     "stages.distill.train.save_minutes": "tests/e2e/test_distill.py::test_a_killed_run_goes_on_from_what_was_saved",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }

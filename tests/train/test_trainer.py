@@ -15,6 +15,7 @@ from llmshrink.errors import InputError
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train import trainer as module
 from llmshrink.train.losses import mixed
+from llmshrink.train.teachers import Online
 from llmshrink.train.trainer import Distiller
 
 
@@ -26,7 +27,8 @@ def model(seed: int, **more: Any) -> PreTrainedModel:
 
 def distiller(folder: Path, student: PreTrainedModel, teacher: PreTrainedModel | None, **loss: Any) -> Distiller:
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
-    return Distiller(teacher=teacher, loss=LossSpec(**loss), model=student, args=arguments)
+    taught = None if teacher is None else Online(teacher.requires_grad_(False))
+    return Distiller(teacher=taught, loss=LossSpec(**loss), model=student, args=arguments)
 
 
 def rows() -> dict[str, Tensor]:

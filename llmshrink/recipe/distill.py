@@ -26,7 +26,7 @@ class LossSpec(Section):
     temperature: float = Field(
         2.0, gt=0, description="both distributions are softened by it; its square weighs the loss"
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="weight of that; the rest is cross entropy of the text")
+    alpha: float = Field(1.0, ge=0, le=1, description="weight of that; the rest is cross entropy of the text")
 
 
 class DistillStage(Section):

@@ -124,7 +124,8 @@ def test_it_ends_where_nothing_is_gained(deep: Path, text_file: Path, tmp_path: 
     found = {}
     for patience in (2, None):
         report = run.execute(
-            wanted(deep, tmp_path / str(patience), text_file, **steps, patience=patience), progress=Silent()
+            wanted(deep, tmp_path / str(patience), text_file, {"loss": {"alpha": 0.5}}, **steps, patience=patience),
+            progress=Silent(),
         )
         assert report.stages[0].trained is not None
         found[patience] = report.stages[0].trained

@@ -116,7 +116,7 @@ DISTILLED: dict[str, Any] = {
 }
 TAUGHT = {
     "teacher": "{other_model}",
-    **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 1.0}.items()},
+    **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 0.5}.items()},
     **{f"train.{k}": v for k, v in {"data": "{other_text}", "length": 12, "batch": 3, "accumulate": 2}.items()},
     **{f"train.{k}": v for k, v in {"max_steps": 10, "max_tokens": 64, "rate": 0.1, "schedule": "constant"}.items()},
     **{f"train.{k}": v for k, v in {"warmup": 0.9, "weight_decay": 0.5, "clip": 1e-3, "hold": "50%"}.items()},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what all launchers give
 MEETING = timedelta(minutes=10)  # until all processes have begun
 POLL = 0.05  # seconds between two looks for a word
-FAREWELL = 5.0  # seconds that the first waits for the others to have heard that it ends
+FAREWELL = 2.0  # seconds that the first waits for the others to have heard that it ends
 T = TypeVar("T")
 
 
@@ -132,6 +132,8 @@ def shared(find: Callable[[], T]) -> T:
 def dismiss(code: int) -> None:
     """Let the others end as the first does, and wait a moment until they have heard."""
     _store().set("end", str(code))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return  # the store outlives this process
     late = time.monotonic() + FAREWELL
     while _store().add("gone", 0) < count() - 1 and time.monotonic() < late:
         time.sleep(POLL)

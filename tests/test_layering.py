@@ -59,6 +59,7 @@ ALLOWED = {
         "model",
         "plan",
         "progress",
+        "ranks",
         "recipe",
         "report",
         "statistics",

@@ -33,7 +33,7 @@ from llmshrink.progress import Progress
 from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
 from llmshrink.train.lesson import Lesson
-from llmshrink.train.together import anywhere, check_wrappers, make_whole, missing_none, wait_for_all
+from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, make_whole, missing_none, wait_for_all
 
 STATES, TRAINED = "trainer", "trained"  # folders in the folder of work
 GOES_ON = "The same command goes on from what was finished."
@@ -90,10 +90,7 @@ def train(
     start, newest = time.perf_counter(), ranks.shared(lambda: _newest(workspace, done))
     progress.start(lesson.task, count, 0 if newest is None else newest["step"])
     with missing_none():
-        if newest is None:
-            journal.begin = partial(_measured_before, trainer)
-        else:
-            journal.before = newest["before"]
+        journal.begin = partial(_begin, trainer, newest)
         trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
         after = _measured(trainer)
         make_whole(lesson.model)
@@ -104,6 +101,7 @@ def train(
         tokens=trainer.state.global_step * steps.per_step * rows.length,
         rows=len(learned),
         parameters=sum(p.numel() for p in lesson.model.parameters() if p.requires_grad),
+        processes=steps.processes,
         measure=lesson.measure,
         held_before=journal.before,
         held_after=after,
@@ -155,6 +153,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device) 
         seed=spec.seed,
         use_cpu=device.type == "cpu",
         ddp_timeout=MISSED,
+        log_level_replica="passive",  # the other processes have nothing to say either
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -169,13 +168,15 @@ def _measured(trainer: Trainer) -> float | None:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _measured_before(trainer: Trainer) -> float | None:
-    """The same, once the model is ready to be trained, which is no point of the curve.
+def _begin(trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
+    """What is measured before a model has learned anything, or was then; no point of the curve.
 
-    A model that Trainer measures before it trains it would never be wrapped: each process would train its own.
+    It must be ready to be trained: one that Trainer measures before that would never be wrapped, and each of several
+    processes would train its own.
     """
-    if not trainer.eval_dataset:
-        return None
+    check_wrapped(trainer.model_wrapped)
+    if newest is not None or not trainer.eval_dataset:
+        return None if newest is None else newest["before"]
     loader = trainer.get_eval_dataloader()
     found = trainer.evaluation_loop(loader, "before", prediction_loss_only=True).metrics
     return float(found["eval_loss"])
@@ -219,15 +220,14 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
     save_minutes: float
     max_minutes: float | None
     before: float | None = None
-    begin: Callable[[], float | None] | None = None  # measures that; None: it was measured
+    begin: Callable[[], float | None] = lambda: None  # finds that
     _stopped: InterruptedRun | None = None
     _begun: float = field(default_factory=time.perf_counter)
     _saved: float = field(default_factory=time.perf_counter)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The model is ready, and has learned nothing yet in this call."""
-        if self.begin is not None:
-            self.before = self.begin()
+        self.before = self.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed import ReduceOp, all_reduce, barrier, is_initialized
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from llmshrink import ranks
@@ -29,6 +30,16 @@ def check_wrappers(trainer: Trainer) -> None:
         raise UsageError("FSDP 1 is not supported: it flattens weights.", hint="Launch with --fsdp_version 2.")
     if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
         raise UsageError("DeepSpeed is not supported.", hint="Launch with --use_fsdp --fsdp_version 2.")
+
+
+def check_wrapped(model: nn.Module) -> None:
+    """Make sure that several processes train one model.
+
+    Raises:
+        RuntimeError: each would train its own.
+    """
+    if ranks.count() > 1 and not isinstance(model, DistributedDataParallel | FSDPModule):
+        raise RuntimeError(f"gradients of {type(model).__name__} are not exchanged between {ranks.count()} processes")
 
 
 def anywhere(device: torch.device, *flags: bool) -> list[bool]:
@@ -94,11 +105,15 @@ def unhooked(modules: Iterable[nn.Module]) -> Iterator[None]:
 def make_whole(model: nn.Module) -> None:
     """Put whole weights on the CPU of the first process in the place of shards, which are given up; all must call it.
 
-    What is tied stays tied. A model that is not sharded stays as it is.
+    What is tied stays tied, and modules are of their own classes again, without the hooks of FSDP; none are trained any
+    more. A model that is not sharded stays as it is.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+            module.__class__ = type(module).__bases__[1]  # FSDP makes a class of (FSDPModule, what it was)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

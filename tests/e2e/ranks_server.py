@@ -37,6 +37,7 @@ class RanksServer:
         here = Path(__file__).parent
         path = os.pathsep.join(map(str, (here.parents[1], here.parent, here)))
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line has it in a process that was launched
         command = [sys.executable, "-W", "ignore", __file__]
         self._server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
@@ -91,6 +92,7 @@ def _serve() -> None:
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
+    os._exit(0)  # tidying up takes seconds
 
 
 def _child(case: Callable[[], tuple[int, Any]], said: Path, found: Path) -> None:

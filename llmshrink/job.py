@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink import ranks
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.gates import Outcome, check_size, judge, refuse_unanswerable
@@ -31,7 +33,7 @@ from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import GateError, InputError, PlanError
+from llmshrink.errors import GateError, InputError, OutputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults
@@ -60,6 +62,7 @@ from llmshrink.report.schema import (
     Report,
     SensitivityReport,
     StageReport,
+    TrainReport,
 )
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
@@ -270,20 +273,42 @@ class Job:
                 events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
-        device = self.facts.device
-        trained, report = finished(workspace, done) or train(
-            Distillation(training, student, device),
-            training.steps,
-            rows,
-            workspace=workspace,
-            done=done,
-            device=device,
-            progress=self.progress,
-        )
+        found = finished(workspace, done)
+        if found is None and ranks.count() > 1:
+            said = {"student": str(student.source.folder), "rows": self._text_key(guessed)}
+            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), **said})
+        trained, report = found or self._learn(training, student, rows, workspace, done)
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events
         return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
+
+    def _learn(
+        self, training: Training, student: StreamedModel, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]
+    ) -> tuple[Path, TrainReport]:
+        """Train a student that is ready."""
+        return train(
+            Distillation(training, student, self.facts.device),
+            training.steps,
+            rows,
+            workspace=workspace,
+            done=done,
+            device=self.facts.device,
+            progress=self.progress,
+        )
+
+    def join(self, order: dict[str, Any]) -> None:
+        """Train along with the process that holds the workspace and gave this order."""
+        _, plan, training = plan_of(self.recipe, self.model)
+        workspace = Workspace(Path(plan.output))  # never entered: nothing is written by it
+        kept = Rows.load(workspace.work / ROWS, order["rows"])
+        if kept is None or not isinstance(training, Training):
+            raise OutputError(
+                f"{workspace.work / ROWS} is not the text that the first process chose.",
+                hint="All processes must see the same folders: --output on a disk that they share.",
+            )
+        student = StreamedModel(open_source(order["student"]), self.facts.device)
+        self._learn(training, student, kept[0], workspace, [])
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +15,14 @@ from types import FrameType
 
 import torch
 
-from llmshrink import __version__
+from llmshrink import __version__, ranks
 from llmshrink.errors import InterruptedRun, ResourceError, UsageError
 from llmshrink.forms import Event
 from llmshrink.memory import memory_error
 from llmshrink.progress import Progress
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # schedulers send the last some time before they kill
+ECHO = 2.0  # seconds in which launchers pass on what was sent to all processes of a job
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "bitsandbytes", "tokenizers", "numpy")
 
 
@@ -29,8 +32,9 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: no such device on this machine.
     """
+    own = ranks.local()  # the GPU of this process
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", own) if torch.cuda.is_available() and not ranks.on_cpu() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -39,6 +43,10 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"Device {name!r} is not supported.", hint="Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"This machine has no device {name!r}.", hint="Use --device cpu.")
+    if device.type == "cuda" and ranks.launched():
+        if device.index is not None and ranks.count() > 1:
+            raise UsageError(f"Several processes cannot share {name!r}.", hint="Use auto: each takes its own.")
+        return torch.device("cuda", own)
     return device
 
 
@@ -130,6 +138,7 @@ class StopSignal:
     def __init__(self, *, resumable: bool) -> None:
         self._resumable = resumable
         self._caught: str | None = None
+        self._when = -math.inf  # seconds, by the clock
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -146,11 +155,14 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if ranks.launched() and time.monotonic() - self._when < ECHO:
+            return
         if self._caught is not None or not self._resumable:
             raise KeyboardInterrupt
-        self._caught = signal.Signals(number).name
-        told = f"\n{self._caught}: stopping after this block; again to stop at once\n"
-        os.write(2, told.encode())  # what a handler may call
+        self._caught, self._when = signal.Signals(number).name, time.monotonic()
+        if ranks.first():
+            told = f"\n{self._caught}: stopping after this block; again to stop at once\n"
+            os.write(2, told.encode())  # what a handler may call
 
     def over(self, progress: Progress) -> Progress:
         """The same listener, which also looks for a signal whenever it is told of progress."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from llmshrink import ranks
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
-from llmshrink.errors import UsageError
+from llmshrink.errors import InterruptedRun, UsageError
 from llmshrink.job import Job
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
 from llmshrink.memory import anonymous_bytes, fix_malloc, memory_limit
@@ -20,7 +21,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.plan.schema import Plan
 from llmshrink.planning import open_model, plan_of, writing_stage_of
-from llmshrink.progress import Progress
+from llmshrink.progress import Progress, Silent
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage
@@ -29,7 +30,9 @@ from llmshrink.sensitivity import costs
 from llmshrink.smoke import smoke_recipe
 from llmshrink.summary import RunFacts
 
-__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "measure", "smoke", "verify"]
+ENDING = 3.0  # seconds in which the first process says that it ends, once the others miss it
+
+__all__ = ["check_gates", "check_size", "environment", "execute", "follow", "make_plan", "measure", "smoke", "verify"]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -68,6 +71,28 @@ def execute(
     writes = writing_stage_of(recipe) is not None
     with _begun(recipe, progress, command, resumable=resumable and writes) as job:
         return job.write(overwrite) if writes else job.evaluate()
+
+
+def follow() -> int:
+    """Train along with the first of several processes whenever it says so; returns the exit code that it ended with.
+
+    Raises:
+        LlmshrinkError: something is wrong in this process alone.
+    """
+    try:
+        for order in ranks.orders():
+            recipe = Recipe.model_validate(order["recipe"])
+            with suppress(InterruptedRun), _begun(recipe, Silent(), resumable=True) as job:
+                job.join(order)
+    except ranks.Dismissed as found:
+        code = found.code
+    except Exception:
+        # A process that trains alone fails for want of the others: the one that ended first says why.
+        if (ending := ranks.ended(wait=ENDING)) is None:
+            raise
+        code = ending
+    ranks.leave()
+    return code
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
@@ -134,7 +159,8 @@ def _begun(recipe: Recipe, progress: Progress, command: list[str] | None = None,
         stack.enter_context(enough_memory())
         stack.enter_context(memory_limit(recipe.run.memory))
         source, embedded = open_model(recipe)
-        _ = source.hashes  # a damaged download is refused before any compute
+        if ranks.first():
+            _ = source.hashes  # a damaged download is refused before any compute
         facts = RunFacts(recipe, source, embedded, pick_device(recipe.run.device), count, base, command)
         yield Job(facts, stop.over(progress), cached=resumable)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmshrink import __version__
+from llmshrink import __version__, ranks
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.compress import Result
 from llmshrink.forms import Event
@@ -68,6 +68,7 @@ class RunFacts:
             "versions": versions(),
             "device": device_name(self.device),
             "threads": self.threads,
+            "processes": ranks.count(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
         }
 

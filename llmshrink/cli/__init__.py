@@ -7,6 +7,8 @@ import os
 # saves a fifth of the time of learning, which is made of short operations.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "RANK" in os.environ:  # torch's warnings in C++ would come from each of several processes, --quiet or not
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from llmshrink.cli.app import main
 

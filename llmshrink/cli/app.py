@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmshrink import __version__
+from llmshrink import __version__, ranks
 from llmshrink.cli import console, recipes
 from llmshrink.cli import options as opt
 from llmshrink.cli.progress import listener
@@ -25,6 +25,8 @@ EPILOG = (
     "6 not enough memory or disk, 7 output exists or is locked, 8 bad input, 9 a check, a gate or --strict failed, "
     "12 interrupted and resumable, 130 interrupted."
 )
+
+TRAINING = ("distill",)  # commands that several processes can share
 
 app = typer.Typer(
     name="llmshrink",
@@ -396,18 +398,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as in `llmshrink.errors`.
     """
     with console.redacted_streams():
+        given = list(sys.argv[1:] if arguments is None else arguments)
         try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            return _run(given, lambda: _call(given)) if ranks.count() == 1 else _together(given)
         except KeyboardInterrupt:  # while an error was told: whoever asks twice wants no more words
             return 130
 
 
-def _run(given: list[str]) -> int:
+def _call(given: list[str]) -> int:
+    """Carry out a command line."""
+    asked = given[0] if given and not given[0].startswith("-") else None
+    if ranks.count() > 1 and asked not in (None, *TRAINING):
+        raise UsageError(
+            f"llmshrink {asked} works in one process, and {ranks.count()} were launched",
+            hint=f"Leave out the launcher; it is for {', '.join(TRAINING)}.",
+        )
+    if ranks.left_alone() and asked in TRAINING:
+        raise UsageError(
+            "several processes were asked for, and one was started: `accelerate launch --cpu` needs MPI for more",
+            hint="Launch with --multi_gpu in place of --cpu, which needs no GPU, or by "
+            "`python -m torch.distributed.run --nproc-per-node N -m llmshrink ...`.",
+        )
+    code: int | None = app(args=given, prog_name="llmshrink", standalone_mode=False)
+    return code or 0
+
+
+def _together(given: list[str]) -> int:
+    """One of several processes: the first carries out the command line, the others train along with it."""
+    from llmshrink import run
+
+    ranks.meet()
+    if not ranks.first():
+        return _run(given, run.follow)
+    code = LlmshrinkError.exit_code
+    try:
+        code = _run(given, lambda: _call(given))
+        return code
+    finally:
+        ranks.dismiss(code)
+
+
+def _run(given: list[str], work: Callable[[], int]) -> int:
+    """The exit code of some work; what goes wrong is told as the command line asks."""
     as_json = "--json" in given
     verbose = "--verbose" in given or "-v" in given
     try:
-        code: int | None = app(args=given, prog_name="llmshrink", standalone_mode=False)
-        return code or 0
+        return work()
     except LlmshrinkError as error:
         console.report_error(error, error.exit_code, str(error), as_json=as_json, verbose=verbose)
         return error.exit_code

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from llmshrink import ranks
 from llmshrink.engine.groups import STACK, is_small
 from llmshrink.engine.lanes import lanes_of
 from llmshrink.engine.slopes import together, weighed
@@ -72,13 +73,17 @@ def compress_economy(
 
 
 def planned_training(training: Training) -> int:
-    """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way."""
+    """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way.
+
+    Each process on this machine holds all that, and libraries of its own.
+    """
     student, spec = training.guess.model, training.stage.train
     weights = FLOAT * (4 * student.parameters + teacher_parameters(training))
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    return FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    each = FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    return each * ranks.here() + LIBRARIES * (ranks.here() - 1)
 
 
 def teacher_parameters(training: Training) -> int:

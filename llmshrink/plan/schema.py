@@ -69,6 +69,7 @@ class TrainPlan(_Part):
     teacher: str
     steps: int | None  # of gradient; None: as many as the text gives, which is not read for a plan
     tokens: int  # of a step
+    processes: int = 1  # that share it
 
 
 class BlockPlan(_Part):

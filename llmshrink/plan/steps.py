@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llmshrink import ranks
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import row_length
 from llmshrink.recipe.train import TrainSpec
@@ -21,6 +22,7 @@ class Steps:
 
     spec: TrainSpec
     model: StreamedModel
+    processes: int = field(default_factory=ranks.count)  # that share each step
 
     @property
     def length(self) -> int:
@@ -29,8 +31,8 @@ class Steps:
 
     @property
     def per_step(self) -> int:
-        """Rows in a step of gradient, on one device."""
-        return self.spec.batch * self.spec.accumulate
+        """Rows in a step of gradient, of all processes."""
+        return self.spec.batch * self.spec.accumulate * self.processes
 
     @property
     def limit(self) -> int | None:
@@ -52,4 +54,4 @@ class Steps:
         """How many of so many rows are held back: whole batches, none of a few."""
         if rows < FEW or not self.spec.hold:
             return 0
-        return min(rows // 2, max(self.spec.batch, round(self.spec.hold * rows)))
+        return min(rows // 2, max(self.spec.batch * self.processes, round(self.spec.hold * rows)))

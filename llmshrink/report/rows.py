@@ -346,6 +346,7 @@ def _trained(found: TrainReport) -> str:
         measure = "KL to it" if found.measure == "kl" else "loss"
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
+    text += f" by {found.processes} processes" if found.processes > 1 else ""
     return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
 
 

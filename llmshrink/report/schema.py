@@ -211,6 +211,7 @@ class TrainReport(Record):
     tokens: int = Field(description="that were learned from, seen again or not")
     rows: int = Field(description="of different text")
     parameters: int = Field(description="that were trained")
+    processes: int = Field(default=1, description="that shared each step")
     measure: Literal["kl", "loss"] = Field(
         description="on rows held back; kl: KL(teacher || student); loss: surprise at them"
     )

@@ -40,7 +40,7 @@ class _Summed(torch.autograd.Function):
     def forward(ctx: Any, part: Part, positions: int, state: Tensor, *parameters: nn.Parameter) -> Tensor:
         total = state.new_zeros((), dtype=torch.float32)
         entering = torch.zeros_like(state)
-        learning = [torch.zeros_like(parameter) for parameter in parameters]
+        learning = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for span in _spans(state, positions):
             with torch.enable_grad():
                 leaf = state[:, span].detach().requires_grad_()
@@ -51,7 +51,8 @@ class _Summed(torch.autograd.Function):
                 if other is not None:
                     gradient += other
             total += loss.detach()
-        ctx.save_for_backward(entering, *learning)
+        learned = (gradient.to(parameter.dtype) for gradient, parameter in zip(learning, parameters, strict=True))
+        ctx.save_for_backward(entering, *learned)
         return total
 
     @staticmethod

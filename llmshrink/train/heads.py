@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
+from llmshrink.train.together import gather, unhooked
+
 
 class Halves:
     """The body and the head of one model.
@@ -23,6 +25,8 @@ class Halves:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._body: nn.Module = model.get_decoder()
+        inside = {id(module) for module in self._body.modules()}
+        self._outside = [module for module in model.modules() if id(module) not in inside]
         self._kind: type[ModelOutput] = BaseModelOutputWithPast  # of what the body returns
         self._short = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -34,10 +38,8 @@ class Halves:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What learns of all that stands behind the body; a tied embedding does so in both."""
-        inside = {id(module) for module in self._body.modules()}
-        outside = (module for module in self._model.modules() if id(module) not in inside)
-        found = {id(p): p for module in outside for p in module.parameters(recurse=False) if p.requires_grad}
+        """What learns of all that stands behind the body, which has been run; a tied embedding does so in both."""
+        found = {id(p): p for module in self._outside for p in module.parameters(recurse=False) if p.requires_grad}
         return list(found.values())
 
     def body(self, call: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -58,12 +60,13 @@ class Halves:
             call(**inputs, use_cache=False, **({"logits_to_keep": 1} if self._short else {}))
         finally:
             handle.remove()
+        gather(self._outside)
         return seen[0]
 
     def head(self, state: Tensor) -> Tensor:
         """Logits [rows, length, vocabulary] of what the body gave out; it must have been run."""
         ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
-        with _in_place_of(self._body, self._kind(last_hidden_state=state)):
+        with _in_place_of(self._body, self._kind(last_hidden_state=state)), unhooked(self._outside):
             logits: Tensor = self._model.forward(input_ids=ids, use_cache=False).logits  # no hook of a wrapper
         return logits
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llmshrink import ranks
 from llmshrink.calibration.rows import Rows
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InterruptedRun
@@ -30,8 +33,11 @@ from llmshrink.progress import Progress
 from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
 from llmshrink.train.lesson import Lesson
+from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, make_whole, missing_none, wait_for_all
 
 STATES, TRAINED = "trainer", "trained"  # folders in the folder of work
+GOES_ON = "The same command goes on from what was finished."
+MISSED = 2 * 3600  # seconds after which a process that does not come is given up: states of large models are hashed
 OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw-8bit": "adamw_bnb_8bit",
@@ -52,6 +58,8 @@ def train(
     progress: Progress,
 ) -> tuple[Path, TrainReport]:
     """Train a model and keep what it learned; done once, whatever comes after it.
+
+    Of several processes all come here; the first alone writes, measures time and tells.
 
     Args:
         lesson: what is learned.
@@ -78,12 +86,14 @@ def train(
         callbacks=[journal, *([] if spec.patience is None else [EarlyStoppingCallback(spec.patience)])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints where results belong
-    start, newest = time.perf_counter(), _newest(workspace, done)
+    check_wrappers(trainer)
+    start, newest = time.perf_counter(), ranks.shared(lambda: _newest(workspace, done))
     progress.start(lesson.task, count, 0 if newest is None else newest["step"])
-    before = _measured(trainer) if newest is None else newest["before"]
-    journal.before = before
-    trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
-    after = _measured(trainer)
+    with missing_none():
+        journal.begin = partial(_begin, trainer, newest)
+        trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
+        after = _measured(trainer)
+        make_whole(lesson.model)
     progress.finish()
     report = TrainReport(
         teacher=lesson.teacher,
@@ -91,8 +101,9 @@ def train(
         tokens=trainer.state.global_step * steps.per_step * rows.length,
         rows=len(learned),
         parameters=sum(p.numel() for p in lesson.model.parameters() if p.requires_grad),
+        processes=steps.processes,
         measure=lesson.measure,
-        held_before=before,
+        held_before=journal.before,
         held_after=after,
         tokens_held=sum(len(row) for row in seen),
         curve=_curve(trainer.state),
@@ -141,6 +152,8 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device) 
         logging_nan_inf_filter=False,
         seed=spec.seed,
         use_cpu=device.type == "cpu",
+        ddp_timeout=MISSED,
+        log_level_replica="passive",  # the other processes have nothing to say either
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -153,6 +166,20 @@ def _measured(trainer: Trainer) -> float | None:
     if not trainer.eval_dataset:
         return None
     return float(trainer.evaluate()["eval_loss"])
+
+
+def _begin(trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
+    """What is measured before a model has learned anything, or was then; no point of the curve.
+
+    It must be ready to be trained: one that Trainer measures before that would never be wrapped, and each of several
+    processes would train its own.
+    """
+    check_wrapped(trainer.model_wrapped)
+    if newest is not None or not trainer.eval_dataset:
+        return None if newest is None else newest["before"]
+    loader = trainer.get_eval_dataloader()
+    found = trainer.evaluation_loop(loader, "before", prediction_loss_only=True).metrics
+    return float(found["eval_loss"])
 
 
 def _curve(state: TrainerState) -> list[LossPoint]:
@@ -173,6 +200,8 @@ def _newest(workspace: Workspace, done: list[dict[str, Any]]) -> dict[str, Any] 
 
 def _save(lesson: Lesson, workspace: Workspace, report: TrainReport) -> Path:
     folder = workspace.work / TRAINED
+    if not ranks.first():
+        return folder
     shutil.rmtree(folder, ignore_errors=True)
     lesson.save(folder)
     saved = {workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
@@ -191,9 +220,14 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
     save_minutes: float
     max_minutes: float | None
     before: float | None = None
+    begin: Callable[[], float | None] = lambda: None  # finds that
     _stopped: InterruptedRun | None = None
     _begun: float = field(default_factory=time.perf_counter)
     _saved: float = field(default_factory=time.perf_counter)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is ready, and has learned nothing yet in this call."""
+        self.before = self.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -204,18 +238,23 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
             self.progress.advance(1, f"step {state.global_step} of {self.steps}")
         except InterruptedRun as stopped:
             self._stopped = stopped
-        if self.max_minutes is not None and now - self._begun >= 60 * self.max_minutes:
-            control.should_training_stop = True
-        if self._stopped is not None or now - self._saved >= 60 * self.save_minutes:
-            control.should_save = True
+        over = self.max_minutes is not None and now - self._begun >= 60 * self.max_minutes
+        old = now - self._saved >= 60 * self.save_minutes
+        asked, over, old = anywhere(args.device, self._stopped is not None, over, old)
+        if asked and self._stopped is None:
+            self._stopped = InterruptedRun("Another process of this run was stopped.", hint=GOES_ON)
+        control.should_training_stop |= over
+        control.should_save |= asked or old
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A state is on disk."""
-        self._saved = time.perf_counter()
+        wait_for_all()  # each process has written its part
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        saved = {self.workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
-        entry = {"step": state.global_step, "folder": self.workspace.below(folder), "before": self.before}
-        self.workspace.append({"files": {}, "training": saved, "state": entry})
+        if ranks.first():
+            saved = {self.workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
+            entry = {"step": state.global_step, "folder": self.workspace.below(folder), "before": self.before}
+            self.workspace.append({"files": {}, "training": saved, "state": entry})
+        self._saved = time.perf_counter()
         if self._stopped is not None:
             raise self._stopped

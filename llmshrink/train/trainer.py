@@ -62,6 +62,8 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
             )
         if num_items_in_batch is None or not model.training:
             num_items_in_batch = (labels != -100).sum()
+        else:  # of all processes, over which gradients are averaged
+            total = total * self.accelerator.num_processes
         loss = total / num_items_in_batch
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 

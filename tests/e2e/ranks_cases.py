@@ -1,0 +1,123 @@
+"""What several processes do in tests of training together: each function runs in all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from tiny import config
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+import llmshrink.job
+import llmshrink.run
+from llmshrink import ranks
+from llmshrink.cli import main
+from llmshrink.recipe.distill import LossSpec
+from llmshrink.report.schema import Check
+from llmshrink.train import trainer as module
+from llmshrink.train.losses import mixed
+from llmshrink.train.teachers import Online
+from llmshrink.train.together import make_whole
+from llmshrink.train.trainer import Distiller
+
+module.LOGITS = 3 * 160 * 4 * 4  # few positions at a time
+
+
+def command(arguments: list[str], signals: dict[str, int] | None = None) -> tuple[int, Any]:
+    """A command line, without a foreign reader; gives the classes of what was trained, by the step.
+
+    `signals`: a number of a signal that each of the processes named by their numbers sends itself in its third step.
+    """
+    llmshrink.job.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")  # type: ignore[attr-defined]
+    seen: list[str] = []
+    loss = Distiller.compute_loss
+
+    def noting(self: Distiller, model: nn.Module, *more: Any, **named: Any) -> Any:
+        if model.training:
+            seen.append(type(model).__name__)
+        if len(seen) == 3 and (number := (signals or {}).get(os.environ["RANK"])) is not None:
+            seen.append("signal")
+            os.kill(os.getpid(), number)
+        return loss(self, model, *more, **named)
+
+    Distiller.compute_loss = noting  # type: ignore[method-assign]
+    return main(arguments), [name for name in seen if name != "signal"]
+
+
+def _sharded(model: PreTrainedModel, layout: str) -> None:
+    """Shard a model over all processes, on the CPU."""
+    decoder = model.get_decoder()
+    for block in decoder.layers:
+        fully_shard(block)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    if layout == "accelerate":  # as its fsdp2_prepare_model groups what is no block
+        if not tied:
+            fully_shard(embedding)
+        fully_shard([decoder.norm, *([embedding] if tied else []), head], reshard_after_forward=False)
+    elif layout == "alone":
+        fully_shard(head, reshard_after_forward=True)
+    fully_shard(model)
+    assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in decoder.layers)
+
+
+def _gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Whole gradients, which are taken away."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        whole = parameter.grad
+        found[name] = whole.full_tensor() if isinstance(whole, DTensor) else whole.clone()
+        parameter.grad = None
+    return found
+
+
+def sharded(layout: str, tied: bool, out: str) -> tuple[int, Any]:
+    """Gradients of a sharded student, of two batches in a row, beside those of a whole one; and its weights again."""
+    arguments = TrainingArguments(output_dir=out, report_to="none", use_cpu=True)
+    student, teacher, plain = (build(seed, tied) for seed in (0, 1, 0))
+    taught = Online(teacher.requires_grad_(False).eval())
+    trainer = Distiller(teacher=taught, loss=LossSpec(), model=student, args=arguments)
+    _sharded(student, layout)
+    rank, processes, off = int(os.environ["RANK"]), ranks.count(), 0.0
+    for seed in (1, 2):
+        batch = rows(seed)
+        counted = int((batch["labels"][:, 1:] != -100).sum())
+        mine = {key: value[rank::processes] for key, value in batch.items()}
+        trainer.compute_loss(student.train(), mine, num_items_in_batch=counted).backward()
+        found = _gradients(student)
+        with torch.no_grad():
+            assert trainer.compute_loss(student.eval(), mine).isfinite()
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        own, other = (model(**given).logits[:, :-1].flatten(0, 1) for model in (plain.train(), teacher))
+        (mixed(own, other.detach(), batch["labels"][:, 1:].flatten(), LossSpec()) / counted).backward()
+        right = _gradients(plain)
+        assert found.keys() == right.keys()
+        off = max(off, *(float((found[name] - right[name]).norm() / right[name].norm()) for name in right))
+    make_whole(student)
+    same = type(student) is type(plain) and all(
+        type(a) is type(b) for a, b in zip(student.modules(), plain.modules(), strict=True)
+    )
+    if ranks.first():
+        state = plain.state_dict()
+        same &= all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+        same &= tied == (student.get_output_embeddings().weight is student.get_input_embeddings().weight)
+        student.to(torch.bfloat16).save_pretrained(out)
+    return 0, {"off": off, "same": same}
+
+
+def build(seed: int, tied: bool) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config("llama-tied" if tied else "llama"))
+    return made
+
+
+def rows(seed: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 100, (4, 20), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[0, :7] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

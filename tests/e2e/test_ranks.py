@@ -1,0 +1,168 @@
+"""Several processes that train one model: as one process would, together stopped and together gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import content, load
+from ranks_server import Ended, RanksServer
+from tiny import build_model, config
+
+from llmshrink import run
+from llmshrink.cli import main
+from llmshrink.progress import Silent
+from llmshrink.recipe.load import dump, read, validate
+from llmshrink.report.schema import Report, TrainReport
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+pytestmark = pytest.mark.usefixtures("without_reader")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RanksServer]:
+    with RanksServer() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Llama of three layers."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    build_model(folder, config("llama-tied", num_hidden_layers=3, **small))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, deep: Path, text_file: Path) -> Any:
+    """A function of settings of the training -> the file of a recipe, and where its result goes."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def make(name: str, **train: Any) -> tuple[Path, Path]:
+        steps = {"data": str(text_file), "length": 16, "batch": 2, "max_steps": 6, "rate": 1e-3, "hold": "25%", **train}
+        stage = {"task": "distill", "student": {"layers": [0, 2], "repair": False}, "train": steps}
+        wanted = {
+            "version": 1,
+            "model": {"id": str(deep)},
+            "stages": [stage],
+            "evaluation": {"data": [], "speed": False},
+            "run": {"threads": 1},
+            "output": str(folder / name),
+        }
+        (folder / f"{name}.yaml").write_text(dump(validate(wanted)))
+        return folder / f"{name}.yaml", folder / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(server: RanksServer, made: Any) -> tuple[Path, list[Ended]]:
+    """What two processes give that nobody disturbs."""
+    recipe, out = made("whole", save_minutes=1e-6)
+    return out, server.run("command", out.with_name("said-whole"), arguments=["distill", "-r", str(recipe)])
+
+
+def trained(out: Path) -> TrainReport:
+    found = Report.model_validate_json((out / "report.json").read_bytes()).stages[0].trained
+    assert found is not None
+    return found
+
+
+def test_two_processes_train_as_one_does(whole: tuple[Path, list[Ended]], made: Any) -> None:
+    out, ended = whole
+    assert [one.code for one in ended] == [0, 0], ended
+    assert [one.found for one in ended] == [["DistributedDataParallel"] * 6] * 2
+    assert ended[0].said.endswith(f"{out}\n") and "distill: done" in ended[0].said and ended[1].said == ""
+    recipe, alone = made("alone", batch=4, save_minutes=1e-6)
+    run.execute(validate(read(str(recipe))), progress=Silent())
+    found, right = trained(out), trained(alone)
+    assert (found.steps, found.tokens, found.rows) == (right.steps, right.tokens, right.rows) == (6, 384, right.rows)
+    assert (found.processes, right.processes) == (2, 1)
+    for point, other in zip(found.curve, right.curve, strict=True):
+        assert (point.step, point.kind) == (other.step, other.kind)
+        assert point.value == pytest.approx(other.value, rel=1e-4)
+    assert found.held_before == pytest.approx(right.held_before, rel=1e-5)
+    (model, info), (other, _) = load(out), load(alone)
+    assert not info["missing_keys"] and model.config.tie_word_embeddings
+    weights = other.state_dict()
+    assert all(torch.allclose(value, weights[name], atol=1e-4) for name, value in model.state_dict().items())
+
+
+def test_they_stop_together_and_go_on(
+    server: RanksServer, whole: tuple[Path, list[Ended]], made: Any, tmp_path: Path
+) -> None:
+    recipe, out = made("stopped", save_minutes=1e-6)
+    for at, (signals, codes, said) in enumerate(
+        [
+            ({"1": signal.SIGTERM}, [12, 12], "Another process of this run was stopped.\n  The same command goes on"),
+            ({"1": signal.SIGKILL}, [12, -signal.SIGKILL], "Another process of this run has ended; what it said"),
+            ({}, [0, 0], "distill: done"),
+        ]
+    ):
+        ended = server.run("command", tmp_path / str(at), arguments=["distill", "-r", str(recipe)], signals=signals)
+        assert [one.code for one in ended] == codes, ended
+        assert said in ended[0].said and ended[1].said == ""
+        assert out.exists() == (not signals) and out.with_name("stopped.partial").exists() == bool(signals)
+    assert ended[0].found == ["DistributedDataParallel"]  # from the last state that was saved
+    assert content(out) == content(whole[0])
+    assert trained(out).curve == trained(whole[0]).curve
+
+
+def test_a_refusal_ends_all(server: RanksServer, made: Any, tmp_path: Path) -> None:
+    recipe, out = made("refused")
+    several = "works in one process, and 2 were launched"
+    for task, more, code, why in (
+        ("distill", ["--layers", "9"], 3, "9 layers cannot be kept of 3"),
+        ("quantize", [], 2, several),
+    ):
+        ended = server.run("command", tmp_path / task, arguments=[task, "-r", str(recipe), *more])
+        assert [one.code for one in ended] == [code, code] and why in ended[0].said and ended[1].said == "", ended
+    assert not out.exists() and not out.with_name("refused.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "tied"), [("plain", True), ("accelerate", False), ("accelerate", True), ("alone", False)]
+)
+def test_shards_have_the_gradients_of_the_whole(server: RanksServer, tmp_path: Path, layout: str, tied: bool) -> None:
+    ended = server.run("sharded", tmp_path / "said", layout=layout, tied=tied, out=str(tmp_path / "out"))
+    assert [one.code for one in ended] == [0, 0], ended
+    assert all(one.found["same"] and one.found["off"] < 1e-5 for one in ended), ended
+    model, info = load(tmp_path / "out")
+    assert not info["missing_keys"] and type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["accelerate", "launch", "--multi_gpu", "--num_processes", "2"], TORCHRUN])
+def test_launchers(made: Any, launcher: list[str]) -> None:
+    """As people type it; a signal to the launcher reaches all."""
+    recipe, out = made(launcher[0].replace("/", "-"), max_steps=60)
+    command = [*launcher, "-m", "llmshrink", "distill", "-v", "-r", str(recipe)]
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr and any("step 5 of 60" in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        assert process.wait(60) != 0
+    assert "Stopped by SIGTERM" in said and not out.exists()
+    again = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.endswith(f"{out}\n") and "step 5 of 60" not in again.stderr
+    assert trained(out).steps == 60 and trained(out).processes == 2
+
+
+def test_what_accelerate_does_not_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], deep: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert main(["distill", str(deep), "--layers", "2"]) == 2
+    assert "several processes were asked for, and one was started" in capsys.readouterr().err

@@ -45,6 +45,7 @@ from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.steps import Steps
 from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
@@ -64,12 +65,16 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.overlap import overlaps
+from llmshrink.train.prepare import prepare
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
+TEXT, NEW_TEXT = "text", "text.new"  # what is trained on, and before it is known that nobody else works here
+FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED, TEXT)
 
 
 class Job:
@@ -163,13 +168,16 @@ class Job:
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             needed = work.needs_data or (choices is not None and choices.needs_data)
-            training = choices if isinstance(choices, Training) else None
-            rows = self._calibration(work, workspace, training) if needed else None
+            rows = self._calibration(work, workspace) if needed else None
             happened = list(self.loader.events)
+            examples = self._examples(choices.steps, workspace) if isinstance(choices, Training) else None
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
-            identity = self.facts.identity(rows)
-            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS)
+            if examples is not None:
+                self.loader.events += overlaps(examples, texts)
+            identity = self.facts.identity(rows, None if examples is None else examples.told.fingerprint)
+            made = () if examples is None else (examples.folder.name,)
+            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS, made=made)
             learned, done = [e for e in done if "training" in e], [e for e in done if "training" not in e]
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
@@ -181,7 +189,8 @@ class Job:
                     work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
-                    work, plan, found = self._train(choices, work, rows, workspace, learned)
+                    assert examples is not None
+                    work, plan, found = self._train(choices, work, examples, workspace, learned)
                     chosen |= {**found, "method": {"name": "distill"}}
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
@@ -255,12 +264,11 @@ class Job:
         self,
         training: Training,
         guessed: Work,
-        rows: Rows | None,
+        examples: Examples,
         workspace: Workspace,
         done: list[dict[str, Any]],
     ) -> tuple[Work, Plan, dict[str, Any]]:
         """Make the student, train it, and plan to write it; also what the report says of that."""
-        assert rows is not None
         student, cut, events = self.model, None, list(guessed.events)
         if training.cuts is not None:
             folder = workspace.work / STUDENT
@@ -274,7 +282,7 @@ class Job:
         trained, report = finished(workspace, done) or train(
             Distillation(training, student, device),
             training.steps,
-            rows,
+            examples.moved(workspace.work / TEXT),
             workspace=workspace,
             done=done,
             device=device,
@@ -323,18 +331,23 @@ class Job:
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
-    def _calibration(self, work: Work, workspace: Workspace, training: Training | None) -> Rows:
-        """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, or new.
+    def _calibration(self, work: Work, workspace: Workspace) -> Rows:
+        """The rows to calibrate with: those that an unfinished run of this output began with, or new.
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
-        if kept is None and training is not None:
-            return self.loader.training(training.stage.train, training.steps.rows, training.steps.length)
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]
         return kept[0]
+
+    def _examples(self, steps: Steps, workspace: Workspace) -> Examples:
+        """The rows to learn from, in a file of the folder of work."""
+        kept = workspace.work / TEXT if self.recipe.run.resume else None
+        found = prepare(steps, self.model, self.loader, workspace.work / NEW_TEXT, kept=kept)
+        self.loader.events += found.events
+        return found
 
     def _text_key(self, work: Work) -> dict[str, Any]:
         """What calibration rows depend on, but for what `auto` means today."""

@@ -47,6 +47,7 @@ from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.steps import Steps
 from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
@@ -67,12 +68,16 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.overlap import overlaps
+from llmshrink.train.prepare import prepare
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
+TEXT, NEW_TEXT = "text", "text.new"  # what is trained on, and before it is known that nobody else works here
+FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED, TEXT)
 
 
 class Job:
@@ -166,13 +171,16 @@ class Job:
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             needed = work.needs_data or (choices is not None and choices.needs_data)
-            training = choices if isinstance(choices, Training) else None
-            rows = self._calibration(work, workspace, training) if needed else None
+            rows = self._calibration(work, workspace) if needed else None
             happened = list(self.loader.events)
+            examples = self._examples(choices.steps, workspace) if isinstance(choices, Training) else None
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
-            identity = self.facts.identity(rows)
-            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS)
+            if examples is not None:
+                self.loader.events += overlaps(examples, texts)
+            identity = self.facts.identity(rows, None if examples is None else examples.told.fingerprint)
+            made = () if examples is None else (examples.folder.name,)
+            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS, made=made)
             learned, done = [e for e in done if "training" in e], [e for e in done if "training" not in e]
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
@@ -184,7 +192,8 @@ class Job:
                     work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
-                    work, plan, found = self._train(choices, work, rows, workspace, learned)
+                    assert examples is not None
+                    work, plan, found = self._train(choices, work, examples, workspace, learned)
                     chosen |= {**found, "method": {"name": "distill"}}
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
@@ -258,12 +267,11 @@ class Job:
         self,
         training: Training,
         guessed: Work,
-        rows: Rows | None,
+        examples: Examples,
         workspace: Workspace,
         done: list[dict[str, Any]],
     ) -> tuple[Work, Plan, dict[str, Any]]:
         """Make the student, train it, and plan to write it; also what the report says of that."""
-        assert rows is not None
         student, cut, events = self.model, None, list(guessed.events)
         if training.cuts is not None:
             folder = workspace.work / STUDENT
@@ -273,24 +281,28 @@ class Job:
                 events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
-        found = finished(workspace, done)
+        found, examples = finished(workspace, done), examples.moved(workspace.work / TEXT)
         if found is None and ranks.count() > 1:
-            said = {"student": str(student.source.folder), "rows": self._text_key(guessed)}
-            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), **said})
-        trained, report = found or self._learn(training, student, rows, workspace, done)
+            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), "student": str(student.source.folder)})
+        trained, report = found or self._learn(training, student, examples, workspace, done)
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events
         return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
 
     def _learn(
-        self, training: Training, student: StreamedModel, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]
+        self,
+        training: Training,
+        student: StreamedModel,
+        examples: Examples,
+        workspace: Workspace,
+        done: list[dict[str, Any]],
     ) -> tuple[Path, TrainReport]:
         """Train a student that is ready."""
         return train(
             Distillation(training, student, self.facts.device),
             training.steps,
-            rows,
+            examples,
             workspace=workspace,
             done=done,
             device=self.facts.device,
@@ -301,14 +313,14 @@ class Job:
         """Train along with the process that holds the workspace and gave this order."""
         _, plan, training = plan_of(self.recipe, self.model)
         workspace = Workspace(Path(plan.output))  # never entered: nothing is written by it
-        kept = Rows.load(workspace.work / ROWS, order["rows"])
-        if kept is None or not isinstance(training, Training):
+        examples = Examples.load(workspace.work / TEXT, None)
+        if examples is None or not isinstance(training, Training):
             raise OutputError(
-                f"{workspace.work / ROWS} is not the text that the first process chose.",
+                f"{workspace.work / TEXT} is not the text that the first process chose.",
                 hint="All processes must see the same folders: --output on a disk that they share.",
             )
         student = StreamedModel(open_source(order["student"]), self.facts.device)
-        self._learn(training, student, kept[0], workspace, [])
+        self._learn(training, student, examples, workspace, [])
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""
@@ -348,18 +360,23 @@ class Job:
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
-    def _calibration(self, work: Work, workspace: Workspace, training: Training | None) -> Rows:
-        """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, or new.
+    def _calibration(self, work: Work, workspace: Workspace) -> Rows:
+        """The rows to calibrate with: those that an unfinished run of this output began with, or new.
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
-        if kept is None and training is not None:
-            return self.loader.training(training.stage.train, training.steps.rows, training.steps.length)
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]
         return kept[0]
+
+    def _examples(self, steps: Steps, workspace: Workspace) -> Examples:
+        """The rows to learn from, in a file of the folder of work."""
+        kept = workspace.work / TEXT if self.recipe.run.resume else None
+        found = prepare(steps, self.model, self.loader, workspace.work / NEW_TEXT, kept=kept)
+        self.loader.events += found.events
+        return found
 
     def _text_key(self, work: Work) -> dict[str, Any]:
         """What calibration rows depend on, but for what `auto` means today."""

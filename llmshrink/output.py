@@ -153,6 +153,11 @@ def _shareable(recipe: Recipe) -> Recipe:
         return Path(name).name if Path(name).expanduser().exists() else name
 
     data = json.loads(recipe.model_dump_json())
+    for stage in data["stages"]:
+        if stage.get("teacher"):
+            stage["teacher"] = bare(stage["teacher"])
+        if stage.get("train"):
+            stage["train"]["data"] = bare(stage["train"]["data"])
     data["output"] = None
     data["model"]["id"] = data["model"]["id"] and bare(data["model"]["id"])
     data["calibration"]["data"] = bare(data["calibration"]["data"])

@@ -53,11 +53,11 @@ class RunFacts:
         """The recipe as plain data."""
         return plain(self.recipe)
 
-    def identity(self, rows: Rows | None) -> dict[str, Any]:
+    def identity(self, rows: Rows | None, trained_on: str | None = None) -> dict[str, Any]:
         """Everything that decides the bytes of the result; two runs may share a journal only if it is equal.
 
         Not the size of batches, which the journal holds for each block: a run that was short of memory may go on with
-        smaller ones.
+        smaller ones. `trained_on` is the fingerprint of the rows to learn from.
         """
         decides = decisive(self.recipe)
         return {
@@ -65,6 +65,7 @@ class RunFacts:
             "run": {"sequential": decides["run"]["sequential"]},
             "model": self.source.hashes,
             "calibration": rows.fingerprint if rows is not None else None,
+            "training": trained_on,
             "versions": versions(),
             "device": device_name(self.device),
             "threads": self.threads,

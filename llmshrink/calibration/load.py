@@ -14,7 +14,6 @@ from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import CalibrationSpec, EvaluationSpec
-from llmshrink.recipe.train import TrainSpec
 
 GENERAL_TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"  # what `auto` means where there is a network
 AUTO_SELF_TOKENS = 16_384  # sampled for the evaluation that a recipe leaves to `auto`
@@ -31,31 +30,37 @@ class TextLoader:
 
     def calibration(self, spec: CalibrationSpec, length: int) -> Rows:
         """Rows for the methods."""
-        if spec.data != "auto":
-            return self._rows(
-                spec.data, spec.split or "train", spec.column, spec.samples, length, spec.seed, spec.packed
-            )
-        if self._embedded:
-            return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
-        if _hub_answers():
-            return self._rows(GENERAL_TEXT, "train", None, spec.samples, length, spec.seed, spec.packed)
-        if not self._model.task.causal:
-            message = "calibrated on the built-in stories: no text was given and the Hub cannot be reached"
-            self.events.append(Event("generator_calibration", message))
-            return self._rows("generator", "train", None, spec.samples, length, spec.seed, spec.packed)
-        message = "calibrated on the model's own samples: no text was given and the Hub cannot be reached"
-        self.events.append(Event("self_calibration", message))
-        return self._rows("self", "train", None, spec.samples, length, spec.seed, spec.packed)
+        split, column = spec.split or "train", spec.column
+        if spec.data == "auto":
+            split, column = "train", None
+        data = self.source(spec.data, "calibrated")
+        return self._rows(data, split, column, spec.samples, length, spec.seed, spec.packed)
 
-    def training(self, spec: TrainSpec, count: int, length: int) -> Rows:
-        """Rows to learn from, as many as there are of `count`."""
-        calibration = CalibrationSpec(
-            data=spec.data, split=spec.split, column=spec.column, samples=count, length=length, seed=spec.seed
-        )
-        known = len(self.events)
-        rows = self.calibration(calibration, length)
-        self.events[known:] = [event for event in self.events[known:] if event.kind != "few_rows"]  # seen again
-        return rows
+    def source(self, data: str, used: str) -> str:
+        """Which text a name means; `used` says in an event what became of what `auto` had to choose."""
+        if data != "auto":
+            return data
+        if self._embedded:
+            return "generator"
+        if _hub_answers():
+            return GENERAL_TEXT
+        if not self._model.task.causal:
+            message = f"{used} on the built-in stories: no text was given and the Hub cannot be reached"
+            self.events.append(Event("generator_calibration", message))
+            return "generator"
+        message = f"{used} on the model's own samples: no text was given and the Hub cannot be reached"
+        self.events.append(Event("self_calibration", message))
+        return "self"
+
+    def samples(self, count: int, length: int, seed: int, split: str = "train") -> Rows:
+        """Rows that the model itself says; those for another split are others."""
+        if not self._model.task.causal:
+            raise PlanError(
+                f"{self._model.source.id} cannot be sampled from: it predicts no next token.",
+                hint="Give text in place of `self`: a file, a dataset id, or `generator`, the built-in stories.",
+            )
+        shift = 0 if split == "train" else SELF_EVALUATION_SEED
+        return sample_rows(self._model, rows=count, length=length, seed=seed + shift, progress=self._progress)
 
     def evaluation(self, spec: EvaluationSpec, length: int, calibration: Rows | None) -> list[Rows]:
         """Rows of each text to evaluate on."""
@@ -86,34 +91,49 @@ class TextLoader:
         self, data: str, split: str, column: str | None, count: int, length: int, seed: int, packed: bool
     ) -> Rows:
         if data == "self":
-            if not self._model.task.causal:
-                raise PlanError(
-                    f"{self._model.source.id} cannot be sampled from: it predicts no next token.",
-                    hint="Give text in place of `self`: a file, a dataset id, or `generator`, the built-in stories.",
-                )
-            shift = 0 if split == "train" else SELF_EVALUATION_SEED
-            return sample_rows(self._model, rows=count, length=length, seed=seed + shift, progress=self._progress)
+            return self.samples(count, length, seed, split)
         found = documents(data, seed=seed, split=split, column=column)
         tokenizer, encoder = self._model.source.tokenizer, not self._model.task.causal
         rows = tokenize(found, tokenizer, rows=count, length=length, packed=packed, data=data, encoder=encoder)
         if len(rows.tokens) < count:
             message = f"{data} gives {len(rows.tokens)} rows where {count} were asked for"
             self.events.append(Event("few_rows", message, data={"rows": float(len(rows.tokens))}))
-        name = Path(data).name if Path(data).exists() else data  # people read it in the card: no path of this machine
-        origin = {"generator": "the built-in story generator"}.get(data, name)
-        return replace(rows, origin=f"{origin}, {split} split" if data == "generator" else origin, split=split)
+        return replace(rows, origin=origin(data, split), split=split)
+
+
+def origin(data: str, split: str) -> str:
+    """Where a text comes from, as people read it in the card: without a path of this machine."""
+    if data == "generator":
+        return f"the built-in story generator, {split} split"
+    return Path(data).name if Path(data).exists() else data
 
 
 def _overlap(calibration: Rows, rows: Rows) -> Event | None:
-    """What the two have in common; the generator's splits share no story, nor do the model's samples."""
+    """What the two have in common."""
     seen = {row.numpy().tobytes() for row in calibration.tokens}
     same = any(row.numpy().tobytes() in seen for row in rows.tokens)
-    if calibration.data == rows.data and rows.data not in ("generator", "self"):
-        if calibration.split != rows.split and not same and not Path(rows.data).exists():
-            message = f"calibration and evaluation come from two splits of one dataset: {rows.data}"
-            return Event("related_corpus", message)
+    return related("calibration", (calibration.data, calibration.split), rows, same=same)
+
+
+def related(what: str, source: tuple[str, str], rows: Rows, *, same: bool) -> Event | None:
+    """What a text that is evaluated has in common with one that the result was made with.
+
+    The generator's splits share no story, nor do the model's samples.
+
+    Args:
+        what: the other is, in a word.
+        source: its name and its split.
+        rows: of what is evaluated.
+        same: whether the same tokens were found in both.
+    """
+    data, split = source
+    if data == rows.data and data not in ("generator", "self"):
+        if split != rows.split and not same and not Path(data).exists():
+            return Event("related_corpus", f"{what} and evaluation come from two splits of one dataset: {rows.data}")
         same = True
-    message = f"calibration and evaluation share a text: {rows.data}. The figures on it flatter the result"
+    message = (
+        f"{what} and evaluation share a text: {origin(rows.data, rows.split)}. The figures on it flatter the result"
+    )
     return Event("shared_corpus", message) if same else None
 
 

@@ -117,7 +117,7 @@ class Frame:
         return torch.tensor([*self.start, *ids, *self.end], dtype=torch.long)
 
 
-def _frame_of_encoder(tokenizer: PreTrainedTokenizerBase) -> Frame:
+def frame_of_encoder(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """What the tokenizer itself puts around a text."""
     found = tokenizer("a", return_special_tokens_mask=True)
     ids, special = found["input_ids"], found["special_tokens_mask"]
@@ -126,7 +126,7 @@ def _frame_of_encoder(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return Frame(start, [], end, end)
 
 
-def _frame_of_decoder(tokenizer: PreTrainedTokenizerBase, packed: bool) -> Frame:
+def frame_of_decoder(tokenizer: PreTrainedTokenizerBase, packed: bool) -> Frame:
     """BOS in front of every document; where they are packed and there is none, EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     first = bos if bos is not None or not packed else eos
@@ -149,7 +149,7 @@ def tokenize(
     Raises:
         InputError: the text gives not even one row.
     """
-    frame = _frame_of_encoder(tokenizer) if encoder else _frame_of_decoder(tokenizer, packed)
+    frame = frame_of_encoder(tokenizer) if encoder else frame_of_decoder(tokenizer, packed)
     texts = (_ids(text, tokenizer) for text in documents if text)
     found = _pack(texts, frame, rows, length) if packed else _separate(texts, frame, rows, length)
     if not found or not any(len(row) > len(frame.start) + len(frame.end) for row in found):

@@ -6,8 +6,10 @@ A text is named by one string: `generator`, a path ending in .txt, .json, .jsonl
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,20 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 TEXT_COLUMNS = ("text", "content", "document", "story", "prompt")
 KEPT_BYTES = 2**30  # a dataset up to this size goes into the cache
 SHUFFLE_WINDOW = 10_000  # documents of a stream that are shuffled together
+LONGEST = 1 << 22  # characters of a document of a text file: longer ones become several
+PARQUET_ROWS = 1024  # of a table that are read at a time
+SHOWN = 60  # characters of a value that a message repeats
+
+
+Columns = Callable[[list[str], str], list[str]]  # of the names that there are, and where: those that are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of a file or a dataset, as it is there."""
+
+    value: Any
+    where: str  # it stands, as people find it
 
 
 def documents(data: str, *, seed: int, split: str, column: str | None = None) -> Iterator[str]:
@@ -35,38 +51,58 @@ def documents(data: str, *, seed: int, split: str, column: str | None = None) ->
         ModelNotFoundError: no such file or dataset, no permission, or no network.
         UnsafeError: the dataset is loaded by code of its own.
     """
+
+    def wanted(names: list[str], where: str) -> list[str]:
+        return [text_column(names, column, where)]
+
+    found = (text_of(record, column) for record in records(data, seed=seed, split=split, columns=wanted))
+    return (text for text in found if text)
+
+
+def records(data: str, *, seed: int, split: str, columns: Columns) -> Iterator[Record]:
+    """The entries of a text, one after another, of which one at a time is in memory (of a .json file, all).
+
+    Args:
+        data: as for `documents`, like `seed` and `split`.
+        seed: as there.
+        split: as there.
+        columns: which of the columns of a table are read.
+
+    Raises:
+        InputError: the file cannot be read as its ending says.
+        ModelNotFoundError: no such file or dataset, no permission, or no network.
+        UnsafeError: the dataset is loaded by code of its own.
+    """
     if data == "generator":
         from llmshrink.demo.generator import CALIBRATION_SEED, EVALUATION_SEED, SETS, stories
 
-        return stories((CALIBRATION_SEED if split == "train" else EVALUATION_SEED) + SETS * seed)
+        told = stories((CALIBRATION_SEED if split == "train" else EVALUATION_SEED) + SETS * seed)
+        return (Record(story, "the generator") for story in told)
     path = Path(data).expanduser()
     if path.suffix in SUFFIXES:
         if not path.is_file():
             raise InputError(f"There is no text file {data!r}.")
-        found: Iterable[str] = _read(path, column)
+        found: Iterable[Record] = _read(path, columns)
     elif path.exists():
         raise InputError(f"{data!r} is not a text file I can read; known endings: {', '.join(SUFFIXES)}.")
     else:
-        found = _from_hub(data, split, column)
+        found = _from_hub(data, split, columns)
     return _shuffled(found, seed) if seed else iter(found)
 
 
-def _read(path: Path, column: str | None) -> Iterator[str]:
+def _read(path: Path, columns: Columns) -> Iterator[Record]:
     try:
         if path.suffix == ".txt":
-            yield from _paragraphs(path)
+            yield from (Record(text, str(path)) for text in _paragraphs(path))
         elif path.suffix == ".json":
             values = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(values, list):
                 raise InputError(f"{path} must hold a JSON list of strings or objects.")
-            yield from (_text_of(v, column, path, i) for i, v in enumerate(values))
+            yield from (Record(value, f"{path}, entry {number}") for number, value in enumerate(values))
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of(parse_json(line), column, path, number)
+            yield from _lines(path)
         else:
-            yield from _parquet(path, column)
+            yield from _parquet(path, columns)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}.") from error
     except ValueError as error:
@@ -74,20 +110,35 @@ def _read(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """A text file is one document for every stretch between blank lines."""
+    """A text file is one document for every stretch between blank lines, or of so many characters."""
     lines: list[str] = []
+    size = 0
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
+        for line in iter(partial(file.readline, LONGEST), ""):
+            blank = not line.strip()
+            if not blank:
                 lines.append(line)
-            elif lines:
+                size += len(line)
+            if lines and (blank or size >= LONGEST):
                 yield "".join(lines).strip()
-                lines = []
+                lines, size = [], 0
     if lines:
         yield "".join(lines).strip()
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[Record]:
+    """JSON, a value on each line."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            try:
+                if line.strip():
+                    yield Record(parse_json(line), where)
+            except ValueError as error:
+                raise InputError(f"{where} is not valid json: {error}.") from error
+
+
+def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -95,26 +146,46 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         file = ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a parquet file: {error}.") from error
-    name = _column(file.schema_arrow.names, column, str(path))
-    for batch in file.iter_batches(columns=[name]):
-        for value in batch.column(0).to_pylist():
-            if not isinstance(value, str | None):
-                raise InputError(f"{path}: column {name!r} does not hold text, but values like {value!r}.")
-            if value:
-                yield value
+    wanted = columns(file.schema_arrow.names, str(path))
+    rows = (row for batch in file.iter_batches(PARQUET_ROWS, columns=wanted) for row in batch.to_pylist())
+    yield from _table(rows, str(path))
 
 
-def _text_of(value: Any, column: str | None, path: Path, number: int) -> str:
+def _table(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Record]:
+    """The rows of a table that are not empty."""
+    for number, row in enumerate(rows, 1):
+        if any(value is not None for value in row.values()):
+            yield Record(row, f"{name}, row {number}")
+
+
+def text_of(record: Record, column: str | None) -> str:
+    """The text of an entry: itself, or what stands under the key.
+
+    Raises:
+        InputError: it has none.
+    """
+    value = record.value
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        text = value[_column(list(value), column, f"{path}, entry {number}")]
-        if isinstance(text, str):
-            return text
-    raise InputError(f"{path}, entry {number}: expected a string, or an object whose text column is a string.")
+        key = text_column(list(value), column, record.where)
+        if isinstance(value[key], str):
+            return str(value[key])
+        raise InputError(f"{record.where}: expected a string under {key!r}, and there is {_short(value[key])}.")
+    raise InputError(f"{record.where}: expected a string, or an object with a text, and there is {_short(value)}.")
 
 
-def _column(names: list[str], wanted: str | None, where: str) -> str:
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+
+
+def text_column(names: list[str], wanted: str | None, where: str) -> str:
+    """Which column or key holds the text.
+
+    Raises:
+        InputError: there is no such one, or nobody can say.
+    """
     if wanted is not None:
         if wanted not in names:
             raise InputError(f"{where} has no column {wanted!r}; it has: {', '.join(names)}.")
@@ -125,12 +196,12 @@ def _column(names: list[str], wanted: str | None, where: str) -> str:
     return found or names[0]
 
 
-def _from_hub(name: str, split: str, column: str | None) -> Iterator[str]:
+def _from_hub(name: str, split: str, columns: Columns) -> Iterator[Record]:
     from datasets import load_dataset_builder
 
     check_token()
     repository, _, config = name.partition(":")
-    key = None
+    where = f"dataset {name!r}"
     try:
         builder = load_dataset_builder(repository, config or None)
         if _is_small(builder):
@@ -138,10 +209,11 @@ def _from_hub(name: str, split: str, column: str | None) -> Iterator[str]:
             rows = builder.as_dataset(split=split)
         else:
             rows = builder.as_streaming_dataset(split=split)
-        for row in rows:
-            key = key or _column(list(row), column, f"dataset {name!r}")
-            if row[key]:
-                yield str(row[key])
+        stream = iter(rows)
+        first = next(stream, None)
+        if first is not None:
+            wanted = columns(list(first), where)
+            yield from _table(({key: row[key] for key in wanted} for row in chain([first], stream)), where)
     except LlmshrinkError:
         raise
     except Exception as error:  # noqa: BLE001 - datasets raises its own, the Hub's, fsspec's and plain OS errors
@@ -169,7 +241,7 @@ def _is_small(builder: Any) -> bool:
     return all(total <= KEPT_BYTES for total in accumulate(hub.info(file)["size"] for file in files))
 
 
-def _shuffled(found: Iterable[str], seed: int) -> Iterator[str]:
+def _shuffled(found: Iterable[Record], seed: int) -> Iterator[Record]:
     order = random.Random(seed)  # noqa: S311 - which rows, not a secret
     stream = iter(found)
     while window := list(islice(stream, SHUFFLE_WINDOW)):

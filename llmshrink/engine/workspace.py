@@ -138,10 +138,13 @@ class Workspace:
 
     # --- the journal
 
-    def begin(self, identity: dict[str, Any], *, resume: bool, folders: Container[str] = ()) -> list[dict[str, Any]]:
+    def begin(
+        self, identity: dict[str, Any], *, resume: bool, folders: Container[str] = (), made: Container[str] = ()
+    ) -> list[dict[str, Any]]:
         """Make the folder ready; returns the entries of an earlier run of the same identity that still hold.
 
         `folders` in the folder of work stay for a run that goes on: whoever made them knows what in them is whole.
+        Those that are `made` are this run's own, and stay in any case.
 
         Raises:
             OutputError: an unfinished run of another identity lies there.
@@ -156,7 +159,7 @@ class Workspace:
         held = list(takewhile(lambda entry: "files" in entry and self.holds(entry["files"]), lines[1:]))
         if resume:
             self._tell_lost(found, lines, held)
-        self._sweep(held, folders, resume=bool(lines))
+        self._sweep(held, folders, made, resume=bool(lines))
         write_bytes(self._journal, b"".join(sealed(line) + b"\n" for line in [{"identity": identity}, *held]))
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
@@ -172,12 +175,16 @@ class Workspace:
             again = f"{lost} finished steps are done again" if lines else "the run begins anew"
             self.events.append(Event("work_lost", f"{path} is damaged or gone: {again}"))
 
-    def _sweep(self, held: list[dict[str, Any]], folders: Container[str], *, resume: bool) -> None:
+    def _sweep(
+        self, held: list[dict[str, Any]], folders: Container[str], made: Container[str], *, resume: bool
+    ) -> None:
         """Make the folder, and remove from it what the journal does not vouch for: it must not get into this run."""
         self.work.mkdir(parents=True, exist_ok=True)
         kept = {WORK, *(name for entry in held for name in entry["files"])}
         strays = [path for path in self.folder.iterdir() if path.name not in kept]
         for path in self.work.iterdir():
+            if path.name in made:
+                continue
             known = path.name in folders if path.is_dir() else path.suffix != ".tmp"
             if not known or not (resume or path == self._journal):
                 strays.append(path)

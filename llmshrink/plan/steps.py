@@ -11,7 +11,7 @@ from llmshrink.plan.layout import row_length
 from llmshrink.recipe.train import TrainSpec
 
 LENGTH = 512  # tokens in a row, where nobody says how many
-MANY = 1 << 20  # rows, where no limit says how many are needed
+ENDLESS = 1 << 20  # tokens of a text without end, where no limit says how many
 LOGITS = 64 << 20  # bytes of one model's logits that are in memory at a time while a loss is found
 FEW = 20  # rows of which none are held back
 
@@ -36,19 +36,42 @@ class Steps:
 
     @property
     def limit(self) -> int | None:
-        """Steps of gradient that the recipe allows; None: as many as the rows give."""
-        by_tokens = None if self.spec.max_tokens is None else self.spec.max_tokens // (self.per_step * self.length)
+        """Steps of gradient that the recipe allows, if rows are full; None: as many as the rows give."""
+        return self._limit(self.length)
+
+    def _limit(self, width: float) -> int | None:
+        """The same of rows of so many tokens, on average."""
+        most = self.spec.max_tokens
+        if self.endless:
+            most = ENDLESS
+        by_tokens = None if most is None else int(most // (self.per_step * width))
         known = [limit for limit in (self.spec.max_steps, by_tokens) if limit is not None]
         return max(1, min(known)) if known else None
 
     @property
-    def rows(self) -> int:
-        """How many rows can be needed: fewer are seen more often."""
-        return MANY if self.limit is None else math.ceil(self.limit * self.per_step / (1 - self.spec.hold))
+    def endless(self) -> bool:
+        """Whether neither the text nor the recipe says how long to train."""
+        spec = self.spec
+        return spec.max_steps is None and spec.max_tokens is None and spec.data in ("auto", "generator", "self")
 
-    def count(self, rows: int) -> int:
-        """Steps of gradient on so many rows."""
-        return self.limit or max(1, math.ceil(self.spec.epochs * rows / self.per_step))
+    @property
+    def rows(self) -> int:
+        """How many full rows can be needed of a text that has no end."""
+        assert self.limit is not None
+        return self._needed(self.limit)
+
+    def enough(self, rows: int, tokens: int) -> bool:
+        """Whether more than so many rows of so many tokens cannot be needed: fewer are seen more often."""
+        limit = self._limit(tokens / rows)
+        return limit is not None and rows >= self._needed(limit)
+
+    def _needed(self, steps: int) -> int:
+        return math.ceil(steps * self.per_step / (1 - self.spec.hold))
+
+    def count(self, rows: int, tokens: int | None = None) -> int:
+        """Steps of gradient on so many rows, which have so many tokens; None: they are full."""
+        limit = self._limit(self.length if tokens is None else tokens / rows)
+        return limit or max(1, math.ceil(self.spec.epochs * rows / self.per_step))
 
     def held(self, rows: int) -> int:
         """How many of so many rows are held back: whole batches, none of a few."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
+from llmshrink.forms import Event
 from llmshrink.methods.cut import CutConfig
 from llmshrink.methods.trained import Trained
 from llmshrink.model.source import Source, open_source
@@ -13,7 +14,8 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
-from llmshrink.plan.steps import Steps
+from llmshrink.plan.steps import ENDLESS, Steps
+from llmshrink.plan.trackers import check_trackers
 from llmshrink.plan.work import Work
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
@@ -32,7 +34,7 @@ class Training:
         guess: The work of writing the student, whose sizes are known before it has learned anything.
     """
 
-    needs_data = True
+    needs_data = False  # to calibrate with
 
     def __init__(self, recipe: Recipe, stage: DistillStage, model: StreamedModel) -> None:
         """Find who learns from whom.
@@ -55,6 +57,9 @@ class Training:
                 "as large as it is.",
                 hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
             )
+        check_trackers(stage.train.report_to)
+        if stage.train.kind in ("prompt", "chat") and stage.train.data in ("generator", "self"):
+            raise PlanError(f"What {stage.train.data} gives is plain text: train.kind cannot be {stage.train.kind}.")
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
         if stage.teacher is not None:
             check_same_tokens(model.source, self.teacher)
@@ -88,4 +93,7 @@ class Training:
         methods = {matrix: Trained(CutConfig()) for matrix in matrices}
         work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
         work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
+        if self.steps.endless:
+            message = f"nothing says how long to train (--max-steps, --max-tokens): {ENDLESS:,} tokens at most"
+            work.events.append(Event("endless_text", message))
         return work

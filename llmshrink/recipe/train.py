@@ -11,6 +11,22 @@ from llmshrink.recipe.units import Share
 
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "sgd"]
 
+Tracker = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
 
 class TrainSpec(Section):
     """Steps of gradient on text; whichever of the limits is met first ends them."""
@@ -18,6 +34,20 @@ class TrainSpec(Section):
     data: str = Field("auto", min_length=1, description="text to train on, named as calibration.data; auto: as there")
     split: str | None = Field(None, min_length=1, description="split of a Hub dataset; null: train")
     column: str | None = Field(None, min_length=1, description="the column or key that holds the text; null: found")
+    kind: Literal["auto", "text", "prompt", "chat"] = Field(
+        "auto",
+        description="what its entries are. text; prompt: `prompt` and `completion` (or `question` and `answer`, or "
+        "`instruction`, `input` and `output`, each on lines of its own); chat: `messages`, each with `role` and "
+        "`content`, laid out by the tokenizer's chat template; auto: by the keys of the first entry",
+    )
+    answers_only: bool = Field(
+        True, description="of prompt and chat: the loss is taken on what answers; false: on all of the text"
+    )
+    packing: bool = Field(
+        True,
+        description="fill rows, of text end to end, of prompt and chat with as many whole entries as fit; later "
+        "ones see those before. false: each entry in a row of its own, padded in batches",
+    )
     length: int | None = Field(None, ge=2, description="tokens in a row; null: 512, or the model's positions if fewer")
     batch: int = Field(4, ge=1, description="rows in a forward pass on each device")
     accumulate: int = Field(1, ge=1, description="forward passes whose gradients make one step")
@@ -45,6 +75,11 @@ class TrainSpec(Section):
     checkpointing: bool = Field(
         False,
         description="keep only what enters each block and make the rest twice: less memory, a third slower",
+    )
+    report_to: list[Tracker] = Field(
+        default=[],
+        description="trackers that are told of losses as they come: tensorboard (into runs/, or "
+        "TENSORBOARD_LOGGING_DIR), wandb, mlflow, trackio and others of transformers; each is set up in its own way",
     )
     seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
 

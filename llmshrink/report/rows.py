@@ -345,9 +345,14 @@ def _trained(found: TrainReport) -> str:
     if found.held_before is not None and found.held_after is not None:
         measure = "KL to it" if found.measure == "kl" else "loss"
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
-    text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
+    of = "" if found.text is None else f" of {found.text.origin}"
+    if found.text is not None and found.text.kind != "text":
+        of += f" ({found.text.counted / found.text.tokens:.0%} of it learned)"
+    text = f"{found.tokens:,} tokens of {count(found.rows, 'row')}{of} in {count(found.steps, 'step')} of gradient"
     text += f" by {found.processes} processes" if found.processes > 1 else ""
-    return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
+    name = found.teacher or "text"
+    teacher = Path(name).name if Path(name).is_dir() else name
+    return f"learned from {teacher}, {text}, {seconds(found.seconds)}: {held}"
 
 
 def _tuned(tuned: TuneReport) -> str:

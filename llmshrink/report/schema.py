@@ -203,12 +203,27 @@ class LossPoint(Record):
     value: float = Field(description="nats per token")
 
 
+class TextReport(Record):
+    """The text that a model was trained on, with what was held back of it."""
+
+    data: str
+    split: str = Field(default="train", description="of a dataset")
+    origin: str = Field(description="where the text came from, in words")
+    kind: Literal["text", "prompt", "chat"] = Field(description="what its entries are")
+    fingerprint: str = Field(default="", description="sha256 of the token ids, and of which are counted")
+    rows: int = 0
+    length: int = Field(default=0, description="tokens of the longest row")
+    tokens: int = 0
+    counted: int = Field(default=0, description="tokens on which the loss is taken: of all, or of answers alone")
+
+
 class TrainReport(Record):
     """What a training did."""
 
     teacher: str | None = Field(description="None: the text alone")
+    text: TextReport | None = Field(default=None, description="None: not known")
     steps: int = Field(description="of gradient")
-    tokens: int = Field(description="that were learned from, seen again or not")
+    tokens: int = Field(description="that were read, seen again or not")
     rows: int = Field(description="of different text")
     parameters: int = Field(description="that were trained")
     processes: int = Field(default=1, description="that shared each step")
@@ -395,6 +410,7 @@ __all__ = [
     "SensitivityReport",
     "StageReport",
     "Support",
+    "TextReport",
     "TextScore",
     "TrainReport",
     "TransformReport",

@@ -22,9 +22,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from llmshrink import ranks
-from llmshrink.calibration.rows import Rows
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InterruptedRun
 from llmshrink.io.files import sha256
@@ -32,6 +32,7 @@ from llmshrink.plan.steps import Steps
 from llmshrink.progress import Progress
 from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
+from llmshrink.train.data import Examples, collate
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, make_whole, missing_none, wait_for_all
 
@@ -50,7 +51,7 @@ OPTIMIZERS = {
 def train(
     lesson: Lesson,
     steps: Steps,
-    rows: Rows,
+    examples: Examples,
     *,
     workspace: Workspace,
     done: list[dict[str, Any]],
@@ -64,7 +65,7 @@ def train(
     Args:
         lesson: what is learned.
         steps: how long.
-        rows: to learn from.
+        examples: to learn from.
         workspace: of the run.
         done: entries of the journal about this training.
         device: where it is computed.
@@ -73,19 +74,21 @@ def train(
     Returns:
         The folder of what was learned, and what was measured.
     """
-    spec, held = steps.spec, steps.held(len(rows.tokens))
-    learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
-    count = steps.count(len(learned))
+    spec, rows = steps.spec, len(examples)
+    learned, seen = examples.parts(steps.held(rows))
+    count = steps.count(len(learned), len(learned) * examples.told.tokens // rows)
     if spec.checkpointing:
         _keep_less(lesson.model)
     journal = _Journal(workspace, progress, count, spec.save_minutes, spec.max_minutes)
     trainer = lesson.trainer(
-        args=_arguments(spec, count, workspace.work / STATES, device),
-        train_dataset=[{"input_ids": row, "labels": row} for row in learned],
-        eval_dataset=[{"input_ids": row, "labels": row} for row in seen],
+        args=_arguments(spec, count, workspace.work / STATES, device, workspace.output.name),
+        train_dataset=learned,
+        eval_dataset=seen,
+        data_collator=collate,
         callbacks=[journal, *([] if spec.patience is None else [EarlyStoppingCallback(spec.patience)])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints where results belong
+    _keep_logs(trainer, workspace.output.name)
     check_wrappers(trainer)
     start, newest = time.perf_counter(), ranks.shared(lambda: _newest(workspace, done))
     progress.start(lesson.task, count, 0 if newest is None else newest["step"])
@@ -97,19 +100,27 @@ def train(
     progress.finish()
     report = TrainReport(
         teacher=lesson.teacher,
+        text=examples.told,
         steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * steps.per_step * rows.length,
+        tokens=trainer.state.num_input_tokens_seen,
         rows=len(learned),
         parameters=sum(p.numel() for p in lesson.model.parameters() if p.requires_grad),
         processes=steps.processes,
         measure=lesson.measure,
         held_before=journal.before,
         held_after=after,
-        tokens_held=sum(len(row) for row in seen),
+        tokens_held=seen.counted,
         curve=_curve(trainer.state),
         seconds=time.perf_counter() - start,
     )
     return _save(lesson, workspace, report), report
+
+
+def _keep_logs(trainer: Trainer, name: str) -> None:
+    """Have TensorBoard's files where people look for them: beside the states they would be gone with these."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path("runs", name))
 
 
 def _keep_less(model: PreTrainedModel) -> None:
@@ -126,7 +137,7 @@ def finished(workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, Tr
     return workspace.work / TRAINED, TrainReport.model_validate(found["trained"])
 
 
-def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
+def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device, name: str) -> TrainingArguments:
     every = math.ceil(steps / spec.evaluations) if spec.evaluations else steps + 1
     return TrainingArguments(
         output_dir=str(folder),
@@ -150,11 +161,13 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device) 
         save_total_limit=2,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
         seed=spec.seed,
         use_cpu=device.type == "cpu",
         ddp_timeout=MISSED,
         log_level_replica="passive",  # the other processes have nothing to say either
-        report_to="none",
+        report_to=spec.report_to or "none",
+        run_name=name,
         disable_tqdm=True,
         remove_unused_columns=False,
         prediction_loss_only=True,

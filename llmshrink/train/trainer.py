@@ -12,6 +12,7 @@ from llmshrink.errors import InputError
 from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.chunks import summed
+from llmshrink.train.data import Part
 from llmshrink.train.heads import Halves
 from llmshrink.train.losses import mixed
 from llmshrink.train.teachers import Teacher
@@ -60,12 +61,16 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
                 f"The loss of step {step} is no number; its rows begin with the tokens {rows}.",
                 hint="Lower train.rate, or train.clip; the last saved state is kept.",
             )
-        if num_items_in_batch is None or not model.training:
-            num_items_in_batch = (labels != -100).sum()
-        else:  # of all processes, over which gradients are averaged
-            total = total * self.accelerator.num_processes
-        loss = total / num_items_in_batch
+        if model.training and num_items_in_batch is not None:  # of all processes, over which gradients are averaged
+            loss = total * self.accelerator.num_processes / num_items_in_batch
+        else:
+            loss = total / self._measured(labels)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _measured(self, labels: Tensor) -> Tensor | float:
+        """What a batch that is measured is divided by: Trainer's mean over rows is then one over tokens."""
+        held = self.eval_dataset
+        return len(labels) * held.counted / len(held) if isinstance(held, Part) else (labels != -100).sum()
 
     def _total(self, model: nn.Module, given: dict[str, Any], labels: Tensor, spec: LossSpec) -> Tensor:
         """The loss of all positions but the last, which nothing follows; some positions at a time."""

@@ -252,6 +252,9 @@ TRIALS = {
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
     "stages.distill.train.column": Trial("answer", {**DISTILLED, "stages.0.train.data": "{columns}"}),
+    "stages.distill.train.kind": Trial("text", {**DISTILLED, "stages.0.train.data": "{prompts}"}),
+    "stages.distill.train.answers_only": Trial(False, {**DISTILLED, "stages.0.train.data": "{prompts}"}),
+    "stages.distill.train.packing": Trial(False, DISTILLED),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),
@@ -289,6 +292,7 @@ ELSEWHERE = {
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
+    "stages.distill.train.report_to": "tests/train/test_run.py::test_a_tracker_is_told",
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
     "stages.distill.train.checkpointing": "tests/e2e/test_distill.py::test_less_is_kept_on_the_way",
     "stages.distill.train.save_minutes": "tests/e2e/test_distill.py::test_a_killed_run_goes_on_from_what_was_saved",
@@ -363,6 +367,8 @@ def places(
     build_model(folder / "tied-model", config("llama", **shape, tie_word_embeddings=True))
     columns = [{"text": question, "answer": answer} for question, answer in zip(TEXT, reversed(TEXT), strict=True)]
     (folder / "columns.json").write_text(json.dumps(columns))
+    prompts = [{"prompt": text[:9], "completion": text[9:]} for text in TEXT]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
     found = {
         "model": smallest,
         "text": text_file,
@@ -372,6 +378,7 @@ def places(
         "wide_model": models_folder("llama"),
         "experts_model": models_folder("mixtral"),
         "columns": folder / "columns.json",
+        "prompts": folder / "prompts.json",
         "quantized": folder / "quantized",
         "output": folder / "output",
         "elsewhere": folder / "elsewhere",

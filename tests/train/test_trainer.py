@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from llmshrink.errors import InputError
 from llmshrink.recipe.distill import LossSpec
+from llmshrink.report.schema import TextReport
 from llmshrink.train import trainer as module
+from llmshrink.train.data import collate, write
 from llmshrink.train.losses import mixed
+from llmshrink.train.packing import Row
 from llmshrink.train.teachers import Online
 from llmshrink.train.trainer import Distiller
 
@@ -74,3 +78,31 @@ def test_what_is_no_number_names_the_step_and_the_rows(tmp_path: Path) -> None:
         student.lm_head.weight[5] = torch.nan
     with pytest.raises(InputError, match=r"step 0 is no number; its rows begin with the tokens \[\["):
         distiller(tmp_path, student, model(1)).compute_loss(student, rows())
+
+
+def test_what_is_measured_of_unequal_rows_is_per_token(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    given = [
+        Row(draw.integers(3, 100, size, dtype=np.int32), draw.random(size) < share, 0)
+        for size, share in ((20, 1.0), (5, 0.5), (9, 0.3), (14, 0.9), (3, 1.0))
+    ]
+    told = TextReport(data="a", origin="a", kind="prompt")
+    part, _ = write(tmp_path / "text", given, {}, lambda: (told, [])).parts(0)
+    student, teacher = model(0).eval(), model(1).eval()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True,
+        remove_unused_columns=False, prediction_loss_only=True,
+    )  # fmt: skip
+    taught = Online(teacher.requires_grad_(False))
+    made = Distiller(
+        teacher=taught, loss=LossSpec(), model=student, args=arguments, eval_dataset=part, data_collator=collate
+    )
+    made.remove_callback(PrinterCallback)
+    each = []
+    with torch.no_grad():
+        for i in range(len(part)):
+            q, p = (
+                one(part[i]["input_ids"][None]).logits[0, :-1].double().log_softmax(-1) for one in (student, teacher)
+            )
+            each += (p.exp() * (p - q)).sum(-1)[part[i]["labels"][1:] != -100].tolist()
+    assert made.evaluate()["eval_loss"] == pytest.approx(sum(each) / len(each), rel=1e-4)

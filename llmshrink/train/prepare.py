@@ -1,0 +1,99 @@
+"""From what a recipe says of the text to train on, to rows on disk."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from llmshrink.calibration.load import TextLoader, origin
+from llmshrink.calibration.text import records
+from llmshrink.forms import Event
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.steps import Steps
+from llmshrink.report.schema import TextReport
+from llmshrink.train.data import Examples, write
+from llmshrink.train.packing import Fitting, Row, alone, end_to_end, together
+from llmshrink.train.records import Example, Records
+
+DECIDES = ("data", "split", "column", "kind", "answers_only", "packing", "seed", "hold", "batch", "accumulate")
+LIMITS = ("max_steps", "max_tokens")
+
+
+def prepare(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, *, kept: Path | None) -> Examples:
+    """The rows of a training: those that an unfinished run began with, or new ones.
+
+    What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
+
+    Args:
+        steps: of the training, whose recipe says which text, and how much of it can be needed.
+        model: whose tokenizer reads it.
+        loader: knows what `auto` and `self` are.
+        folder: to write new ones to.
+        kept: where those of an unfinished run would lie; None: it is not gone on with.
+
+    Raises:
+        InputError: the text gives nothing to learn from, or an entry, which is named, is none.
+    """
+    decides = {name: value for name, value in steps.spec.model_dump(mode="json").items() if name in (*DECIDES, *LIMITS)}
+    key = {"model": model.source.hashes, "train": decides, "length": steps.length}
+    found = None if kept is None else Examples.load(kept, key)
+    if found is not None:
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return _made(steps, model, loader, folder, key)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # what was there before stays
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
+        raise
+
+
+def _made(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, key: dict[str, Any]) -> Examples:
+    spec, known = steps.spec, len(loader.events)
+    data, split = loader.source(spec.data, "trained"), spec.split or "train"
+    told = TextReport(data=data, split=split, origin=origin(data, split), kind="text")
+    chosen = [loader.events.pop() for _ in loader.events[known:]]
+    if data == "self":
+        sampled = loader.samples(steps.rows, steps.length, spec.seed)
+        told = told.model_copy(update={"origin": sampled.origin})
+        return write(folder, map(_whole, sampled.tokens), key, lambda: (told, chosen))
+    reader, fitting = Records(spec, model.source.tokenizer), Fitting(steps.length)
+    examples = reader.examples(records(data, seed=spec.seed, split=split, columns=reader.columns))
+    rows = _enough(_rows(examples, reader, fitting, steps), steps)
+
+    def about() -> tuple[TextReport, list[Event]]:
+        return told.model_copy(update={"kind": reader.kind or "text"}), [*chosen, *fitting.events()]
+
+    return write(folder, rows, key, about)
+
+
+def _rows(examples: Iterator[Example], reader: Records, fitting: Fitting, steps: Steps) -> Iterator[Row]:
+    """The rows of all entries, whose kind is known when the first of them is there."""
+    first = list(itertools.islice(examples, 1))
+    examples = itertools.chain(first, examples)
+    if not steps.spec.packing:
+        return alone(fitting(examples))
+    return end_to_end(examples, steps.length) if reader.kind == "text" else together(fitting(examples), steps.length)
+
+
+def _enough(rows: Iterable[Row], steps: Steps) -> Iterator[Row]:
+    """As many as the steps can need."""
+    tokens = 0
+    for count, row in enumerate(rows, 1):
+        yield row
+        tokens += len(row.ids)
+        if steps.enough(count, tokens):
+            return
+
+
+def _whole(row: Tensor) -> Row:
+    return Row(row.numpy().astype(np.int32), np.ones(len(row), dtype=np.bool_), 0)

@@ -46,6 +46,11 @@ class TrainSpec(Section):
         False,
         description="keep only what enters each block and make the rest twice: less memory, a third slower",
     )
+    keep_zeros: Literal["auto"] | bool = Field(
+        "auto",
+        description="zeros of pruned matrices stay zero while the other weights learn: auto, in matrices of blocks of "
+        "which a share is zero that is no accident (5 %); true, any zero of these; false, none",
+    )
     seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
 
 

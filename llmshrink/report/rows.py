@@ -247,6 +247,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_tuned(stage.tuned))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
+        lines += _stayed(stage.trained)
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -347,6 +348,14 @@ def _trained(found: TrainReport) -> str:
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
     return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
+
+
+def _stayed(found: TrainReport) -> list[str]:
+    """The zeros of a pruned model."""
+    if not found.zeros:
+        return []
+    part = sum(one.after for one in found.zeros) / sum(one.weights for one in found.zeros)
+    return [f"the zeros of {len(found.zeros)} pruned matrices stayed: {share(part)} of their weights"]
 
 
 def _tuned(tuned: TuneReport) -> str:

@@ -203,6 +203,15 @@ class LossPoint(Record):
     value: float = Field(description="nats per token")
 
 
+class ZerosReport(Record):
+    """The zeros of one parameter that stayed while it was trained."""
+
+    name: str = Field(description="in memory")
+    weights: int = Field(description="with those that are zero")
+    before: int = Field(description="zeros; each of them is one afterwards")
+    after: int
+
+
 class TrainReport(Record):
     """What a training did."""
 
@@ -217,6 +226,10 @@ class TrainReport(Record):
     held_before: float | None = Field(description="nats per token; None: none were held back")
     held_after: float | None = Field(description="the same afterwards")
     tokens_held: int
+    zeros: list[ZerosReport] = Field(
+        default_factory=list,
+        description="of pruned matrices whose zeros stayed",
+    )
     curve: list[LossPoint]
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")
 

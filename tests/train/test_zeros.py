@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tiny import config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
+import llmshrink
 from llmshrink.errors import GateError
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.run import OPTIMIZERS
@@ -108,3 +112,16 @@ def test_a_weight_that_is_there_again_is_told() -> None:
         weight.view(-1)[weight.flatten().nonzero()[-1]] = 0  # the number of zeros is the same
     with pytest.raises(GateError, match=f"{names[2]}: 1 weights that were pruned"):
         zeros.report(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_processes_keep_the_same_zeros(tmp_path: Path, how: str) -> None:
+    script = Path(__file__).parent / "shared_zeros.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(llmshrink.__file__).parents[1])}
+    subprocess.run([*command, how, str(tmp_path)], check=True, env=env)
+    one, other = (torch.load(tmp_path / f"{how}-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("0.weight", "2.weight"):
+        assert int((one[name] == 0).sum()) == one[name].numel() // 2

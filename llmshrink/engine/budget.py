@@ -82,7 +82,8 @@ def planned_training(training: Training) -> int:
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    each = FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    zeros = 0 if spec.keep_zeros is False else sum(matrix.numel for block in blocks for matrix in block.matrices)
+    each = FIXED + weights + kept + zeros + LOGIT_COPIES * LOGITS
     return each * ranks.here() + LIBRARIES * (ranks.here() - 1)
 
 

@@ -139,9 +139,9 @@ class StreamedModel:
         widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)
         return asked or max(1, min(BATCH_TOKENS, ACTIVATIONS // widest))
 
-    def whole(self) -> PreTrainedModel:
+    def whole(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed."""
-        dtype = self._stored or self.dtype
+        dtype = dtype or self._stored or self.dtype
         model = build(self.source.config, dtype, room=self._room)
 
         def get(key: str) -> Tensor:

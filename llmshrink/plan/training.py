@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
 from llmshrink.forms import Event
+from llmshrink.methods.base import Method
 from llmshrink.methods.cut import CutConfig
 from llmshrink.methods.trained import Trained
+from llmshrink.model.anatomy import Matrix
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
@@ -17,6 +20,7 @@ from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.steps import ENDLESS, Steps
 from llmshrink.plan.trackers import check_trackers
 from llmshrink.plan.work import Work
+from llmshrink.plan.zeros import matrices_of, refuse_codes, refuse_without_zeros, sparse_again
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
 from llmshrink.recipe.stages import CutStage
@@ -46,11 +50,7 @@ class Training:
         self.steps = Steps(stage.train, model)
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
-        if model.weights.compressed or model.source.gguf:
-            raise PlanError(
-                f"{model.source.id} is stored as {model.weights.format.name}: codes cannot be trained.",
-                hint="`llmshrink export --to dense` writes it without codes; distill that, and quantize the result.",
-            )
+        refuse_codes(model)
         if stage.teacher is None and stage.student is None:
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
@@ -69,6 +69,8 @@ class Training:
                     hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
                 )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
+        if self.cuts is None and stage.train.keep_zeros is True:
+            refuse_without_zeros(model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
 
     def _cut_work(self) -> Work:
@@ -86,12 +88,19 @@ class Training:
         return self._recipe.model_copy(update=changes)
 
     def work(self, model: StreamedModel) -> Work:
-        """The work of writing a student as it is."""
-        matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+        """The work of writing a student as it is; where zeros were not stored and stay, they are not again."""
         output = self._recipe.output or str(default_output(self.model.source.id, "distilled"))
         recipe = self._recipe.model_copy(update={"output": output})
-        methods = {matrix: Trained(CutConfig()) for matrix in matrices}
-        work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
+        matrices, before, events = matrices_of(model), self.model.weights, list[Event]()
+        methods: dict[Matrix, Method[Any]] = {matrix: Trained(CutConfig()) for matrix in matrices}
+        fmt = load_format("dense")
+        if before.compressed and self.stage.train.keep_zeros is not False:
+            fmt, methods = before.format, sparse_again(self.model, model)
+        elif before.compressed:
+            events.append(Event("decompressed", "zeros were not stored, and may learn: all weights are written"))
+        left = {matrix: "it was stored dense" for matrix in matrices if matrix not in methods}
+        work = lay_out(recipe, model, fmt, methods, {}, left, events)
+        work.stored_before = {key: before.stored_bytes(key) for key in before.compressed}
         work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
         if self.steps.endless:
             message = f"nothing says how long to train (--max-steps, --max-tokens): {ENDLESS:,} tokens at most"

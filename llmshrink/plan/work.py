@@ -70,6 +70,7 @@ class Work:
     original: Original | None = None  # that the model was cut out of; None: it is as it was
     repair: Repair | None = None  # of what the surgery left; None: it stays
     blueprint: Blueprint | None = None  # of the one GGUF file that the shards become; None: they are the output
+    stored_before: Mapping[str, int] = field(default_factory=dict)  # bytes on disk of what the model was trained from
     events: list[Event] = field(default_factory=list)
     economy: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the compress step
     scoring: Economy = field(default_factory=lambda: Economy(BATCH_TOKENS))  # of the comparison of both models
@@ -187,6 +188,8 @@ class Work:
 
     def bytes_before(self, key: str) -> int:
         """Bytes on disk of what became a tensor."""
+        if key in self.stored_before:
+            return self.stored_before[key]
         return self.model.weights.stored_bytes(key) if self.original is None else self.original.stored_bytes(key)
 
     @property

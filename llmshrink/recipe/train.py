@@ -81,6 +81,11 @@ class TrainSpec(Section):
         description="trackers that are told of losses as they come: tensorboard (into runs/, or "
         "TENSORBOARD_LOGGING_DIR), wandb, mlflow, trackio and others of transformers; each is set up in its own way",
     )
+    keep_zeros: Literal["auto"] | bool = Field(
+        "auto",
+        description="zeros of pruned matrices stay zero while the other weights learn: auto, in matrices of blocks of "
+        "which a share is zero that is no accident (5 %); true, any zero of these; false, none",
+    )
     seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
 
 

@@ -247,6 +247,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_tuned(stage.tuned))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
+        lines += _stayed(stage.trained)
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -353,6 +354,14 @@ def _trained(found: TrainReport) -> str:
     name = found.teacher or "text"
     teacher = Path(name).name if Path(name).is_dir() else name
     return f"learned from {teacher}, {text}, {seconds(found.seconds)}: {held}"
+
+
+def _stayed(found: TrainReport) -> list[str]:
+    """The zeros of a pruned model."""
+    if not found.zeros:
+        return []
+    part = sum(one.after for one in found.zeros) / sum(one.weights for one in found.zeros)
+    return [f"the zeros of {len(found.zeros)} pruned matrices stayed: {share(part)} of their weights"]
 
 
 def _tuned(tuned: TuneReport) -> str:

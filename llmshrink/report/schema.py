@@ -217,6 +217,15 @@ class TextReport(Record):
     counted: int = Field(default=0, description="tokens on which the loss is taken: of all, or of answers alone")
 
 
+class ZerosReport(Record):
+    """The zeros of one parameter that stayed while it was trained."""
+
+    name: str = Field(description="in memory")
+    weights: int = Field(description="with those that are zero")
+    before: int = Field(description="zeros; each of them is one afterwards")
+    after: int
+
+
 class TrainReport(Record):
     """What a training did."""
 
@@ -233,6 +242,10 @@ class TrainReport(Record):
     held_before: float | None = Field(description="nats per token; None: none were held back")
     held_after: float | None = Field(description="the same afterwards")
     tokens_held: int
+    zeros: list[ZerosReport] = Field(
+        default_factory=list,
+        description="of pruned matrices whose zeros stayed",
+    )
     curve: list[LossPoint]
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")
 

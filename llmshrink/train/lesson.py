@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel, Trainer
 
+from llmshrink.report.schema import TrainReport
+
 
 class Lesson(Protocol):
     """One task that trains."""
@@ -18,6 +20,10 @@ class Lesson(Protocol):
 
     def trainer(self, **given: Any) -> Trainer:
         """Who makes its steps; `given` is all that does not depend on the task."""
+        ...
+
+    def tell(self, report: TrainReport) -> TrainReport:
+        """The report of the steps, with what only this task knows, once they are done."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -113,6 +113,7 @@ def train(
         curve=_curve(trainer.state),
         seconds=time.perf_counter() - start,
     )
+    report = lesson.tell(report)
     return _save(lesson, workspace, report), report
 
 

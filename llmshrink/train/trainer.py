@@ -16,6 +16,7 @@ from llmshrink.train.data import Part
 from llmshrink.train.heads import Halves
 from llmshrink.train.losses import mixed
 from llmshrink.train.teachers import Teacher
+from llmshrink.train.zeros import Zeros
 
 DIVERGENCE = LossSpec(name="kl", temperature=1.0, alpha=1.0)  # what is measured, whatever is made small
 
@@ -25,18 +26,28 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole step
 
-    def __init__(self, *, teacher: Teacher | None, loss: LossSpec, **given: Any) -> None:
+    def __init__(self, *, teacher: Teacher | None, loss: LossSpec, zeros: Zeros | None = None, **given: Any) -> None:
         """Begin.
 
         Args:
             teacher: says what is right; None: the text alone does.
             loss: what is made small.
+            zeros: weights that stay as they are; None: all learn.
             given: as for Trainer.
         """
         super().__init__(**given)
         self.model_accepts_loss_kwargs = True  # so that the tokens of a step are counted
-        self._loss, self._teacher = loss, teacher
+        self._loss, self._teacher, self._zeros = loss, teacher, zeros
+        if zeros:
+            self.add_callback(zeros)
         self._own = Halves(self.accelerator.unwrap_model(self.model))
+
+    def training_step(self, *given: Any, **more: Any) -> Tensor:
+        """The loss of a batch, with its gradients."""
+        loss: Tensor = super().training_step(*given, **more)
+        if self._zeros:
+            self._zeros.hold(self.accelerator.unwrap_model(self.model))
+        return loss
 
     def compute_loss(
         self,

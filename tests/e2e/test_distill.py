@@ -16,9 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun, PlanError, UsageError
+from llmshrink.model.source import open_source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import Report
 
 # By the teacher alone, who has seen none of the text.
 TAUGHT: dict[str, Any] = {"loss": {"alpha": 1.0, "temperature": 1.0}}
@@ -186,3 +189,59 @@ def test_what_cannot_be_learned_is_refused(deep: Path, text_file: Path, tmp_path
         run.smoke(wanted(deep, tmp_path / "out", text_file), progress=Silent())
     with pytest.raises(PlanError, match="nothing to learn"):
         run.make_plan(wanted(deep, tmp_path / "out", text_file, {"student": None}))
+
+
+def sparse(model: Path, out: Path, text: Path, fmt: str, **method: Any) -> Path:
+    made = recipe(model, out, text, {"name": "magnitude", "sparsity": 0.5, **method}, stage={"format": {"name": fmt}})
+    run.execute(made, progress=Silent())
+    return out
+
+
+@pytest.mark.parametrize(("fmt", "method"), [("sparse", {}), ("sparse", {"pattern": "2:4"}), ("dense", {})])
+def test_a_pruned_student_keeps_its_zeros(
+    deep: Path, text_file: Path, tmp_path: Path, fmt: str, method: dict[str, Any]
+) -> None:
+    student, out = sparse(deep, tmp_path / "student", text_file, fmt, **method), tmp_path / "out"
+    made = wanted(student, out, text_file, {**TAUGHT, "teacher": str(deep), "student": None}, max_steps=12)
+    report = run.execute(made, progress=Silent())
+    (stage,), before, after = report.stages, weights_of(student), weights_of(out)
+    assert stage.format == fmt and stage.bytes_after == stage.bytes_before == stage.planned_bytes_after
+    assert all(check.passed for check in stage.checks) and not {"zeros_lost", "decompressed"} & kinds(report)
+    assert before.keys() == after.keys() and stage.trained is not None
+    for name, weight in after.items():
+        assert not weight[before[name] == 0].any() and not torch.equal(weight, before[name]), name
+    assert [one.before for one in stage.trained.zeros] == [layer.parameters // 2 for layer in stage.layers]
+    assert [one.after for one in stage.trained.zeros] == [layer.zeros for layer in stage.layers]
+    assert [layer.bytes_before for layer in stage.layers] == [layer.bytes_after for layer in stage.layers]
+    assert stage.trained.held_after < stage.trained.held_before  # type: ignore[operator]
+
+
+def test_zeros_that_may_learn_are_written_dense(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    student, out = sparse(deep, tmp_path / "student", text_file, "sparse"), tmp_path / "out"
+    taught = {**TAUGHT, "teacher": str(deep), "student": None}
+    report = run.execute(wanted(student, out, text_file, taught, keep_zeros=False), progress=Silent())
+    (stage,), before, after = report.stages, weights_of(student), weights_of(out)
+    assert stage.format == "dense" and "decompressed" in kinds(report) and stage.bytes_after > stage.bytes_before
+    assert stage.trained is not None and not stage.trained.zeros
+    assert all(weight[before[name] == 0].any() for name, weight in after.items() if "proj" in name)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_what_has_no_zeros_to_keep_is_refused(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    taught = {**TAUGHT, "teacher": str(deep), "student": None}
+    with pytest.raises(PlanError, match="has no zeros that could stay"):
+        run.make_plan(wanted(deep, tmp_path / "out", text_file, taught, keep_zeros=True))
+    coded = tmp_path / "coded"
+    method = {"name": "sparsegpt", "sparsity": 0.5, "bits": 4, "group_size": 32}
+    run.execute(recipe(deep, coded, text_file, method), progress=Silent())
+    with pytest.raises(PlanError, match="stored as sparse: codes cannot be trained"):
+        run.make_plan(wanted(coded, tmp_path / "out", text_file, taught))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    weights = StreamedModel(open_source(str(folder)), torch.device("cpu")).weights
+    return {name: weights.dense(name).clone() for name in weights.infos}
+
+
+def kinds(report: Report) -> set[str]:
+    return {event.kind for event in report.events}

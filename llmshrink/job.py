@@ -64,12 +64,13 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.train.caching import FOLDER as CACHE
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
+FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED)
 
 
 class Job:
@@ -271,14 +272,15 @@ class Job:
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
         device = self.facts.device
+        progress = self.progress
         trained, report = finished(workspace, done) or train(
-            Distillation(training, student, device),
+            Distillation(training, student, device, rows=rows, work=workspace.work, progress=progress),
             training.steps,
             rows,
             workspace=workspace,
             done=done,
             device=device,
-            progress=self.progress,
+            progress=progress,
         )
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
@@ -287,7 +289,7 @@ class Job:
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""
-        if training.stage.teacher is None:
+        if training.stage.teacher is None or training.teacher is None:
             return self.model
         return StreamedModel(training.teacher, self.facts.device)
 

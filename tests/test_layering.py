@@ -127,7 +127,7 @@ ALLOWED = {
         "statistics",
         "summary",
     },
-    "train": {"calibration", "engine", "errors", "io", "model", "plan", "progress", "recipe", "report"},
+    "train": {"calibration", "engine", "errors", "evaluate", "io", "model", "plan", "progress", "recipe", "report"},
     "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},

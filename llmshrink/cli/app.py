@@ -197,6 +197,8 @@ def distill(
     loss: opt.Loss = None,
     temperature: opt.Temperature = None,
     alpha: opt.Alpha = None,
+    cache: opt.Cache = None,
+    cache_folder: opt.CacheFolder = None,
     data: opt.Data = None,
     batch: opt.Batch = None,
     rate: opt.Rate = None,

@@ -72,9 +72,13 @@ def compress_economy(
 
 
 def planned_training(training: Training) -> int:
-    """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way."""
+    """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way.
+
+    Where what the teacher says is written down before, one block of it at a time is in memory.
+    """
     student, spec = training.guess.model, training.stage.train
-    weights = FLOAT * (4 * student.parameters + teacher_parameters(training))
+    beside = 0 if training.keeping is not None else teacher_parameters(training)
+    weights = FLOAT * (4 * student.parameters + beside)
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
@@ -83,7 +87,7 @@ def planned_training(training: Training) -> int:
 
 def teacher_parameters(training: Training) -> int:
     """Weights of the teacher."""
-    return sum(info.numel for info in training.teacher.checkpoint.infos.values())
+    return 0 if training.teacher is None else sum(info.numel for info in training.teacher.checkpoint.infos.values())
 
 
 def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int, opened: int = 0) -> tuple[Economy, int]:

@@ -11,6 +11,7 @@ from llmshrink.methods.trained import Trained
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
+from llmshrink.plan.cache import keeping
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.steps import Steps
@@ -26,10 +27,11 @@ class Training:
     Attributes:
         stage: What the recipe says.
         model: That comes in.
-        teacher: Whom the student learns from.
+        teacher: Whom the student learns from; None: nobody who is here, but a cache of what one said.
         steps: Of gradient.
         cuts: What makes the student of the model; None: the model is it.
         guess: The work of writing the student, whose sizes are known before it has learned anything.
+        keeping: Of the teacher's words; None: it is asked at every step.
     """
 
     needs_data = True
@@ -49,14 +51,19 @@ class Training:
                 f"{model.source.id} is stored as {model.weights.format.name}: codes cannot be trained.",
                 hint="`llmshrink export --to dense` writes it without codes; distill that, and quantize the result.",
             )
-        if stage.teacher is None and stage.student is None:
+        alone = stage.teacher is None and stage.student is None
+        self.teacher: Source | None = model.source if stage.teacher is None else open_source(stage.teacher)
+        self.keeping = keeping(stage, model.source, None if alone else self.teacher)
+        if alone and (self.keeping is None or self.keeping.found is None):
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
                 "as large as it is.",
-                hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or the cache.folder of "
+                "what a teacher said.",
             )
-        self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
-        if stage.teacher is not None:
+        if alone:
+            self.teacher = None
+        elif stage.teacher is not None:
             check_same_tokens(model.source, self.teacher)
             if self.teacher.quantization is not None:
                 raise PlanError(
@@ -65,6 +72,22 @@ class Training:
                 )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+
+    @property
+    def taught_by(self) -> str:
+        """The teacher's name."""
+        if self.teacher is not None:
+            return self.teacher.id
+        assert self.keeping is not None and self.keeping.found is not None
+        return str(self.keeping.found["teacher"])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes on disk of the words of its teacher that it writes down, where the recipe says how many there are."""
+        keeping = self.keeping
+        if keeping is None or keeping.found is not None or self.steps.limit is None:
+            return 0
+        return keeping.kind.bytes(self.steps.rows, self.steps.rows * (self.steps.length - 1))
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None

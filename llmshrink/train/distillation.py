@@ -8,11 +8,15 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from llmshrink.calibration.rows import Rows
 from llmshrink.io.files import copy_file, write_json
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.training import Training
-from llmshrink.train.teachers import Online
+from llmshrink.progress import Progress
+from llmshrink.train.cache import Cached
+from llmshrink.train.caching import cache_of
+from llmshrink.train.teachers import Online, Teacher
 from llmshrink.train.trainer import Distiller
 
 
@@ -22,19 +26,40 @@ class Distillation:
     task = "distill"
     measure: Literal["kl", "loss"] = "kl"
 
-    def __init__(self, training: Training, student: StreamedModel, device: torch.device) -> None:
-        """Load both.
+    def __init__(
+        self,
+        training: Training,
+        student: StreamedModel,
+        device: torch.device,
+        *,
+        rows: Rows,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        """Load both; or the student alone, once what the teacher says of the rows is written down.
 
         Args:
             training: who learns from whom.
             student: as it is before.
             device: where it will be trained.
+            rows: to learn from.
+            work: the run's folder of work.
+            progress: told of the rows that the teacher has seen.
+
+        Raises:
+            InputError: the cache is not one that it can learn from.
         """
-        self.teacher: str | None = training.teacher.id
-        self.model = _load(student.source, student)
+        self.teacher: str | None = training.taught_by
         self._student, self._loss = student, training.stage.loss
-        teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
-        self._teacher = Online(teacher)
+        cache = None if training.keeping is None else cache_of(training, rows, work, device, progress)
+        self.cache = None if cache is None else cache.report()
+        self.model = _load(student.source, student)
+        self._teacher: Teacher
+        if cache is not None:
+            self._teacher = Cached(cache)
+        else:
+            assert training.teacher is not None
+            self._teacher = Online(_load(training.teacher, student).requires_grad_(False).eval().to(device))
 
     def trainer(self, **given: Any) -> Distiller:
         """Who makes its steps."""

@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel, Trainer
 
+from llmshrink.report.schema import CacheReport
+
 
 class Lesson(Protocol):
     """One task that trains."""
@@ -14,6 +16,7 @@ class Lesson(Protocol):
     task: str  # as people are told of it
     teacher: str | None  # its name
     measure: Literal["kl", "loss"]  # of rows held back
+    cache: CacheReport | None  # of its teacher's words; None: it is asked
     model: PreTrainedModel  # that learns, on the CPU
 
     def trainer(self, **given: Any) -> Trainer:

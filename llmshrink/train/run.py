@@ -96,6 +96,7 @@ def train(
         held_after=after,
         tokens_held=sum(len(row) for row in seen),
         curve=_curve(trainer.state),
+        cache=lesson.cache,
         seconds=time.perf_counter() - start,
     )
     return _save(lesson, workspace, report), report

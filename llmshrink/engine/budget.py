@@ -19,6 +19,7 @@ from llmshrink.methods import basis
 from llmshrink.methods.base import FLOAT, SWEEP
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan.cache import SHARD
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
@@ -82,7 +83,19 @@ def planned_training(training: Training) -> int:
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    return FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    learning = FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    return learning if training.streamed is None else max(learning, planned_caching(training))
+
+
+def planned_caching(training: Training) -> int:
+    """Bytes of writing down what a teacher says: states of a shard, and a block or a stretch of logits."""
+    teacher, length = training.streamed, training.steps.length
+    assert teacher is not None
+    batch = max(length, teacher.batch_tokens(None))
+    states = max(SHARD, length) * teacher.hidden * FLOAT
+    head = min(HEAD_ROWS, teacher.width) * teacher.hidden * FLOAT
+    block = max(_weights(teacher, b) + _forward(teacher, b, batch) for b in teacher.anatomy.blocks)
+    return FIXED + TWIN + states + max(block, LOGITS + head)
 
 
 def teacher_parameters(training: Training) -> int:

@@ -19,6 +19,7 @@ MOST = 120  # bytes of a position, where nobody says how many tokens are kept
 LOG, SCALAR = 2, 4  # bytes of a token's log chance, float16, and of a number of a position, float32
 ROW = 16 + 4  # bytes that a row is found by, and its length
 SHARE = 1  # byte of a position for what stands around: rows, headers
+SHARD = 8192  # tokens of a shard, which go through the teacher together
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,28 @@ class Keeping:
         kind: Of the words.
         folder: Of a cache with a name; None: in the run's folder of work.
         found: What `cache.json` there says; None: it is still to be made.
+        teacher: Who makes it; None: nobody who is here.
+        seed: Of what is drawn.
     """
 
     kind: Kind
     folder: Path | None
     found: dict[str, Any] | None
+    teacher: Source | None
+    seed: int
 
-    def facts(self, student: Source, teacher: Source, text: str, seed: int) -> dict[str, Any]:
+    def facts(self, text: str) -> dict[str, Any]:
         """What decides every byte of a cache; `text` is the fingerprint of the rows."""
-        name = Path(teacher.id).name if Path(teacher.id).exists() else teacher.id  # no path of this machine
+        assert self.teacher is not None
+        name = self.teacher.id
         return {
             "version": VERSION,
             "kind": asdict(self.kind),
-            "teacher": name,
-            "teacher_files": teacher.hashes,
-            "tokenizer": tokens_hash(student),
+            "teacher": Path(name).name if Path(name).exists() else name,  # no path of this machine
+            "teacher_files": self.teacher.hashes,
+            "tokenizer": tokens_hash(self.teacher),
             "text": text,
-            "seed": seed,
+            "seed": self.seed,
         }
 
 
@@ -117,23 +123,24 @@ def keeping(stage: DistillStage, student: Source, teacher: Source | None) -> Kee
         return None
     folder = None if stage.cache.folder is None else Path(stage.cache.folder).expanduser().resolve()
     found = None if folder is None else read_facts(folder)
-    wide = min(_vocabulary(one) for one in (student, teacher) if one is not None)
-    kind = Kind.of(stage.cache, stage.loss.temperature, wide)
-    if found is None or folder is None:
-        return Keeping(kind, folder, None)
+    known = 1 + max(student.tokenizer.get_vocab().values())  # what a model has beyond is padding
+    wide = min(known, *(_vocabulary(one) for one in (student, teacher) if one is not None))
+    kind, seed = Kind.of(stage.cache, stage.loss.temperature, wide), stage.train.seed
+    if found is None:
+        return Keeping(kind, folder, None, teacher, seed)
     there, asked = Kind(**found["kind"]), stage.cache.tokens
     pairs = {
         "method": (there.method, kind.method),
         "temperature": (there.temperature, kind.temperature),
         "tokens of a position": (there.tokens, there.tokens if asked is None else kind.tokens),
-        "vocabulary": (there.vocabulary, min(there.vocabulary, wide)),
+        "vocabulary": (there.vocabulary, min(there.vocabulary, _vocabulary(student))),
         "tokenizer": (found["tokenizer"][:12], tokens_hash(student)[:12]),
     }
     if wrong := [f"its {name} is {has}, and {wants} is wanted" for name, (has, wants) in pairs.items() if has != wants]:
         raise PlanError(
             f"{folder} holds another cache: {'; '.join(wrong)}.", hint="Ask for that, or name another cache.folder."
         )
-    return Keeping(there, folder, found)
+    return Keeping(there, folder, found, teacher, seed)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ class Training:
         cuts: What makes the student of the model; None: the model is it.
         guess: The work of writing the student, whose sizes are known before it has learned anything.
         keeping: Of the teacher's words; None: it is asked at every step.
+        streamed: The teacher, block by block, where its words are written down.
     """
 
     needs_data = True
@@ -70,6 +71,8 @@ class Training:
                     f"{self.teacher.id} is quantized: teachers are read as floats.",
                     hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
                 )
+        written = self.keeping is not None and self.keeping.found is None
+        self.streamed = StreamedModel(self.teacher, model.device) if written and self.teacher is not None else None
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
 

@@ -14,6 +14,7 @@ from llmshrink.progress import seconds
 from llmshrink.report.schema import (
     AllocationReport,
     BlockReport,
+    CacheReport,
     CutReport,
     EventRecord,
     GateReport,
@@ -247,6 +248,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_tuned(stage.tuned))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
+        lines += [_cached(stage.trained.cache)] if stage.trained.cache is not None else []
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -344,9 +346,18 @@ def _trained(found: TrainReport) -> str:
     held = "no rows were held back"
     if found.held_before is not None and found.held_after is not None:
         measure = "KL to it" if found.measure == "kl" else "loss"
+        if found.cache is not None:
+            measure += ", estimated," if found.cache.method == "sampled" else ", at least,"
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
     return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
+
+
+def _cached(found: CacheReport) -> str:
+    """What was kept of a teacher's words."""
+    kept = f"{found.tokens:,} of {found.vocabulary:,} tokens of each position, {share(found.covered)} of its chances"
+    size = f"{decimal(found.bytes)}, {found.bytes_per_token:.1f} bytes a token"
+    return f"its words were written down once ({found.method}): {kept}, {size}, made in {seconds(found.seconds)}"
 
 
 def _tuned(tuned: TuneReport) -> str:

@@ -206,9 +206,7 @@ class LossPoint(Record):
 class CacheReport(Record):
     """What was kept of a teacher's words, to learn from without it."""
 
-    method: str = Field(
-        description="sampled: the measure of rows held back is an estimate without bias; topk: at most it"
-    )
+    method: str = Field(description="sampled: KL on rows held back is an estimate without bias; topk: a lower bound")
     tokens: int = Field(description="kept of each position")
     temperature: float = Field(description="at which they were chosen")
     vocabulary: int = Field(description="tokens that they were chosen of")

@@ -17,27 +17,25 @@ from llmshrink.calibration.rows import Rows
 from llmshrink.errors import InputError, OutputError, ResourceError
 from llmshrink.evaluate.texts import last_states
 from llmshrink.io import safetensors
-from llmshrink.io.files import has_hash, nearest, sealed, unsealed, write_bytes, write_json
+from llmshrink.io.files import disk_faults, has_hash, nearest, sealed, unsealed, write_bytes, write_json
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan.cache import FACTS, Kind
+from llmshrink.plan.cache import FACTS, SHARD, Keeping, Kind
 from llmshrink.plan.steps import LOGITS
-from llmshrink.plan.training import Training
 from llmshrink.progress import Progress
 from llmshrink.train.cache import Cache, key_of, packed
 from llmshrink.train.sparse import Sparse, drawn, likeliest
 
-SHARD = 8192  # tokens of a shard, which go through the teacher together
 COPIES = 8  # of a stretch of logits while tokens are chosen, in float32
-FOLDER = "cache"  # in the folder of work
+FOLDER, BEGUN = "cache", "cache.begun"  # in the folder of work
 JOURNAL, LOCK = "journal", ".lock"
 WAIT = 1.0  # seconds between two looks whether another run is done
 
 
-def cache_of(training: Training, rows: Rows, work: Path, device: torch.device, progress: Progress) -> Cache:
-    """The cache that a training learns from: the one that is there, or made now.
+def cache_of(keeping: Keeping, rows: Rows, work: Path, device: torch.device, progress: Progress) -> Cache:
+    """The cache that a student learns from: the one that is there, or made now.
 
     Args:
-        training: says which.
+        keeping: says which.
         rows: to learn from.
         work: the run's folder of work.
         device: where the teacher is computed.
@@ -48,14 +46,16 @@ def cache_of(training: Training, rows: Rows, work: Path, device: torch.device, p
         OutputError: something else lies in its place.
         ResourceError: there is no room for it.
     """
-    keeping, teacher = training.keeping, training.teacher
-    assert keeping is not None
-    folder = keeping.folder or work / FOLDER
+    folder, teacher = keeping.folder or work / FOLDER, keeping.teacher
     if teacher is not None and not (folder / FACTS).is_file():
-        facts = keeping.facts(training.model.source, teacher, rows.fingerprint, training.stage.train.seed)
-        _check_room(keeping.kind, rows, folder)
-        _make(StreamedModel(teacher, device), facts, rows, folder, progress)
+        needed = _check_room(keeping.kind, rows, folder)
+        with disk_faults(folder, needed):
+            _make(StreamedModel(teacher, device), keeping.facts(rows.fingerprint), rows, folder, progress)
     cache = Cache(folder)
+    if cache.kind != keeping.kind:
+        raise InputError(
+            f"Another run has made another cache in {folder} meanwhile.", hint="Name another cache.folder."
+        )
     if teacher is not None and cache.facts["teacher_files"] != teacher.hashes:
         raise InputError(
             f"{folder} holds the words of another teacher, {cache.facts['teacher']}: its files are not those of "
@@ -63,10 +63,23 @@ def cache_of(training: Training, rows: Rows, work: Path, device: torch.device, p
             hint="Name that teacher, or another cache.folder.",
         )
     cache.check(rows.tokens)
+    _check_same(cache, folder, work)
     return cache
 
 
-def _check_room(kind: Kind, rows: Rows, folder: Path) -> None:
+def _check_same(cache: Cache, folder: Path, work: Path) -> None:
+    """Refuse to go on with a run that began with another cache."""
+    begun, now = work / BEGUN, sealed(cache.facts["shards"])
+    if begun.is_file() and begun.read_bytes() != now:
+        raise InputError(
+            f"{folder} is no longer the cache that this run began with.",
+            hint="Put that one back, or give --no-resume to start anew.",
+        )
+    write_bytes(begun, now)
+
+
+def _check_room(kind: Kind, rows: Rows, folder: Path) -> int:
+    """Refuse what has no room; returns the bytes of the whole."""
     needed = kind.bytes(len(rows.tokens), rows.count - len(rows.tokens))
     free = disk_usage(nearest(folder)).free + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if needed > free:
@@ -74,6 +87,7 @@ def _check_room(kind: Kind, rows: Rows, folder: Path) -> None:
             f"The cache {folder} needs {needed / 2**20:.1f} MiB of disk, and {free / 2**20:.1f} are free.",
             hint="Keep fewer tokens of a position (cache.tokens), or name a cache.folder on another disk.",
         )
+    return needed
 
 
 def _make(teacher: StreamedModel, facts: dict[str, Any], rows: Rows, folder: Path, progress: Progress) -> None:

@@ -51,7 +51,7 @@ class Distillation:
         """
         self.teacher: str | None = training.taught_by
         self._student, self._loss = student, training.stage.loss
-        cache = None if training.keeping is None else cache_of(training, rows, work, device, progress)
+        cache = None if training.keeping is None else cache_of(training.keeping, rows, work, device, progress)
         self.cache = None if cache is None else cache.report()
         self.model = _load(student.source, student)
         self._teacher: Teacher

@@ -71,7 +71,11 @@ def likeliest(logits: Tensor, count: int, temperature: float) -> Sparse:
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(count, logs.shape[-1]))
     nothing = torch.full_like(logs[:, 0], -torch.inf)
-    return Sparse(top.indices, top.values, (logs / temperature).logsumexp(-1), nothing, temperature, rest=True)
+    return Sparse(top.indices, top.values, _shift(logs, temperature), nothing, temperature, rest=True)
+
+
+def _shift(logs: Tensor, temperature: float) -> Tensor:
+    return torch.zeros_like(logs[:, 0]) if temperature == 1 else (logs / temperature).logsumexp(-1)
 
 
 def drawn(logits: Tensor, count: int, temperature: float, uniform: Tensor) -> Sparse:
@@ -84,21 +88,18 @@ def drawn(logits: Tensor, count: int, temperature: float, uniform: Tensor) -> Sp
         uniform: numbers in [0, 1), float64 [positions], which decide what is drawn.
     """
     logs = logits.float().log_softmax(-1)
-    shift = (logs / temperature).logsumexp(-1)
-    chances = (logs / temperature - shift[:, None]).double().exp()
-    count = min(count, logs.shape[-1])
-    top = chances.topk(count)
-    place = torch.arange(count, device=logits.device)
-    left = (chances.sum(-1, keepdim=True) - top.values.cumsum(-1) + top.values).clamp(min=0)  # from each rank on
-    first = top.values >= left / (count - place)  # these are kept for certain: the first ranks
-    head = first.sum(-1, keepdim=True)
-    tail = chances.scatter(-1, top.indices, top.values.masked_fill(first, 0))
-    sums = tail.cumsum(-1)
-    drawn = count - head
-    sums = (sums / sums[:, -1:]).nan_to_num(0) * drawn  # exactly `drawn` in the end
-    points = uniform[:, None] + (place - head).clamp(min=0)
+    shift = _shift(logs, temperature)
+    softened = logs if temperature == 1 else logs / temperature - shift[:, None]
+    top = softened.topk(min(count, logs.shape[-1]))
+    place = torch.arange(top.values.shape[-1], device=logits.device)
+    likely = top.values.exp().double()
+    tail = softened.exp().scatter_(-1, top.indices, 0)
+    left = likely.flip(-1).cumsum(-1).flip(-1) + tail.sum(-1, keepdim=True, dtype=torch.float64)  # from each rank on
+    sure = likely >= left / (len(place) - place)  # kept for certain: the first ranks
+    head = sure.sum(-1, keepdim=True)
+    sums = tail.scatter_(-1, top.indices, likely.masked_fill(sure, 0).float()).cumsum(-1, dtype=torch.float64)
+    step = sums[:, -1:] / (len(place) - head).clamp(min=1)  # t
+    points = (uniform[:, None] + (place - head).clamp(min=0)) * step
     found = torch.searchsorted(sums, points, right=True).clamp(max=logs.shape[-1] - 1)
     tokens = torch.where(place < head, top.indices, found)
-    threshold = (tail.sum(-1) / drawn.squeeze(-1)).log()
-    threshold = torch.where(drawn.squeeze(-1) > 0, threshold, -torch.inf).float()
-    return Sparse(tokens, logs.gather(-1, tokens), shift, threshold, temperature)
+    return Sparse(tokens, logs.gather(-1, tokens), shift, step.squeeze(-1).log().float(), temperature)

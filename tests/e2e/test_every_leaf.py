@@ -114,6 +114,7 @@ DISTILLED: dict[str, Any] = {
     "stages": [{"task": "distill", "student": {"layers": [0], "repair": False}}],
     "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 12},
 }
+KEPT = {**DISTILLED, "stages.0.cache": {"tokens": 8}}
 TAUGHT = {
     "teacher": "{other_model}",
     **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 1.0}.items()},
@@ -249,6 +250,8 @@ TRIALS = {
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
+    "stages.distill.cache.method": Trial("topk", KEPT),
+    "stages.distill.cache.tokens": Trial(4, KEPT),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
     "stages.distill.train.column": Trial("answer", {**DISTILLED, "stages.0.train.data": "{columns}"}),
@@ -288,6 +291,7 @@ ELSEWHERE = {
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
+    "stages.distill.cache.folder": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
     "stages.distill.train.checkpointing": "tests/e2e/test_distill.py::test_less_is_kept_on_the_way",

@@ -25,34 +25,45 @@ from llmshrink.checks.written import (
     probe_tokens,
 )
 from llmshrink.engine.bases import make_bases
-from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
+from llmshrink.engine.budget import (
+    compress_economy,
+    compress_scratch,
+    evaluation_economy,
+    evaluation_states,
+    planned_caching,
+)
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import GateError, InputError, PlanError
+from llmshrink.errors import GateError, InputError, PlanError, UsageError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.words import check_same_tokens
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.cache import keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.steps import Steps
 from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
+    CacheReport,
     Check,
     CutReport,
     ModelMeasure,
@@ -65,6 +76,7 @@ from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.caching import FOLDER as CACHE
+from llmshrink.train.caching import cache_of
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
@@ -136,6 +148,27 @@ class Job:
         events = [*self.loader.events, *economy.told("measure the candidates"), *events]
         self._tell(events)
         return costs.sensitivities(choices, found, events)
+
+    def keep(self) -> CacheReport:
+        """Write down what a teacher says, for students that learn elsewhere."""
+        stage = writing_stage_of(self.recipe)
+        if not isinstance(stage, DistillStage) or stage.cache is None or stage.cache.folder is None:
+            raise UsageError("To write down what a teacher says, name a folder for it (--cache-folder).")
+        teacher = self.model if stage.teacher is None else StreamedModel(open_source(stage.teacher), self.facts.device)
+        if not teacher.task.causal:
+            raise PlanError(f"{teacher.source.id}: only models that predict the next token can be distilled.")
+        if stage.teacher is not None:
+            check_same_tokens(self.model.source, teacher.source)
+        wanted, steps = keeping(stage, self.model.source, teacher.source), Steps(stage.train, self.model)
+        assert wanted is not None
+        needed = planned_caching(teacher, steps.length)
+        check_memory("write down what the teacher says", needed, self.recipe.run, "--set train.length=N")
+        check_finite(teacher, self.progress)
+        rows = self.loader.training(stage.train, steps.rows, steps.length)
+        with tempfile.TemporaryDirectory(prefix="llmshrink-") as work:
+            cache = cache_of(wanted, rows, Path(work), self.facts.device, self.progress)
+        self._tell(self.loader.events)
+        return cache.report()
 
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""

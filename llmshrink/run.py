@@ -24,12 +24,12 @@ from llmshrink.progress import Progress
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage
-from llmshrink.report.schema import Check, Report, SensitivityReport
+from llmshrink.report.schema import CacheReport, Check, Report, SensitivityReport
 from llmshrink.sensitivity import costs
 from llmshrink.smoke import smoke_recipe
 from llmshrink.summary import RunFacts
 
-__all__ = ["check_gates", "check_size", "environment", "execute", "make_plan", "measure", "smoke", "verify"]
+__all__ = ["check_gates", "check_size", "environment", "execute", "keep", "make_plan", "measure", "smoke", "verify"]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -68,6 +68,17 @@ def execute(
     writes = writing_stage_of(recipe) is not None
     with _begun(recipe, progress, command, resumable=resumable and writes) as job:
         return job.write(overwrite) if writes else job.evaluate()
+
+
+def keep(recipe: Recipe, *, progress: Progress) -> CacheReport:
+    """Write down what the teacher of a distillation says of its text into `cache.folder`, and train nobody.
+
+    Raises:
+        InterruptedRun: a signal came; the same call goes on behind the last shard.
+        LlmshrinkError: any of the errors of `llmshrink.errors`.
+    """
+    with _begun(recipe, progress, resumable=True) as job:
+        return job.keep()
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:

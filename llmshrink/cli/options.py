@@ -254,6 +254,10 @@ CacheFolder = Annotated[
         help="Where that lies, for other students too: made once, then read.", metavar="DIR", rich_help_panel=_LEARN
     ),
 ]
+CacheOnly = Annotated[
+    bool,
+    typer.Option("--cache-only", help="Do no more than that: students may learn elsewhere.", rich_help_panel=_LEARN),
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Text to learn from: auto, generator, self, a file, a Hub dataset.", rich_help_panel=_LEARN),

@@ -84,13 +84,15 @@ def planned_training(training: Training) -> int:
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
     learning = FIXED + weights + kept + LOGIT_COPIES * LOGITS
-    return learning if training.streamed is None else max(learning, planned_caching(training))
+    return (
+        learning
+        if training.streamed is None
+        else max(learning, planned_caching(training.streamed, training.steps.length))
+    )
 
 
-def planned_caching(training: Training) -> int:
-    """Bytes of writing down what a teacher says: states of a shard, and a block or a stretch of logits."""
-    teacher, length = training.streamed, training.steps.length
-    assert teacher is not None
+def planned_caching(teacher: StreamedModel, length: int) -> int:
+    """Bytes of writing down what a teacher says of rows: states of a shard, and a block or a stretch of logits."""
     batch = max(length, teacher.batch_tokens(None))
     states = max(SHARD, length) * teacher.hidden * FLOAT
     head = min(HEAD_ROWS, teacher.width) * teacher.hidden * FLOAT

@@ -248,7 +248,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_tuned(stage.tuned))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
-        lines += [_cached(stage.trained.cache)] if stage.trained.cache is not None else []
+        lines += [cached(stage.trained.cache)] if stage.trained.cache is not None else []
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -353,7 +353,7 @@ def _trained(found: TrainReport) -> str:
     return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
 
 
-def _cached(found: CacheReport) -> str:
+def cached(found: CacheReport) -> str:
     """What was kept of a teacher's words."""
     kept = f"{found.tokens:,} of {found.vocabulary:,} tokens of each position, {share(found.covered)} of its chances"
     size = f"{decimal(found.bytes)}, {found.bytes_per_token:.1f} bytes a token"
@@ -387,6 +387,7 @@ __all__ = [
     "NOTHING",
     "NOT_MEASURED",
     "Row",
+    "cached",
     "candidate_words",
     "clean",
     "comparison",

@@ -480,6 +480,7 @@ FLAGS_ELSEWHERE = {
     "set": f"any key: {APP}::test_recipe_then_flags_then_set",
     "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",
     "plan": f"{APP}::test_plan",
+    "cache_only": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
     "smoke": f"{APP}::test_smoke_and_verify",
     "json": f"{APP}::test_json_alone_on_stdout",
     "quiet": f"{APP}::test_quiet_prints_only_the_path",

@@ -15,7 +15,7 @@ from llmshrink.errors import InterruptedRun, PlanError, RecipeError
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
-from llmshrink.report.schema import Report, TrainReport
+from llmshrink.report.schema import CacheReport, Report, TrainReport
 from llmshrink.train import caching, distillation
 
 pytestmark = pytest.mark.usefixtures("without_reader")
@@ -83,11 +83,17 @@ def test_a_stopped_run_gives_the_same_bytes(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_others_learn_from_what_is_there(deep: Path, text_file: Path, tmp_path: Path) -> None:
+def test_others_learn_from_what_is_there(
+    deep: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = {"folder": str(tmp_path / "cache")}
-    first = trained(run.execute(wanted(deep, tmp_path / "one", text_file, cache), progress=Silent()))
-    second = wanted(deep, tmp_path / "two", text_file, cache, student={**CUT, "layers": [1]})
-    assert trained(run.execute(second, progress=Stopping(step="cache"))).cache == first.cache
+    given = ["distill", str(deep), "--data", str(text_file), "--max-steps", "20", "--batch", "2", "--cache-only"]
+    given += ["--temperature", "1", "--set", "train.length=16", "--cache", "sampled", "--json"]
+    assert main(given) == 2 and "name a folder" in capsys.readouterr().err
+    assert main([*given, "--cache-folder", cache["folder"]]) == 0
+    first = CacheReport.model_validate_json(capsys.readouterr().out)
+    second = wanted(deep, tmp_path / "two", text_file, cache)
+    assert trained(run.execute(second, progress=Stopping(step="cache"))).cache == first
     student = tmp_path / "student"  # it stands alone: nobody who teaches is here
     build_model(student, config("llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=168))
     alone = wanted(student, tmp_path / "three", text_file, cache, student=None)

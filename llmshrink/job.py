@@ -27,20 +27,28 @@ from llmshrink.checks.written import (
     probe_tokens,
 )
 from llmshrink.engine.bases import make_bases
-from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
+from llmshrink.engine.budget import (
+    compress_economy,
+    compress_scratch,
+    evaluation_economy,
+    evaluation_states,
+    planned_caching,
+)
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import GateError, InputError, OutputError, PlanError
+from llmshrink.errors import GateError, InputError, OutputError, PlanError, UsageError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.model.words import check_same_tokens
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.cache import keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
@@ -52,10 +60,12 @@ from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
+    CacheReport,
     Check,
     CutReport,
     ModelMeasure,
@@ -68,6 +78,8 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
+from llmshrink.train.caching import FOLDER as CACHE
+from llmshrink.train.caching import cache_of
 from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.overlap import overlaps
@@ -77,7 +89,7 @@ from llmshrink.train.run import STATES, TRAINED, finished, train
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
 TEXT, NEW_TEXT = "text", "text.new"  # what is trained on, and before it is known that nobody else works here
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED, TEXT)
+FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED, TEXT)
 
 
 class Job:
@@ -143,6 +155,27 @@ class Job:
         events = [*self.loader.events, *economy.told("measure the candidates"), *events]
         self._tell(events)
         return costs.sensitivities(choices, found, events)
+
+    def keep(self) -> CacheReport:
+        """Write down what a teacher says, for students that learn elsewhere."""
+        stage = writing_stage_of(self.recipe)
+        if not isinstance(stage, DistillStage) or stage.cache is None or stage.cache.folder is None:
+            raise UsageError("To write down what a teacher says, name a folder for it (--cache-folder).")
+        teacher = self.model if stage.teacher is None else StreamedModel(open_source(stage.teacher), self.facts.device)
+        if not teacher.task.causal:
+            raise PlanError(f"{teacher.source.id}: only models that predict the next token can be distilled.")
+        if stage.teacher is not None:
+            check_same_tokens(self.model.source, teacher.source)
+        wanted, steps = keeping(stage, self.model.source, teacher.source), Steps(stage.train, self.model)
+        assert wanted is not None
+        needed = planned_caching(teacher, steps.length)
+        check_memory("write down what the teacher says", needed, self.recipe.run, "--set train.length=N")
+        check_finite(teacher, self.progress)
+        with tempfile.TemporaryDirectory(prefix="llmshrink-") as work:
+            examples = prepare(steps, self.model, self.loader, Path(work, "text"), kept=None)
+            cache = cache_of(wanted, examples, Path(work), self.facts.device, self.progress)
+        self._tell(self.loader.events, examples.events)
+        return cache.report()
 
     def _tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -299,14 +332,15 @@ class Job:
         done: list[dict[str, Any]],
     ) -> tuple[Path, TrainReport]:
         """Train a student that is ready."""
+        device, progress = self.facts.device, self.progress
         return train(
-            Distillation(training, student, self.facts.device),
+            Distillation(training, student, device, examples=examples, work=workspace.work, progress=progress),
             training.steps,
             examples,
             workspace=workspace,
             done=done,
-            device=self.facts.device,
-            progress=self.progress,
+            device=device,
+            progress=progress,
         )
 
     def join(self, order: dict[str, Any]) -> None:
@@ -324,7 +358,7 @@ class Job:
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""
-        if training.stage.teacher is None:
+        if training.stage.teacher is None or training.teacher is None:
             return self.model
         return StreamedModel(training.teacher, self.facts.device)
 

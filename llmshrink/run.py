@@ -25,14 +25,25 @@ from llmshrink.progress import Progress, Silent
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage
-from llmshrink.report.schema import Check, Report, SensitivityReport
+from llmshrink.report.schema import CacheReport, Check, Report, SensitivityReport
 from llmshrink.sensitivity import costs
 from llmshrink.smoke import smoke_recipe
 from llmshrink.summary import RunFacts
 
 ENDING = 3.0  # seconds in which the first process says that it ends, once the others miss it
 
-__all__ = ["check_gates", "check_size", "environment", "execute", "follow", "make_plan", "measure", "smoke", "verify"]
+__all__ = [
+    "check_gates",
+    "check_size",
+    "environment",
+    "execute",
+    "follow",
+    "keep",
+    "make_plan",
+    "measure",
+    "smoke",
+    "verify",
+]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -93,6 +104,17 @@ def follow() -> int:
         code = ending
     ranks.leave()
     return code
+
+
+def keep(recipe: Recipe, *, progress: Progress) -> CacheReport:
+    """Write down what the teacher of a distillation says of its text into `cache.folder`, and train nobody.
+
+    Raises:
+        InterruptedRun: a signal came; the same call goes on behind the last shard.
+        LlmshrinkError: any of the errors of `llmshrink.errors`.
+    """
+    with _begun(recipe, progress, resumable=True) as job:
+        return job.keep()
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:

@@ -135,6 +135,7 @@ ALLOWED = {
         "calibration",
         "engine",
         "errors",
+        "evaluate",
         "formats",
         "forms",
         "io",

@@ -199,6 +199,9 @@ def distill(
     loss: opt.Loss = None,
     temperature: opt.Temperature = None,
     alpha: opt.Alpha = None,
+    cache: opt.Cache = None,
+    cache_folder: opt.CacheFolder = None,
+    cache_only: opt.CacheOnly = False,
     data: opt.Data = None,
     batch: opt.Batch = None,
     rate: opt.Rate = None,
@@ -469,6 +472,7 @@ def _work(
     quiet: bool,
     verbose: bool,
     overwrite: bool,
+    cache_only: bool = False,
     **_: object,
 ) -> None:
     """A command that compresses matrices: as asked, only planned, or tried on one block; all else is in `ctx`."""
@@ -478,11 +482,25 @@ def _work(
     _tell_default(wanted.model.id, quiet)
     if plan:
         _plan(wanted, json=json)
+    elif cache_only:
+        _keep(wanted, json=json, quiet=quiet, verbose=verbose)
     elif smoke:
         _smoke(wanted, json=json, quiet=quiet, verbose=verbose)
     else:
         report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
         _finish(report, json=json, table=not quiet, path=True)
+
+
+def _keep(wanted: Recipe, *, json: bool, quiet: bool, verbose: bool) -> None:
+    from llmshrink import run
+    from llmshrink.report import rows
+
+    with listener(quiet=quiet, verbose=verbose) as progress:
+        found = run.keep(wanted, progress=progress)
+    if json:
+        console.show_json(found.model_dump(mode="json"))
+    elif not quiet:
+        print(rows.cached(found))
 
 
 def _tell_default(model: str | None, quiet: bool) -> None:

@@ -33,6 +33,8 @@ RECIPE_KEYS = {
     "loss": "loss.name",
     "temperature": "loss.temperature",
     "alpha": "loss.alpha",
+    "cache": "cache.method",
+    "cache_folder": "cache.folder",
     "data": "train.data",
     "batch": "train.batch",
     "rate": "train.rate",
@@ -237,6 +239,24 @@ Temperature = Annotated[
 Alpha = Annotated[
     float | None,
     typer.Option(help="Weight of the teacher; the rest is the text's.", metavar="0..1", rich_help_panel=_LEARN),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="Write down what the teacher says once, some tokens of each position, and learn without it.",
+        metavar="sampled|topk",
+        rich_help_panel=_LEARN,
+    ),
+]
+CacheFolder = Annotated[
+    str | None,
+    typer.Option(
+        help="Where that lies, for other students too: made once, then read.", metavar="DIR", rich_help_panel=_LEARN
+    ),
+]
+CacheOnly = Annotated[
+    bool,
+    typer.Option("--cache-only", help="Do no more than that: students may learn elsewhere.", rich_help_panel=_LEARN),
 ]
 Data = Annotated[
     str | None,

@@ -20,6 +20,7 @@ from llmshrink.methods import basis
 from llmshrink.methods.base import FLOAT, SWEEP
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan.cache import SHARD
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy, choose, passes
@@ -75,21 +76,35 @@ def compress_economy(
 def planned_training(training: Training) -> int:
     """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way.
 
-    Each process on this machine holds all that, and libraries of its own.
+    Each process on this machine holds all that, and libraries of its own. Where what the teacher says is written down
+    before, one block of it at a time is in memory, in one of them.
     """
     student, spec = training.guess.model, training.stage.train
-    weights = FLOAT * (4 * student.parameters + teacher_parameters(training))
+    beside = 0 if training.keeping is not None else teacher_parameters(training)
+    weights = FLOAT * (4 * student.parameters + beside)
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
     zeros = 0 if spec.keep_zeros is False else sum(matrix.numel for block in blocks for matrix in block.matrices)
     each = FIXED + weights + kept + zeros + LOGIT_COPIES * LOGITS
-    return each * ranks.here() + LIBRARIES * (ranks.here() - 1)
+    learning = each * ranks.here() + LIBRARIES * (ranks.here() - 1)
+    if training.streamed is None:
+        return learning
+    return max(learning, planned_caching(training.streamed, training.steps.length))
+
+
+def planned_caching(teacher: StreamedModel, length: int) -> int:
+    """Bytes of writing down what a teacher says of rows: states of a shard, and a block or a stretch of logits."""
+    batch = max(length, teacher.batch_tokens(None))
+    states = max(SHARD, length) * teacher.hidden * FLOAT
+    head = min(HEAD_ROWS, teacher.width) * teacher.hidden * FLOAT
+    block = max(_weights(teacher, b) + _forward(teacher, b, batch) for b in teacher.anatomy.blocks)
+    return FIXED + TWIN + states + max(block, LOGITS + head)
 
 
 def teacher_parameters(training: Training) -> int:
     """Weights of the teacher."""
-    return sum(info.numel for info in training.teacher.checkpoint.infos.values())
+    return 0 if training.teacher is None else sum(info.numel for info in training.teacher.checkpoint.infos.values())
 
 
 def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int, opened: int = 0) -> tuple[Economy, int]:

@@ -52,7 +52,7 @@ def score_texts(
     made: list[list[TextScore]] = [[] for _ in models]
     for text in texts:  # one after another: the states of all would be in memory together
         batches = text.batches(economy.batch_tokens)
-        states = [_last_states(one, batches, folder if economy.on_disk else None, progress) for one in models]
+        states = [last_states(one, batches, folder if economy.on_disk else None, progress) for one in models]
         if base.task.causal:
             scores = [Scores() for _ in models]
             for tokens, *ends in zip(batches, *states, strict=True):
@@ -68,8 +68,15 @@ def score_texts(
     return made[0], made[1] if model is not None else []
 
 
-def _last_states(model: StreamedModel, batches: list[Tensor], folder: Path | None, progress: Progress) -> list[Tensor]:
-    """What leaves the last block, for each batch."""
+def last_states(model: StreamedModel, batches: list[Tensor], folder: Path | None, progress: Progress) -> list[Tensor]:
+    """What leaves the last block, for each batch; one block at a time is in memory.
+
+    Args:
+        model: whose blocks the tokens go through.
+        batches: token ids [rows, length] of each.
+        folder: for the states, in files that vanish with the process; None: in the device's memory.
+        progress: told of the tokens of each batch, for each block.
+    """
     hidden = Hidden(model, batches, folder=folder)
     for block in model.anatomy.blocks:
         model.load_block(block.index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from llmshrink.errors import PlanError
 from llmshrink.model.source import Source
 
@@ -35,3 +38,10 @@ def check_same_tokens(student: Source, teacher: Source) -> None:
             f"{teacher.id} reads other tokens than {student.id}: {why}.",
             hint="Chances are compared token by token: choose a teacher of the same family.",
         )
+
+
+def tokens_hash(source: Source) -> str:
+    """SHA-256 (hex) of how a model reads text: its vocabulary with the numbers of all tokens, and the probes."""
+    tokenizer = source.tokenizer
+    probes = [tokenizer(text)["input_ids"] for text in PROBES]
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probes]).encode()).hexdigest()

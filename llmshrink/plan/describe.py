@@ -12,6 +12,7 @@ from llmshrink.forms import quantized
 from llmshrink.io.files import nearest
 from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
+from llmshrink.plan.cache import Keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.loading import stored
@@ -19,6 +20,7 @@ from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import (
     AllocationPlan,
     BlockPlan,
+    CachePlan,
     CutPlan,
     LayerPlan,
     LoadPlan,
@@ -129,8 +131,25 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
 
 def _training(training: Training) -> TrainPlan:
     steps = training.steps
-    tokens = steps.per_step * steps.length
-    return TrainPlan(teacher=training.teacher.id, steps=steps.limit, tokens=tokens, processes=steps.processes)
+    return TrainPlan(
+        teacher=training.taught_by,
+        steps=steps.limit,
+        tokens=steps.per_step * steps.length,
+        processes=steps.processes,
+        cache=None if training.keeping is None else _caching(training.keeping, training.kept_bytes),
+    )
+
+
+def _caching(keeping: Keeping, size: int) -> CachePlan:
+    kind = keeping.kind
+    return CachePlan(
+        method=kind.method,
+        tokens=kind.tokens,
+        temperature=kind.temperature,
+        bytes_per_token=kind.position_bytes,
+        bytes=size,
+        found=keeping.found is not None,
+    )
 
 
 def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:

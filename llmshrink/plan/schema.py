@@ -63,6 +63,17 @@ class CutPlan(_Part):
     parameters_before: int
 
 
+class CachePlan(_Part):
+    """What is written down of a teacher, so that the student learns without it."""
+
+    method: str
+    tokens: int  # kept of each position
+    temperature: float  # at which they are chosen
+    bytes_per_token: int
+    bytes: int  # of what is made; 0: it is there, or only the text says how much it is
+    found: bool  # it is there already
+
+
 class TrainPlan(_Part):
     """How a model learns from another one."""
 
@@ -70,6 +81,7 @@ class TrainPlan(_Part):
     steps: int | None  # of gradient; None: as many as the text gives, which is not read for a plan
     tokens: int  # of a step
     processes: int = 1  # that share it
+    cache: CachePlan | None = None  # None: the teacher is asked at every step
 
 
 class BlockPlan(_Part):

@@ -15,6 +15,7 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
+from llmshrink.plan.cache import keeping
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.steps import ENDLESS, Steps
@@ -32,10 +33,12 @@ class Training:
     Attributes:
         stage: What the recipe says.
         model: That comes in.
-        teacher: Whom the student learns from.
+        teacher: Whom the student learns from; None: nobody who is here, but a cache of what one said.
         steps: Of gradient.
         cuts: What makes the student of the model; None: the model is it.
         guess: The work of writing the student, whose sizes are known before it has learned anything.
+        keeping: Of the teacher's words; None: it is asked at every step.
+        streamed: The teacher, block by block, where its words are written down.
     """
 
     needs_data = False  # to calibrate with
@@ -51,27 +54,50 @@ class Training:
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         refuse_codes(model)
-        if stage.teacher is None and stage.student is None:
+        alone = stage.teacher is None and stage.student is None
+        self.teacher: Source | None = model.source if stage.teacher is None else open_source(stage.teacher)
+        self.keeping = keeping(stage, model.source, None if alone else self.teacher)
+        if alone and (self.keeping is None or self.keeping.found is None):
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
                 "as large as it is.",
-                hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or the cache.folder of "
+                "what a teacher said.",
             )
         check_trackers(stage.train.report_to)
         if stage.train.kind in ("prompt", "chat") and stage.train.data in ("generator", "self"):
             raise PlanError(f"What {stage.train.data} gives is plain text: train.kind cannot be {stage.train.kind}.")
-        self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
-        if stage.teacher is not None:
+        if alone:
+            self.teacher = None
+        elif stage.teacher is not None:
             check_same_tokens(model.source, self.teacher)
             if self.teacher.quantization is not None:
                 raise PlanError(
                     f"{self.teacher.id} is quantized: teachers are read as floats.",
                     hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
                 )
+        written = self.keeping is not None and self.keeping.found is None
+        self.streamed = StreamedModel(self.teacher, model.device) if written and self.teacher is not None else None
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         if self.cuts is None and stage.train.keep_zeros is True:
             refuse_without_zeros(model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+
+    @property
+    def taught_by(self) -> str:
+        """The teacher's name."""
+        if self.teacher is not None:
+            return self.teacher.id
+        assert self.keeping is not None and self.keeping.found is not None
+        return str(self.keeping.found["teacher"])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes on disk of the words of its teacher that it writes down, where the recipe says how many there are."""
+        keeping = self.keeping
+        if keeping is None or keeping.found is not None or self.steps.limit is None:
+            return 0
+        return keeping.kind.bytes(self.steps.rows, self.steps.rows * (self.steps.length - 1))
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from llmshrink.recipe.cache import CacheSpec
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
-from llmshrink.recipe.section import Section
+from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
 
 Divergence = Literal["kl", "reverse-kl", "jsd"]
@@ -40,5 +41,17 @@ class DistillStage(Section):
         None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
     )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
+    cache: CacheSpec | None = Field(
+        None,
+        description="write down what the teacher says of the text, or {} with its defaults, and learn from that "
+        "without it; null: it is asked at every step",
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache is not None and self.loss.name != "kl":
+            message = "a cache has some tokens of the teacher's, and this needs its chances of all: kl, or no `cache`"
+            raise refuse([fault(("loss", "name"), message, self.loss.name)])
+        return self

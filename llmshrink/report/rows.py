@@ -14,6 +14,7 @@ from llmshrink.progress import seconds
 from llmshrink.report.schema import (
     AllocationReport,
     BlockReport,
+    CacheReport,
     CutReport,
     EventRecord,
     GateReport,
@@ -247,6 +248,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_tuned(stage.tuned))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
+        lines += [cached(stage.trained.cache)] if stage.trained.cache is not None else []
         lines += _stayed(stage.trained)
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
@@ -345,6 +347,8 @@ def _trained(found: TrainReport) -> str:
     held = "no rows were held back"
     if found.held_before is not None and found.held_after is not None:
         measure = "KL to it" if found.measure == "kl" else "loss"
+        if found.cache is not None:
+            measure += ", estimated," if found.cache.method == "sampled" else ", at least,"
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     of = "" if found.text is None else f" of {found.text.origin}"
     if found.text is not None and found.text.kind != "text":
@@ -362,6 +366,13 @@ def _stayed(found: TrainReport) -> list[str]:
         return []
     part = sum(one.after for one in found.zeros) / sum(one.weights for one in found.zeros)
     return [f"the zeros of {len(found.zeros)} pruned matrices stayed: {share(part)} of their weights"]
+
+
+def cached(found: CacheReport) -> str:
+    """What was kept of a teacher's words."""
+    kept = f"{found.tokens:,} of {found.vocabulary:,} tokens of each position, {share(found.covered)} of its chances"
+    size = f"{decimal(found.bytes)}, {found.bytes_per_token:.1f} bytes a token"
+    return f"its words were written down once ({found.method}): {kept}, {size}, made in {seconds(found.seconds)}"
 
 
 def _tuned(tuned: TuneReport) -> str:
@@ -391,6 +402,7 @@ __all__ = [
     "NOTHING",
     "NOT_MEASURED",
     "Row",
+    "cached",
     "candidate_words",
     "clean",
     "comparison",

@@ -226,6 +226,20 @@ class ZerosReport(Record):
     after: int
 
 
+class CacheReport(Record):
+    """What was kept of a teacher's words, to learn from without it."""
+
+    method: str = Field(description="sampled: KL on rows held back is an estimate without bias; topk: a lower bound")
+    tokens: int = Field(description="kept of each position")
+    temperature: float = Field(description="at which they were chosen")
+    vocabulary: int = Field(description="tokens that they were chosen of")
+    covered: float = Field(description="share of the teacher's distribution that is on them, on average")
+    positions: int
+    bytes: int = Field(description="of all its files")
+    bytes_per_token: float
+    seconds: float = Field(description="that making it took, in this run or another")
+
+
 class TrainReport(Record):
     """What a training did."""
 
@@ -247,6 +261,7 @@ class TrainReport(Record):
         description="of pruned matrices whose zeros stayed",
     )
     curve: list[LossPoint]
+    cache: CacheReport | None = Field(default=None, description="None: the teacher was asked at every step")
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")
 
 

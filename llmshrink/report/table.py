@@ -30,7 +30,7 @@ from llmshrink.report.rows import (
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
 if TYPE_CHECKING:
-    from llmshrink.plan.schema import AllocationPlan, CutPlan, LayerPlan, Plan, RatiosPlan, TensorPlan
+    from llmshrink.plan.schema import AllocationPlan, CachePlan, CutPlan, LayerPlan, Plan, RatiosPlan, TensorPlan
 
 OTHERS_SHOWN = 3  # kinds of other tensors with a line of their own
 COLOURS = {"native": "green", "plugin": "yellow", "dense-only": "yellow", "no": "dim"}
@@ -85,6 +85,7 @@ def render_plan(plan: Plan) -> Group:
         steps = "as many steps as the text gives" if found.steps is None else count(found.steps, "step")
         shared = f", shared by {found.processes} processes" if found.processes > 1 else ""
         lines.insert(1, f"then it learns from {found.teacher}: {steps} of {found.tokens:,} tokens{shared}")
+        lines[2:2] = [] if found.cache is None else [_caching(found.cache)]
     if plan.tuning_steps:
         lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
     if plan.learning_steps:
@@ -124,6 +125,14 @@ def _cut(cut: CutPlan, parameters: int) -> str:
     elif cut.layers is None:
         words += "; which layers go is measured"
     return words + (f"; {count(cut.repaired, 'linear')} fitted to make up for it" if cut.repaired else "")
+
+
+def _caching(found: CachePlan) -> str:
+    at = "" if found.temperature == 1 else f", softened by {found.temperature:g}"
+    kept = f"{found.tokens:,} tokens of each position, {found.method}{at}, {found.bytes_per_token} bytes"
+    if found.found:
+        return f"what it says was written down before: {kept}"
+    return f"what it says is written down first: {kept}" + (f", {decimal(found.bytes)}" if found.bytes else "")
 
 
 def _allocation(found: AllocationPlan, parameters: int) -> list[str]:

@@ -17,18 +17,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from llmshrink.calibration.rows import Rows
 from llmshrink.errors import InputError
 from llmshrink.forms import Event
 from llmshrink.io.files import atomic_file, has_hash, sealed, unsealed, write_bytes
 from llmshrink.report.schema import TextReport
 from llmshrink.train.packing import Row
 
-ROWS, SEAL = "rows.arrow", "rows.json"  # in a folder of their own
+ARROW, SEAL = "rows.arrow", "rows.json"  # in a folder of their own
 TOGETHER = 1024  # rows that are written at a time
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("begins", pa.int32())])
@@ -59,6 +61,29 @@ class Examples:
             return Part(self.table, range(first)), Part(self.table, range(first, count))
         return Part(self.table, range(first)), Part(self.table, range(whole, count), begins[whole].as_py())
 
+    @property
+    def count(self) -> int:
+        """Tokens of all rows."""
+        return self.told.tokens
+
+    def ids(self, row: int) -> Tensor:
+        """The tokens of a row, int64 [length]."""
+        return torch.from_numpy(self.table["ids"][row].values.to_numpy().astype(np.int64))
+
+    def parted(self, tokens: int) -> list[range]:
+        """Stretches of rows with at most so many tokens (at least one row), in order."""
+        found, seen = [range(0)], 0
+        for row, length in enumerate(pc.list_value_length(self.table["ids"]).to_pylist()):
+            if found[-1] and seen + length > tokens:
+                found.append(range(row, row))
+                seen = 0
+            found[-1], seen = range(found[-1].start, row + 1), seen + length
+        return found
+
+    def rows(self, which: range) -> Rows:
+        """Some rows, in memory."""
+        return Rows(tuple(map(self.ids, which)), self.told.data, self.told.origin, self.told.split)
+
     def moved(self, folder: Path) -> Examples:
         """The same in another folder."""
         if folder == self.folder:
@@ -73,10 +98,10 @@ class Examples:
         path = folder / SEAL
         kept = unsealed(path.read_bytes()) if path.is_file() else None
         try:
-            if kept is None or key not in (None, kept["key"]) or not has_hash(folder / ROWS, kept["sha256"]):
+            if kept is None or key not in (None, kept["key"]) or not has_hash(folder / ARROW, kept["sha256"]):
                 return None
             events = [Event(**event) for event in kept["events"]]
-            return cls(folder, _mapped(folder / ROWS), TextReport.model_validate(kept["told"]), events)
+            return cls(folder, _mapped(folder / ARROW), TextReport.model_validate(kept["told"]), events)
         except (LookupError, TypeError, ValueError):  # whole, but laid out by another release
             return None
 
@@ -138,7 +163,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest, count, longest, tokens, counted = hashlib.sha256(), 0, 0, 0, 0
-    with atomic_file(folder / ROWS) as file:
+    with atomic_file(folder / ARROW) as file:
         file.write(SCHEMA.serialize())
         for batch in _batches(rows):
             for row in batch:
@@ -157,7 +182,7 @@ def write(
     told = told.model_copy(update=found)
     kept = {"key": key, "sha256": file.sha256, "told": told.model_dump(mode="json")}
     write_bytes(folder / SEAL, sealed({**kept, "events": [vars(event) for event in events]}))
-    return Examples(folder, _mapped(folder / ROWS), told, events)
+    return Examples(folder, _mapped(folder / ARROW), told, events)
 
 
 def _mapped(path: Path) -> pa.Table:

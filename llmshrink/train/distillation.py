@@ -13,8 +13,12 @@ from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.training import Training
 from llmshrink.plan.zeros import matrices_of
+from llmshrink.progress import Progress
 from llmshrink.report.schema import TrainReport
-from llmshrink.train.teachers import Online
+from llmshrink.train.cache import Cached
+from llmshrink.train.caching import cache_of
+from llmshrink.train.data import Examples
+from llmshrink.train.teachers import Online, Teacher
 from llmshrink.train.trainer import Distiller
 from llmshrink.train.zeros import Zeros
 
@@ -25,28 +29,49 @@ class Distillation:
     task = "distill"
     measure: Literal["kl", "loss"] = "kl"
 
-    def __init__(self, training: Training, student: StreamedModel, device: torch.device) -> None:
-        """Load both.
+    def __init__(
+        self,
+        training: Training,
+        student: StreamedModel,
+        device: torch.device,
+        *,
+        examples: Examples,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        """Load both; or the student alone, once what the teacher says of the rows is written down.
 
         Args:
             training: who learns from whom.
             student: as it is before.
             device: where it will be trained.
+            examples: to learn from.
+            work: the run's folder of work.
+            progress: told of the rows that the teacher has seen.
+
+        Raises:
+            InputError: the cache is not one that it can learn from.
         """
-        self.teacher: str | None = training.teacher.id
+        self.teacher: str | None = training.taught_by
+        self._student, self._loss = student, training.stage.loss
+        cache = None if training.keeping is None else cache_of(training.keeping, examples, work, device, progress)
+        self._cache = None if cache is None else cache.report()
         self.model = _load(student.source, student).requires_grad_(True)
         self.zeros = Zeros(self.model, (m.parameter for m in matrices_of(student)), training.stage.train.keep_zeros)
-        self._student, self._loss = student, training.stage.loss
-        teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
-        self._teacher = Online(teacher)
+        self._teacher: Teacher
+        if cache is not None:
+            self._teacher = Cached(cache)
+        else:
+            assert training.teacher is not None
+            self._teacher = Online(_load(training.teacher, student).requires_grad_(False).eval().to(device))
 
     def trainer(self, **given: Any) -> Distiller:
         """Who makes its steps."""
         return Distiller(teacher=self._teacher, loss=self._loss, zeros=self.zeros, model=self.model, **given)
 
     def tell(self, report: TrainReport) -> TrainReport:
-        """The report, with the zeros that stayed."""
-        return report.model_copy(update={"zeros": self.zeros.report(self.model)})
+        """The report, with the zeros that stayed, and the cache."""
+        return report.model_copy(update={"zeros": self.zeros.report(self.model), "cache": self._cache})
 
     def save(self, folder: Path) -> None:
         """Write the student as a checkpoint, in the dtype that it was stored in."""

@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmshrink.recipe.distill import LossSpec
+from llmshrink.train import sparse
+from llmshrink.train.sparse import Sparse
 
 
-def divergence(student: Tensor, teacher: Tensor, spec: LossSpec) -> Tensor:
-    """The divergence of each token [tokens], from logits [tokens, vocabulary] of both, in float32."""
+def divergence(student: Tensor, teacher: Tensor | Sparse, spec: LossSpec) -> Tensor:
+    """The divergence of each token [tokens], from logits [tokens, vocabulary] of both, in float32.
+
+    Of a teacher of whom only some tokens are known it is forward KL.
+    """
+    if isinstance(teacher, Sparse):
+        return sparse.divergence(student, teacher, spec.temperature) * spec.temperature**2
     q = functional.log_softmax(student.float() / spec.temperature, dim=-1)
     p = functional.log_softmax(teacher.float() / spec.temperature, dim=-1)
     if spec.name == "kl":
@@ -36,12 +43,12 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
-def mixed(student: Tensor, teacher: Tensor | None, labels: Tensor, spec: LossSpec) -> Tensor:
+def mixed(student: Tensor, teacher: Tensor | Sparse | None, labels: Tensor, spec: LossSpec) -> Tensor:
     """The loss that a step makes small, summed over the tokens that count.
 
     Args:
         student: logits [tokens, vocabulary].
-        teacher: the same of the teacher; None: nobody teaches, and only the text counts.
+        teacher: the same of the teacher, or what is kept of it; None: nobody teaches, and only the text counts.
         labels: the tokens that follow [tokens]; -100 where none counts.
         spec: what is mixed.
     """

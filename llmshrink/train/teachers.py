@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshrink.train.heads import Halves
+from llmshrink.train.sparse import Sparse
 
-Words = Callable[[slice], Tensor]  # logits [rows, positions, vocabulary] of a stretch of positions
+# Of a stretch of positions: logits [rows, positions, vocabulary], or some tokens [rows x positions, k].
+Words = Callable[[slice], Tensor] | Callable[[slice], Sparse]
 
 
 class Teacher(Protocol):

@@ -93,7 +93,9 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
 
         def part(state: Tensor, span: slice) -> Tensor:
             logits = self._own.head(state)[..., :vocabulary].flatten(0, 1)
-            wanted = None if words is None else words(span)[..., :vocabulary].flatten(0, 1)
+            wanted = None if words is None else words(span)
+            if isinstance(wanted, Tensor):
+                wanted = wanted[..., :vocabulary].flatten(0, 1)
             return mixed(logits, wanted, labels[:, span].flatten(), spec)
 
         positions = max(1, LOGITS // (len(state) * vocabulary * 4))

@@ -114,6 +114,7 @@ DISTILLED: dict[str, Any] = {
     "stages": [{"task": "distill", "student": {"layers": [0], "repair": False}}],
     "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 12},
 }
+KEPT = {**DISTILLED, "stages.0.cache": {"tokens": 8}}
 TAUGHT = {
     "teacher": "{other_model}",
     **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 0.5}.items()},
@@ -249,6 +250,8 @@ TRIALS = {
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
+    "stages.distill.cache.method": Trial("topk", KEPT),
+    "stages.distill.cache.tokens": Trial(4, KEPT),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
     "stages.distill.train.column": Trial("answer", {**DISTILLED, "stages.0.train.data": "{columns}"}),
@@ -291,6 +294,7 @@ ELSEWHERE = {
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
+    "stages.distill.cache.folder": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.report_to": "tests/train/test_run.py::test_a_tracker_is_told",
     "stages.distill.train.keep_zeros": "tests/e2e/test_distill.py::test_zeros_that_may_learn_are_written_dense",
@@ -484,6 +488,7 @@ FLAGS_ELSEWHERE = {
     "set": f"any key: {APP}::test_recipe_then_flags_then_set",
     "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",
     "plan": f"{APP}::test_plan",
+    "cache_only": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
     "smoke": f"{APP}::test_smoke_and_verify",
     "json": f"{APP}::test_json_alone_on_stdout",
     "quiet": f"{APP}::test_quiet_prints_only_the_path",

@@ -16,7 +16,7 @@ from llmshrink.errors import InputError
 from llmshrink.forms import Event
 from llmshrink.report.schema import TextReport
 from llmshrink.train import data as module
-from llmshrink.train.data import ROWS, SEAL, Examples, collate, write
+from llmshrink.train.data import ARROW, SEAL, Examples, collate, write
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.packing import Row
 
@@ -53,7 +53,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert part.counted == examples.told.counted == sum(i != -100 for row in rows() for i in labels(row))
         assert len(none) == 0
     assert (made.told.rows, made.told.tokens) == (7, sum(len(row.ids) for row in rows()))
-    assert Dataset.from_file(str(tmp_path / "there" / ROWS))["ids"] == [row.ids.tolist() for row in rows()]
+    assert Dataset.from_file(str(tmp_path / "there" / ARROW))["ids"] == [row.ids.tolist() for row in rows()]
     fewer = written(tmp_path / "fewer", rows()[:-1]).told
     assert fewer.fingerprint != made.told.fingerprint
 
@@ -61,7 +61,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_is_damaged_or_of_another_run_is_not_read(tmp_path: Path) -> None:
     written(tmp_path, rows())
     assert Examples.load(tmp_path, {"length": 8}) is None and Examples.load(tmp_path / "none", KEY) is None
-    for name in (ROWS, SEAL):
+    for name in (ARROW, SEAL):
         whole = (tmp_path / name).read_bytes()
         for harmed in (whole[:-9], whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :]):
             (tmp_path / name).write_bytes(harmed)

@@ -1,0 +1,105 @@
+"""A teacher's distribution in a few of its tokens, and how far a student's is from it.
+
+Which tokens: the likeliest (top-k), or a sample by which any sum over the vocabulary is estimated without bias, as
+random-sampling distillation asks (Anshumann et al. 2025, arXiv 2503.16870). There tokens are drawn one by one, with
+replacement, and counted. Here a token of chance p is kept with the chance min(1, p / t) and counts max(p, t), with t
+such that exactly k are kept: of all unbiased samples of k tokens the one with the least variance (Fearnhead and
+Clifford 2003, "On-line inference for hidden Markov models via particle filters"), drawn in one pass by systematic
+sampling (Madow 1949). So the likeliest are kept as they are, and the others stand for the tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Some tokens of each position.
+
+    Attributes:
+        tokens: int64 [positions, k].
+        logs: Their log chances at temperature 1, float32 [positions, k].
+        shift: log sum p^(1/T), float32 [positions]: the log chance at temperature T is log p / T - shift.
+        threshold: log t, float32 [positions]; -inf: nothing was drawn.
+        temperature: T, at which they were chosen.
+        rest: What is not kept is one more token, of which only the chance is known.
+    """
+
+    tokens: Tensor
+    logs: Tensor
+    shift: Tensor
+    threshold: Tensor
+    temperature: float
+    rest: bool = False
+
+    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log chances at a temperature, T or 1, and what each token counts [positions, k]."""
+        softened = self.logs / self.temperature - self.shift[..., None]
+        kept = (softened - self.threshold[..., None]).clamp(max=0)  # the log of the chance to be kept
+        logs = softened if temperature == self.temperature else self.logs
+        return logs, (logs - kept).exp()
+
+
+def divergence(student: Tensor, words: Sparse, temperature: float) -> Tensor:
+    """KL(p || q) of each position [positions], at temperature T or 1; an estimate where tokens were drawn.
+
+    With `rest` it is that of two distributions over the tokens that are kept and one more for all others: at most the
+    divergence over all tokens.
+
+    Args:
+        student: logits [positions, vocabulary].
+        words: of the teacher.
+        temperature: both are softened by it.
+    """
+    scores = student.float() / temperature
+    total = scores.logsumexp(-1, keepdim=True)
+    p, weight = words.at(temperature)
+    found = (weight * (p - scores.gather(-1, words.tokens) + total)).sum(-1)
+    if not words.rest or words.tokens.shape[-1] == student.shape[-1]:
+        return found
+    left = (1 - weight.sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+    others = scores.scatter(-1, words.tokens, -torch.inf).logsumexp(-1)
+    return found + left * (left.log() - others + total.squeeze(-1))
+
+
+def likeliest(logits: Tensor, count: int, temperature: float) -> Sparse:
+    """The `count` likeliest tokens of logits [positions, vocabulary]."""
+    logs = logits.float().log_softmax(-1)
+    top = logs.topk(min(count, logs.shape[-1]))
+    nothing = torch.full_like(logs[:, 0], -torch.inf)
+    return Sparse(top.indices, top.values, _shift(logs, temperature), nothing, temperature, rest=True)
+
+
+def _shift(logs: Tensor, temperature: float) -> Tensor:
+    return torch.zeros_like(logs[:, 0]) if temperature == 1 else (logs / temperature).logsumexp(-1)
+
+
+def drawn(logits: Tensor, count: int, temperature: float, uniform: Tensor) -> Sparse:
+    """`count` tokens of logits [positions, vocabulary] that stand for all.
+
+    Args:
+        logits: of the teacher.
+        count: how many, k.
+        temperature: T, of the chances by which they are kept.
+        uniform: numbers in [0, 1), float64 [positions], which decide what is drawn.
+    """
+    logs = logits.float().log_softmax(-1)
+    shift = _shift(logs, temperature)
+    softened = logs if temperature == 1 else logs / temperature - shift[:, None]
+    top = softened.topk(min(count, logs.shape[-1]))
+    place = torch.arange(top.values.shape[-1], device=logits.device)
+    likely = top.values.exp().double()
+    tail = softened.exp().scatter_(-1, top.indices, 0)
+    left = likely.flip(-1).cumsum(-1).flip(-1) + tail.sum(-1, keepdim=True, dtype=torch.float64)  # from each rank on
+    sure = likely >= left / (len(place) - place)  # kept for certain: the first ranks
+    head = sure.sum(-1, keepdim=True)
+    sums = tail.scatter_(-1, top.indices, likely.masked_fill(sure, 0).float()).cumsum(-1, dtype=torch.float64)
+    step = sums[:, -1:] / (len(place) - head).clamp(min=1)  # t
+    points = (uniform[:, None] + (place - head).clamp(min=0)) * step
+    found = torch.searchsorted(sums, points, right=True).clamp(max=logs.shape[-1] - 1)
+    tokens = torch.where(place < head, top.indices, found)
+    return Sparse(tokens, logs.gather(-1, tokens), shift, step.squeeze(-1).log().float(), temperature)

@@ -408,7 +408,8 @@ class Job:
     def _examples(self, steps: Steps, workspace: Workspace) -> Examples:
         """The rows to learn from, in a file of the folder of work."""
         kept = workspace.work / TEXT if self.recipe.run.resume else None
-        found = prepare(steps, self.model, self.loader, workspace.work / NEW_TEXT, kept=kept)
+        new = workspace.work / NEW_TEXT
+        found = prepare(steps, self.model, self.loader, new, kept=kept, progress=self.progress)
         self.loader.events += found.events
         return found
 

@@ -21,6 +21,7 @@ from llmshrink.plan.work import Work
 from llmshrink.recipe import text
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.card import model_card
+from llmshrink.report.curve import picture, table
 from llmshrink.report.schema import LayerReport, PackReport, Report
 from llmshrink.summary import plain
 
@@ -133,7 +134,10 @@ class Packer:
 
 
 def write_report(folder: Path, report: Report, recipe: Recipe) -> None:
-    """The resolved recipe, the model card and the report itself."""
+    """The resolved recipe, the model card, the report itself, and the course of a training as a picture and a table."""
+    for trained in (stage.trained for stage in report.stages if stage.trained is not None):
+        write_bytes(folder / "loss.png", picture(trained))
+        write_bytes(folder / "loss.csv", table(trained).encode())
     write_bytes(folder / "recipe.yaml", text.write(plain(recipe)).encode())
     write_bytes(folder / "README.md", model_card(report, text.write(plain(_shareable(recipe)))).encode())
     write_bytes(folder / "report.json", (report.model_dump_json(indent=2, ensure_ascii=True) + "\n").encode())

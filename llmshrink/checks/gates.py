@@ -27,6 +27,7 @@ NOTICES = {
     "caution",
     "default_method",
     "length_cut",
+    "endless_text",
     "unused_tensors",
     "related_corpus",
     "requantized",

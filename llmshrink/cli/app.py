@@ -208,6 +208,7 @@ def distill(
     max_steps: opt.MaxSteps = None,
     max_tokens: opt.MaxTokens = None,
     max_minutes: opt.MaxMinutes = None,
+    report_to: opt.ReportTo = None,
 ) -> None:
     """Train a smaller model towards what a larger one says, verify the result, and measure what it cost."""
 

@@ -41,6 +41,7 @@ RECIPE_KEYS = {
     "max_steps": "train.max_steps",
     "max_tokens": "train.max_tokens",
     "max_minutes": "train.max_minutes",
+    "report_to": "train.report_to",
     "inputs": "inputs.type",
     "transform": "transform",
     "format": "format.name",
@@ -260,13 +261,22 @@ CacheOnly = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help="Text to learn from: auto, generator, self, a file, a Hub dataset.", rich_help_panel=_LEARN),
+    typer.Option(
+        help="Text, prompts or chats to learn from: auto, generator, self, a file, a Hub dataset.",
+        rich_help_panel=_LEARN,
+    ),
 ]
 Batch = Annotated[int | None, typer.Option(help="Rows in a forward pass.", rich_help_panel=_LEARN)]
 Rate = Annotated[float | None, typer.Option(help="Of learning, at its highest.", rich_help_panel=_LEARN)]
 MaxSteps = Annotated[int | None, typer.Option(help="Steps of gradient at most.", rich_help_panel=_LEARN)]
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens to learn from at most.", rich_help_panel=_LEARN)]
 MaxMinutes = Annotated[float | None, typer.Option(help="Minutes to learn at most.", rich_help_panel=_LEARN)]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tell a tracker of losses: tensorboard, wandb, ...; repeatable.", metavar="NAME", rich_help_panel=_LEARN
+    ),
+]
 Inputs = Annotated[
     str | None,
     typer.Option(help="Round inputs to 8 bits too: int8 or fp8.", metavar="int8|fp8", rich_help_panel=_WHAT),

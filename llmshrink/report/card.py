@@ -75,6 +75,8 @@ def model_card(report: Report, recipe_yaml: str) -> str:
     parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
     for stage in report.stages:
         parts += ["## What was done\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
+        if stage.trained is not None:
+            parts += ["![The loss, step by step](loss.png)", ""]
     parts += _usage(report)
     checks = [check for stage in report.stages for check in stage.checks]
     if checks:

@@ -17,6 +17,7 @@ from llmshrink.calibration.text import records
 from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.steps import Steps
+from llmshrink.progress import Progress
 from llmshrink.report.schema import TextReport
 from llmshrink.train.data import Examples, write
 from llmshrink.train.packing import Fitting, Row, alone, end_to_end, together
@@ -26,7 +27,9 @@ DECIDES = ("data", "split", "column", "kind", "answers_only", "packing", "seed",
 LIMITS = ("max_steps", "max_tokens")
 
 
-def prepare(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, *, kept: Path | None) -> Examples:
+def prepare(
+    steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, *, kept: Path | None, progress: Progress
+) -> Examples:
     """The rows of a training: those that an unfinished run began with, or new ones.
 
     What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
@@ -37,6 +40,7 @@ def prepare(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path
         loader: knows what `auto` and `self` are.
         folder: to write new ones to.
         kept: where those of an unfinished run would lie; None: it is not gone on with.
+        progress: told of the tokens.
 
     Raises:
         InputError: the text gives nothing to learn from, or an entry, which is named, is none.
@@ -48,7 +52,7 @@ def prepare(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path
         return found
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        return _made(steps, model, loader, folder, key)
+        return _made(steps, model, loader, folder, key, progress)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # what was there before stays
@@ -57,7 +61,9 @@ def prepare(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path
         raise
 
 
-def _made(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, key: dict[str, Any]) -> Examples:
+def _made(
+    steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, key: dict[str, Any], progress: Progress
+) -> Examples:
     spec, known = steps.spec, len(loader.events)
     data, split = loader.source(spec.data, "trained"), spec.split or "train"
     told = TextReport(data=data, split=split, origin=origin(data, split), kind="text")
@@ -68,12 +74,15 @@ def _made(steps: Steps, model: StreamedModel, loader: TextLoader, folder: Path, 
         return write(folder, map(_whole, sampled.tokens), key, lambda: (told, chosen))
     reader, fitting = Records(spec, model.source.tokenizer), Fitting(steps.length)
     examples = reader.examples(records(data, seed=spec.seed, split=split, columns=reader.columns))
-    rows = _enough(_rows(examples, reader, fitting, steps), steps)
+    rows = _enough(_rows(examples, reader, fitting, steps), steps, progress)
 
     def about() -> tuple[TextReport, list[Event]]:
         return told.model_copy(update={"kind": reader.kind or "text"}), [*chosen, *fitting.events()]
 
-    return write(folder, rows, key, about)
+    progress.start("read the text", 0)
+    made = write(folder, rows, key, about)
+    progress.finish()
+    return made
 
 
 def _rows(examples: Iterator[Example], reader: Records, fitting: Fitting, steps: Steps) -> Iterator[Row]:
@@ -85,12 +94,13 @@ def _rows(examples: Iterator[Example], reader: Records, fitting: Fitting, steps:
     return end_to_end(examples, steps.length) if reader.kind == "text" else together(fitting(examples), steps.length)
 
 
-def _enough(rows: Iterable[Row], steps: Steps) -> Iterator[Row]:
+def _enough(rows: Iterable[Row], steps: Steps, progress: Progress) -> Iterator[Row]:
     """As many as the steps can need."""
     tokens = 0
     for count, row in enumerate(rows, 1):
         yield row
         tokens += len(row.ids)
+        progress.advance(len(row.ids), f"{count:,} rows")
         if steps.enough(count, tokens):
             return
 

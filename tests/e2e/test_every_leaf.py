@@ -544,7 +544,7 @@ def test_a_flag_for_a_key_reaches_it(
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
-    value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2}.get(flag.name)
+    value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2, "report_to": "wandb"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":
         base, given = [command, *base[2:]], [str(value)]

@@ -87,6 +87,10 @@ def test_answers_are_learned(whole: tuple[Path, Report]) -> None:
     assert found.held_after is not None and found.held_before is not None and found.held_after < found.held_before
     assert found.tokens < found.steps * 4 * found.text.length  # padding is not counted
     assert found.tokens == pytest.approx(1200, rel=0.1)
+    listed = json.loads((out / "llmshrink-manifest.json").read_bytes())["files"]
+    assert {"loss.png", "loss.csv"} <= set(listed)
+    points = {(point.step, point.kind) for point in found.curve} | {(0, "held")}
+    assert len((out / "loss.csv").read_text().splitlines()) == 1 + len(points)
     card = (out / "README.md").read_text()
     assert "data.jsonl" in card and str(out.parent) not in card
 

@@ -74,3 +74,21 @@ def test_what_is_no_number_names_the_step_and_the_rows(tmp_path: Path) -> None:
         student.lm_head.weight[5] = torch.nan
     with pytest.raises(InputError, match=r"step 0 is no number; its rows begin with the tokens \[\["):
         distiller(tmp_path, student, model(1)).compute_loss(student, rows())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_products_may_be_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """As on a GPU: the loss stays in float32, and every stretch of positions gives its gradient to the head."""
+    monkeypatch.setattr(module, "LOGITS", 3 * 160 * 4 * 4)
+    student, teacher, batch = model(0, tie_word_embeddings=tied), model(1).eval(), rows()
+    trainer, found = distiller(tmp_path, student, teacher), []
+    for rounded in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            loss = trainer.compute_loss(student, batch, num_items_in_batch=40)
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        found.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+        student.zero_grad()
+    exact, near = found
+    for name, gradient in exact.items():
+        assert 0 < (near[name] - gradient).norm() < 0.05 * gradient.norm(), name

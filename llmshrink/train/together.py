@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed import ReduceOp, all_reduce, barrier, is_initialized
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +28,11 @@ def check_wrappers(trainer: Trainer) -> None:
         UsageError: the launcher asks for it.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if asked and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise UsageError(
+            "FSDP was asked for, and accelerate shards nothing on a CPU.", hint="Launch without --use_fsdp."
+        )
     if plugin is not None and plugin.fsdp_version != 2:
         raise UsageError("FSDP 1 is not supported: it flattens weights.", hint="Launch with --fsdp_version 2.")
     if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:

@@ -75,6 +75,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # as in `conftest`
     for line in sys.stdin:
         asked = json.loads(line)
         case, folder, processes = getattr(ranks_cases, asked["case"]), Path(asked["folder"]), asked["processes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,14 @@ def whole(server: RanksServer, made: Any) -> tuple[Path, list[Ended]]:
     return out, server.run("command", out.with_name("said-whole"), arguments=["distill", "-r", str(recipe)])
 
 
+def environment() -> dict[str, str]:
+    """Of a launcher, which finds this Python, and in it the cases."""
+    here, scripts = Path(__file__).parent, Path(sys.executable).parent
+    path = os.pathsep.join(map(str, (here.parents[1], here.parent, here)))
+    found = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": found, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def trained(out: Path) -> TrainReport:
     found = Report.model_validate_json((out / "report.json").read_bytes()).stages[0].trained
     assert found is not None
@@ -129,13 +138,33 @@ def test_a_refusal_ends_all(server: RanksServer, made: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("layout", "tied"), [("plain", True), ("accelerate", False), ("accelerate", True), ("alone", False)]
+    ("layout", "tied"),
+    [("plain", True), ("accelerate", False), ("accelerate", True), ("alone", False), ("half", False)],
 )
 def test_shards_have_the_gradients_of_the_whole(server: RanksServer, tmp_path: Path, layout: str, tied: bool) -> None:
     ended = server.run("sharded", tmp_path / "said", layout=layout, tied=tied, out=str(tmp_path / "out"))
     assert [one.code for one in ended] == [0, 0], ended
-    assert all(one.found["same"] and one.found["off"] < 1e-5 for one in ended), ended
+    assert all(one.found["same"] and one.found["off"] < (0.1 if layout == "half" else 1e-5) for one in ended), ended
     model, info = load(tmp_path / "out")
+    assert not info["missing_keys"] and type(model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_accelerate_shards_on_gpus(made: Any, tmp_path: Path) -> None:
+    """One process has one shard; the way through accelerate and Trainer, saved states included, is the same."""
+    sharded = ["accelerate", "launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "1"]
+    policy = ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    cases, env = str(Path(__file__).with_name("ranks_cases.py")), environment()
+    for name, launcher in (("shards", [*sharded, *policy]), ("one", [sys.executable])):
+        recipe, _ = made(name, save_minutes=1e-6)
+        command = [*launcher, cases, str(tmp_path / name), "distill", "-r", str(recipe)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "shards").read_text())) == {"FSDPLlamaForCausalLM"}
+    found, right = (trained(recipe.with_name(name)) for name in ("shards", "one"))
+    assert found.held_after == pytest.approx(right.held_after, rel=0.05)
+    model, info = load(recipe.with_name("shards"))
     assert not info["missing_keys"] and type(model).__name__ == "LlamaForCausalLM"
 
 
@@ -145,8 +174,7 @@ def test_launchers(made: Any, launcher: list[str]) -> None:
     """As people type it; a signal to the launcher reaches all."""
     recipe, out = made(launcher[0].replace("/", "-"), max_steps=60)
     command = [*launcher, "-m", "llmshrink", "distill", "-v", "-r", str(recipe)]
-    scripts = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = environment()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr and any("step 5 of 60" in line for line in process.stderr)
         process.send_signal(signal.SIGTERM)

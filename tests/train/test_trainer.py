@@ -106,3 +106,21 @@ def test_what_is_measured_of_unequal_rows_is_per_token(tmp_path: Path) -> None:
             )
             each += (p.exp() * (p - q)).sum(-1)[part[i]["labels"][1:] != -100].tolist()
     assert made.evaluate()["eval_loss"] == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_products_may_be_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """As on a GPU: the loss stays in float32, and every stretch of positions gives its gradient to the head."""
+    monkeypatch.setattr(module, "LOGITS", 3 * 160 * 4 * 4)
+    student, teacher, batch = model(0, tie_word_embeddings=tied), model(1).eval(), rows()
+    trainer, found = distiller(tmp_path, student, teacher), []
+    for rounded in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            loss = trainer.compute_loss(student, batch, num_items_in_batch=40)
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        found.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+        student.zero_grad()
+    exact, near = found
+    for name, gradient in exact.items():
+        assert 0 < (near[name] - gradient).norm() < 0.05 * gradient.norm(), name

@@ -272,7 +272,7 @@ class Job:
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
         device = self.facts.device
         trained, report = finished(workspace, done) or train(
-            Distillation(training, student, device),
+            Distillation(training, student, device, None if cut is None else cut.candidates[0].layers),
             training.steps,
             rows,
             workspace=workspace,

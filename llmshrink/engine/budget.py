@@ -78,7 +78,14 @@ def planned_training(training: Training) -> int:
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    return FIXED + weights + kept + LOGIT_COPIES * LOGITS
+    return FIXED + weights + kept + _drawing(training, tokens) + LOGIT_COPIES * LOGITS
+
+
+def _drawing(training: Training, tokens: int) -> int:
+    """States of the teacher beside the student's, and what projects these, with gradients and averages."""
+    own, other = training.widths
+    each = tokens * (own + 2 * other) + 4 * own * other
+    return FLOAT * len(training.pairs(None)) * each
 
 
 def teacher_parameters(training: Training) -> int:

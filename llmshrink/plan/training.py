@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmshrink.errors import PlanError
@@ -13,6 +14,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
+from llmshrink.plan.pairs import layer_pairs
 from llmshrink.plan.steps import Steps
 from llmshrink.plan.work import Work
 from llmshrink.recipe.distill import DistillStage
@@ -65,10 +67,42 @@ class Training:
                 )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        self._check_hidden()
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None
         return self.cuts.work(self.cuts.first(self.cuts.shapes[0]))
+
+    def _check_hidden(self) -> None:
+        """Refuse states that cannot be compared."""
+        spec, widths = self.stage.hidden, self.widths
+        if spec is None:
+            return
+        self.pairs(None)
+        if spec.projection is False and len(set(widths)) > 1:
+            raise PlanError(
+                f"hidden.projection is false, and states are {widths[0]} wide here, {widths[1]} in the teacher.",
+                hint="Leave it out: a matrix is learned for each layer and thrown away in the end.",
+            )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the states between layers, the student's and the teacher's."""
+        width: int = self.teacher.config.get_text_config(decoder=True).hidden_size
+        return self.guess.model.hidden, width
+
+    def pairs(self, kept: Sequence[int] | None) -> Mapping[int, int]:
+        """Which layer of the teacher each layer of the student is drawn to; none, where states are left alone.
+
+        Args:
+            kept: the model's layers that the student is made of; None: all, or not known yet.
+        """
+        if self.stage.hidden is None:
+            return {}
+        student = len(self.guess.model.anatomy.blocks)
+        teacher: int = self.teacher.config.get_text_config(decoder=True).num_hidden_layers
+        own = kept if self.stage.teacher is None else None
+        return layer_pairs(self.stage.hidden, student, teacher, own)
 
     def student_recipe(self, folder: Path) -> Recipe:
         """The recipe that makes the student in a folder."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.modes import HiddenSpec
 from llmshrink.recipe.section import Section
 from llmshrink.recipe.train import TrainSpec
 
@@ -40,5 +41,8 @@ class DistillStage(Section):
         None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
     )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
+    hidden: HiddenSpec | None = Field(
+        None, description="draw states between layers to the teacher's too, or {} with its defaults; null: words alone"
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")

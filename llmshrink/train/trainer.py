@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -13,6 +16,7 @@ from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.chunks import summed
 from llmshrink.train.heads import Halves
+from llmshrink.train.hidden import Likeness
 from llmshrink.train.losses import mixed
 from llmshrink.train.teachers import Teacher
 
@@ -24,18 +28,38 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole step
 
-    def __init__(self, *, teacher: Teacher | None, loss: LossSpec, **given: Any) -> None:
+    def __init__(
+        self, *, teacher: Teacher | None, loss: LossSpec, hidden: Likeness | None = None, **given: Any
+    ) -> None:
         """Begin.
 
         Args:
             teacher: says what is right; None: the text alone does.
             loss: what is made small.
+            hidden: draws states to those of the teacher, which then looks at the text in any case; None: none are.
             given: as for Trainer.
         """
         super().__init__(**given)
         self.model_accepts_loss_kwargs = True  # so that the tokens of a step are counted
         self._loss, self._teacher = loss, teacher
         self._own = Halves(self.accelerator.unwrap_model(self.model))
+        self._hidden = hidden
+        if hidden is not None and self.train_dataset is not None:
+            hidden.fit(self._seen())
+
+    @torch.no_grad()
+    def _seen(self) -> Iterator[Tensor]:
+        """Which positions count of the first rows to learn from, once both models have been run on them."""
+        assert self._hidden is not None and self._teacher is not None
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(self.train_dataset), size):
+            rows = [self.train_dataset[i] for i in range(start, min(start + size, len(self.train_dataset)))]
+            batch = self._prepare_inputs(self.data_collator(rows))
+            labels = batch.pop("labels")
+            with self._hidden.watching():
+                self._own.body(self.model, batch)
+                self._teacher.look(batch)
+            yield labels[:, 1:] != -100
 
     def compute_loss(
         self,
@@ -67,11 +91,13 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
 
     def _total(self, model: nn.Module, given: dict[str, Any], labels: Tensor, spec: LossSpec) -> Tensor:
         """The loss of all positions but the last, which nothing follows; some positions at a time."""
-        teacher = self._teacher if spec.alpha > 0 else None
-        state, vocabulary = self._own.body(model, given)[:, :-1], self._own.vocabulary
-        words = None
-        if teacher is not None:
-            words, vocabulary = teacher.look(given), min(vocabulary, teacher.vocabulary)
+        hidden = self._hidden if model.training else None
+        teacher = self._teacher if spec.alpha > 0 or hidden is not None else None
+        words, vocabulary = None, self._own.vocabulary
+        with nullcontext() if hidden is None else hidden.watching():
+            state = self._own.body(model, given)[:, :-1]
+            if teacher is not None:
+                words, vocabulary = teacher.look(given), min(vocabulary, teacher.vocabulary)
 
         def part(state: Tensor, span: slice) -> Tensor:
             logits = self._own.head(state)[..., :vocabulary].flatten(0, 1)
@@ -79,4 +105,5 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
             return mixed(logits, wanted, labels[:, span].flatten(), spec)
 
         positions = max(1, LOGITS // (len(state) * vocabulary * 4))
-        return summed(part, state, self._own.parameters, positions)
+        total = summed(part, state, self._own.parameters, positions)
+        return total if hidden is None else total + hidden.loss(labels != -100)

@@ -122,6 +122,8 @@ TAUGHT = {
     **{f"train.{k}": v for k, v in {"warmup": 0.9, "weight_decay": 0.5, "clip": 1e-3, "hold": "50%"}.items()},
     **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1, "optimizer": "sgd"}.items()},
 }
+DRAWN = {**DISTILLED, "stages.0.hidden": {}}
+HIDDEN = {"weight": 0.1, "layers": {"0": 0}, "loss": "cosine", "projection": True}
 
 
 TRIALS = {
@@ -248,6 +250,7 @@ TRIALS = {
     "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
+    **{f"stages.distill.hidden.{key}": Trial(value, DRAWN) for key, value in HIDDEN.items()},
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),

@@ -1,0 +1,97 @@
+"""What a student learns from beside its teacher's words, from end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Stopping, content, load
+from tiny import build_model, config
+
+from llmshrink import run
+from llmshrink.errors import InterruptedRun, PlanError
+from llmshrink.progress import Silent
+from llmshrink.recipe.load import validate
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import Report
+
+pytestmark = pytest.mark.usefixtures("without_reader")
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three layers."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    build_model(folder, config("llama", num_hidden_layers=3, **SMALL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that is narrower, and has two layers."""
+    folder = tmp_path_factory.mktemp("narrow") / "model"
+    build_model(folder, config("llama", **{**SMALL, "hidden_size": 16}))
+    return folder
+
+
+def wanted(model: Path, out: Path, text: Path, stage: dict[str, Any], **train: Any) -> Recipe:
+    steps = {"data": str(text), "length": 16, "batch": 2, "max_steps": 6, "rate": 1e-3, **train}
+    return validate(
+        {
+            "version": 1,
+            "model": {"id": str(model)},
+            "stages": [{"task": "distill", "train": steps, **stage}],
+            "evaluation": {"data": [], "speed": False},
+            "output": str(out),
+        }
+    )
+
+
+def assert_goes_on(model: Path, folder: Path, text: Path, stage: dict[str, Any], **train: Any) -> Report:
+    """A run that is stopped gives the bytes and the curve of one that is not."""
+    whole, out = folder / "whole", folder / "out"
+    first = run.execute(wanted(model, whole, text, stage, **train), progress=Silent())
+    with pytest.raises(InterruptedRun):
+        run.execute(wanted(model, out, text, stage, **train), progress=Stopping(step="distill", note="step 3 of 6"))
+    again = run.execute(wanted(model, out, text, stage, **train), progress=Silent())
+    assert content(out) == content(whole)
+    curves = [report.stages[0].trained and report.stages[0].trained.curve for report in (first, again)]
+    assert curves[0] == curves[1]
+    return first
+
+
+def test_states_of_another_width_are_learned_from(deep: Path, narrow: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"teacher": str(deep), "hidden": {"weight": 0.5}}
+    report = assert_goes_on(narrow, tmp_path, text_file, stage)
+    model, info = load(tmp_path / "out")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.hidden_size == 16
+    trained = report.stages[0].trained
+    assert trained is not None and trained.measure == "kl"
+
+
+def test_a_student_that_layers_were_dropped_from_knows_which(
+    deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(_: Any, __: Any, ___: Any, pairs: dict[int, int], ____: Any) -> None:
+        seen.append(dict(pairs))
+        raise InterruptedRun("that is all")
+
+    monkeypatch.setattr("llmshrink.train.distillation.Likeness.__init__", noted)
+    stage = {"student": {"layers": [0, 2], "repair": False}, "hidden": {}}
+    with pytest.raises(InterruptedRun):
+        run.execute(wanted(deep, tmp_path / "out", text_file, stage), progress=Silent())
+    assert seen == [{0: 1, 1: 2}]
+
+
+def test_states_that_cannot_be_learned_from_are_refused(deep: Path, narrow: Path, text_file: Path) -> None:
+    for hidden, why in (
+        ({"projection": False}, "states are 16 wide here, 32 in the teacher"),
+        ({"layers": {2: 0}}, "layer 2 of the student, which has 2"),
+        ({"layers": {0: 3}}, "layer 3 of the teacher, which has 3"),
+    ):
+        with pytest.raises(PlanError, match=why):
+            run.make_plan(wanted(narrow, text_file, text_file, {"teacher": str(deep), "hidden": hidden}))

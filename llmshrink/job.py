@@ -286,8 +286,8 @@ class Job:
         return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
 
     def _taught_by(self, training: Training) -> StreamedModel:
-        """The teacher, with which the student is compared."""
-        if training.stage.teacher is None:
+        """With what the student is compared: its teacher, or the model as it was where they read other tokens."""
+        if training.stage.teacher is None or training.foreign:
             return self.model
         return StreamedModel(training.teacher, self.facts.device)
 

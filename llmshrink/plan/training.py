@@ -7,11 +7,12 @@ from pathlib import Path
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
+from llmshrink.forms import Event
 from llmshrink.methods.cut import CutConfig
 from llmshrink.methods.trained import Trained
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.model.words import check_same_tokens
+from llmshrink.model.words import check_other_tokens, check_same_tokens
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.pairs import layer_pairs
@@ -58,20 +59,47 @@ class Training:
                 hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
             )
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
-        if stage.teacher is not None:
-            check_same_tokens(model.source, self.teacher)
-            if self.teacher.quantization is not None:
-                raise PlanError(
-                    f"{self.teacher.id} is quantized: teachers are read as floats.",
-                    hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
-                )
+        self._check_tokens()
+        if stage.teacher is not None and self.teacher.quantization is not None:
+            raise PlanError(
+                f"{self.teacher.id} is quantized: teachers are read as floats.",
+                hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
+            )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        if self.foreign:
+            message = (
+                f"{self.teacher.id} reads other tokens: the result is compared with {model.source.id} as it was, and "
+                "on rows held back its surprise at the text is measured"
+            )
+            self.guess.events.append(Event("other_tokens", message))
         self._check_hidden()
+        if stage.policy is not None and stage.loss.alpha == 0:
+            raise PlanError(
+                "policy: the student's own words are learned from by what the teacher finds of them, and loss.alpha 0 "
+                "does not ask it.",
+                hint="Give loss.alpha (--alpha), or leave out `policy`.",
+            )
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None
         return self.cuts.work(self.cuts.first(self.cuts.shapes[0]))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the teacher reads tokens of its own."""
+        return self.stage.loss.name == "uld"
+
+    def _check_tokens(self) -> None:
+        """Refuse a teacher whose words cannot be compared with the student's."""
+        if self.foreign and self.stage.teacher is None:
+            raise PlanError(
+                "loss.name uld is for a teacher that reads other tokens, and here the model teaches itself.",
+                hint="Name a teacher (--teacher), or take --loss kl.",
+            )
+        check = check_other_tokens if self.foreign else check_same_tokens
+        if self.stage.teacher is not None:
+            check(self.model.source, self.teacher)
 
     def _check_hidden(self) -> None:
         """Refuse states that cannot be compared."""

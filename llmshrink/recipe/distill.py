@@ -8,11 +8,11 @@ from pydantic import Field
 
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
-from llmshrink.recipe.modes import HiddenSpec
+from llmshrink.recipe.modes import HiddenSpec, PolicySpec
 from llmshrink.recipe.section import Section
 from llmshrink.recipe.train import TrainSpec
 
-Divergence = Literal["kl", "reverse-kl", "jsd"]
+Divergence = Literal["kl", "reverse-kl", "jsd", "uld"]
 
 
 class LossSpec(Section):
@@ -21,7 +21,13 @@ class LossSpec(Section):
     name: Divergence = Field(
         "kl",
         description="kl: from teacher to student, which keeps all that the teacher finds likely; reverse-kl: from "
-        "student to teacher, which drops what the student cannot say; jsd: between both, by `beta`",
+        "student to teacher, which drops what the student cannot say; jsd: between both, by `beta`; uld: for a teacher "
+        "that reads other tokens, where both end one at the same character",
+    )
+    shared: bool = Field(
+        True,
+        description="of uld: tokens of the same text are compared with each other, and only the others in order of "
+        "their size; false: all are",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
     temperature: float = Field(
@@ -43,6 +49,11 @@ class DistillStage(Section):
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
     hidden: HiddenSpec | None = Field(
         None, description="draw states between layers to the teacher's too, or {} with its defaults; null: words alone"
+    )
+    policy: PolicySpec | None = Field(
+        None,
+        description="let the student go on with rows by itself and learn what its teacher finds of that, or {} with "
+        "its defaults; null: text alone",
     )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")

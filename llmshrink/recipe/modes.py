@@ -43,3 +43,14 @@ class HiddenSpec(Section):
         if isinstance(given, dict) and (not given or min([*given, *given.values()]) < 0):
             raise refuse([fault((), "it names at least one layer of the student, from 0, with one of the teacher")])
         return given
+
+
+class PolicySpec(Section):
+    """Rows of some steps are continued by the student itself, and its teacher says what it finds of that."""
+
+    share: float = Field(0.5, gt=0, le=1, description="how likely a batch's rows are the student's own continuations")
+    prompt: float = Field(
+        0.25, gt=0, lt=1, description="share of a row that stays; where its beginning is not learned, that stays alone"
+    )
+    tokens: int | None = Field(None, ge=1, description="tokens that are drawn at most; null: to the row's end")
+    temperature: float = Field(1.0, gt=0, description="that they are drawn at")

@@ -346,7 +346,10 @@ def _trained(found: TrainReport) -> str:
         measure = "KL to it" if found.measure == "kl" else "loss"
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
-    return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
+    who = found.teacher or "text"
+    if found.aligned is not None:
+        who += f" where both end a token ({found.aligned:.0%} of the positions)"
+    return f"learned from {who}, {text}, {seconds(found.seconds)}: {held}"
 
 
 def _tuned(tuned: TuneReport) -> str:

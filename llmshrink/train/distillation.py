@@ -13,16 +13,18 @@ from llmshrink.io.files import copy_file, write_json
 from llmshrink.model.source import Source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.training import Training
+from llmshrink.train.alignment import Alignment
+from llmshrink.train.heads import Halves
 from llmshrink.train.hidden import Likeness
-from llmshrink.train.teachers import Online
+from llmshrink.train.teachers import Foreign, Online
 from llmshrink.train.trainer import Distiller
+from llmshrink.train.uld import Shared
 
 
 class Distillation:
     """A student, whole in float32, and its teacher."""
 
     task = "distill"
-    measure: Literal["kl", "loss"] = "kl"
 
     def __init__(
         self, training: Training, student: StreamedModel, device: torch.device, kept: Sequence[int] | None = None
@@ -37,15 +39,43 @@ class Distillation:
         """
         self.teacher: str | None = training.teacher.id
         self.model = _load(student.source, student)
-        self._student, self._loss = student, training.stage.loss
+        self._student, self._stage = student, training.stage
         teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
         self._teacher = Online(teacher)
+        self._shared: Shared | None = None
+        self.measure: Literal["kl", "loss"] = "loss" if training.foreign else "kl"
+        if training.foreign:
+            self._listen_to(teacher, Alignment(student.source.tokenizer, training.teacher.tokenizer))
         spec = training.stage.hidden
-        self._hidden = None if spec is None else Likeness(self.model, teacher, training.pairs(kept), spec)
+        self._hidden = None if spec is None else Likeness(self.model, self._teacher, training.pairs(kept), spec)
+
+    def _listen_to(self, teacher: PreTrainedModel, alignment: Alignment) -> None:
+        """Learn from who reads other tokens."""
+        self._teacher = Foreign(teacher, alignment)
+        if self._stage.loss.shared:
+            own, other = torch.tensor(alignment.same(), device=teacher.device)
+            known = (own < Halves(self.model).vocabulary) & (other < self._teacher.vocabulary)
+            self._shared = Shared(own[known], other[known])
+
+    @property
+    def aligned(self) -> float | None:
+        """Of a teacher that reads other tokens, the share of the positions at which it could say something."""
+        if not isinstance(self._teacher, Foreign):
+            return None
+        asked, answered = map(int, self._teacher.seen)
+        return answered / max(1, asked)
 
     def trainer(self, **given: Any) -> Distiller:
         """Who makes its steps."""
-        return Distiller(teacher=self._teacher, loss=self._loss, hidden=self._hidden, model=self.model, **given)
+        return Distiller(
+            teacher=self._teacher,
+            loss=self._stage.loss,
+            hidden=self._hidden,
+            policy=self._stage.policy,
+            shared=self._shared,
+            model=self.model,
+            **given,
+        )
 
     def save(self, folder: Path) -> None:
         """Write the student as a checkpoint, in the dtype that it was stored in."""

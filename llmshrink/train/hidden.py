@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmshrink.model.anatomy import block_list
 from llmshrink.recipe.modes import HiddenSpec
+from llmshrink.train.teachers import Online
 
 PROJECTIONS = "projections"  # within the body of the student, so that they learn and are saved with it
 DAMP = 1e-2  # of a fit, of the mean square of the student's states
@@ -50,20 +51,19 @@ class Taps:
 class Likeness:
     """The term beside a loss that draws states of a student to those of its teacher."""
 
-    def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, pairs: Mapping[int, int], spec: HiddenSpec
-    ) -> None:
+    def __init__(self, student: PreTrainedModel, teacher: Online, pairs: Mapping[int, int], spec: HiddenSpec) -> None:
         """Begin; projections, where there are any, become a part of the student until `remove`.
 
         Args:
             student: that learns.
-            teacher: that does not.
+            teacher: whom it learns from; of its states those count that stand at places of the student's.
             pairs: layers of the student, each with one of the teacher.
             spec: what the recipe says.
         """
         self._pairs, self._spec, self._body = pairs, spec, student.get_decoder()
-        self._own, self._others = Taps(student, pairs), Taps(teacher, set(pairs.values()))
-        own, other = (m.config.get_text_config(decoder=True).hidden_size for m in (student, teacher))
+        self._teacher = teacher
+        self._own, self._others = Taps(student, pairs), Taps(teacher.model, set(pairs.values()))
+        own, other = (m.config.get_text_config(decoder=True).hidden_size for m in (student, teacher.model))
         self._width, self._projections = own, dict[int, nn.Linear]()  # of each layer, where there are any
         if spec.projection is True or own != other:
             self._projections = {layer: nn.Linear(own, other, bias=False) for layer in pairs}
@@ -83,10 +83,14 @@ class Likeness:
 
     def _states(self, counted: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Layers, with the student's states and the teacher's [tokens, width] of what counts, in float32."""
+        rows, columns = places = counted.nonzero(as_tuple=True)
+        if self._teacher.places is not None:  # it reads other tokens
+            columns = self._teacher.places[places]
+            rows, columns = rows[columns >= 0], columns[columns >= 0]
+            counted = counted & (self._teacher.places[:, : counted.shape[1]] >= 0)
         for layer, other in self._pairs.items():
-            states = (self._own.seen[layer], self._others.seen[other])
-            own, wanted = (state[:, : counted.shape[1]][counted].float() for state in states)
-            yield layer, own, wanted
+            own, wanted = self._own.seen[layer], self._others.seen[other]
+            yield layer, own[:, : counted.shape[1]][counted].float(), wanted[rows, columns].float()
 
     def loss(self, counted: Tensor) -> Tensor:
         """The weighted term, a sum over tokens, of what was seen last.

@@ -16,6 +16,11 @@ class Lesson(Protocol):
     measure: Literal["kl", "loss"]  # of rows held back
     model: PreTrainedModel  # that learns, on the CPU
 
+    @property
+    def aligned(self) -> float | None:
+        """Of a teacher that reads other tokens, the share of positions at which it could say something."""
+        ...
+
     def trainer(self, **given: Any) -> Trainer:
         """Who makes its steps; `given` is all that does not depend on the task."""
         ...

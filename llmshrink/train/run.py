@@ -92,6 +92,7 @@ def train(
         rows=len(learned),
         parameters=sum(p.numel() for p in lesson.model.parameters() if p.requires_grad),
         measure=lesson.measure,
+        aligned=lesson.aligned,
         held_before=before,
         held_after=after,
         tokens_held=sum(len(row) for row in seen),

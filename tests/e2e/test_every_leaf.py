@@ -123,6 +123,8 @@ TAUGHT = {
     **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1, "optimizer": "sgd"}.items()},
 }
 DRAWN = {**DISTILLED, "stages.0.hidden": {}}
+ASKED = {**DISTILLED, "stages.0.policy": {}}
+POLICY = {"share": 1.0, "prompt": 0.75, "tokens": 3, "temperature": 0.5}
 HIDDEN = {"weight": 0.1, "layers": {"0": 0}, "loss": "cosine", "projection": True}
 
 
@@ -251,6 +253,7 @@ TRIALS = {
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
     **{f"stages.distill.hidden.{key}": Trial(value, DRAWN) for key, value in HIDDEN.items()},
+    **{f"stages.distill.policy.{key}": Trial(value, ASKED) for key, value in POLICY.items()},
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
@@ -291,6 +294,7 @@ ELSEWHERE = {
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
+    "stages.distill.loss.shared": "tests/train/test_uld.py::test_the_distance_is_its_sum",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
     "stages.distill.train.checkpointing": "tests/e2e/test_distill.py::test_less_is_kept_on_the_way",

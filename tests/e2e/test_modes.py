@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from helpers import Stopping, content, load
-from tiny import build_model, config
+from tiny import TEXT, build_model, config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun, PlanError
@@ -95,3 +97,45 @@ def test_states_that_cannot_be_learned_from_are_refused(deep: Path, narrow: Path
     ):
         with pytest.raises(PlanError, match=why):
             run.make_plan(wanted(narrow, text_file, text_file, {"teacher": str(deep), "hidden": hidden}))
+
+
+def test_words_of_its_own_are_drawn_again_alike(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    stage = {"student": {"layers": [0, 2], "repair": False}, "policy": {"share": 0.6}}
+    report = assert_goes_on(deep, tmp_path, text_file, stage, accumulate=2)
+    trained = report.stages[0].trained
+    assert trained is not None and trained.held_after < trained.held_before  # type: ignore[operator]
+    with pytest.raises(PlanError, match=r"does not ask it"):
+        run.make_plan(wanted(deep, tmp_path / "o", text_file, {**stage, "loss": {"alpha": 0.0}}))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that reads longer tokens."""
+    folder = tmp_path_factory.mktemp("foreign") / "model"
+    build_model(folder, config("llama", num_hidden_layers=3, vocab_size=260, **SMALL))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=240, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def test_who_reads_other_tokens_teaches_too(narrow: Path, foreign: Path, text_file: Path, tmp_path: Path) -> None:
+    stage: dict[str, Any] = {"teacher": str(foreign), "hidden": {"weight": 0.1}, "policy": {"share": 0.3}}
+    with pytest.raises(PlanError, match="reads other tokens") as refused:
+        run.make_plan(wanted(narrow, tmp_path / "out", text_file, stage))
+    assert "--loss uld" in str(refused.value.hint)
+    stage["loss"] = {"name": "uld", "alpha": 0.5}
+    recipe = wanted(narrow, tmp_path / "out", text_file, stage, max_steps=12, rate=1e-2)
+    evaluation = recipe.evaluation.model_validate({"data": [str(text_file)], "rows": 2, "length": 16, "speed": False})
+    report = run.execute(recipe.model_copy(update={"evaluation": evaluation}), progress=Silent())
+    trained = report.stages[0].trained
+    assert trained is not None and trained.measure == "loss" and trained.aligned is not None
+    assert 0.2 < trained.aligned < 1 and trained.held_after < trained.held_before  # type: ignore[operator]
+    assert [event.kind for event in report.events if event.kind == "other_tokens"] == ["other_tokens"]
+    assert report.before is not None and report.after is not None  # the student as it was, not the teacher
+    assert report.before.parameters == report.after.parameters and report.after.scores[0].kl is not None
+    with pytest.raises(PlanError, match="here the model teaches itself"):
+        own = {"student": {"layers": [1], "repair": False}, "loss": {"name": "uld"}}
+        run.make_plan(wanted(narrow, tmp_path / "o", text_file, own))

@@ -60,10 +60,11 @@ def rows() -> dict[str, Tensor]:
 
 
 def distiller(folder: Path, student: PreTrainedModel, teacher: PreTrainedModel, spec: HiddenSpec, **given: Any) -> Any:
-    likeness = Likeness(student, teacher, {0: 1, 1: 0}, spec)
+    online = Online(teacher)
+    likeness = Likeness(student, online, {0: 1, 1: 0}, spec)
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
     return Distiller(
-        teacher=Online(teacher), loss=LossSpec(**given.pop("loss", {})), hidden=likeness, model=student, args=arguments,
+        teacher=online, loss=LossSpec(**given.pop("loss", {})), hidden=likeness, model=student, args=arguments,
         **given,
     )  # fmt: skip
 
@@ -117,6 +118,25 @@ def test_projections_begin_as_the_best_there_are(tmp_path: Path) -> None:
     assert learned.grad is not None and learned.grad.any()
     made._hidden.remove()
     assert {name for name, _ in student.named_parameters()} == names
+
+
+def test_states_of_other_tokens_are_those_at_their_places() -> None:
+    student, teacher = model("llama", 0), Online(model("llama", 1).requires_grad_(False))
+    likeness = Likeness(student, teacher, {0: 1}, HiddenSpec(loss="mse"))
+    ids = rows()["input_ids"]
+    others = torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(2))
+    teacher.places = torch.randint(-1, 9, (3, 20), generator=torch.Generator().manual_seed(3))
+    with likeness.watching(), torch.no_grad():
+        own, wanted = (one(x, output_hidden_states=True) for one, x in ((student, ids), (teacher.model, others)))
+    counted = torch.rand(3, 19, generator=torch.Generator().manual_seed(4)) < 0.7
+    total = 0.0
+    for row in range(3):
+        for i in range(19):
+            place = int(teacher.places[row, i])
+            if counted[row, i] and place >= 0:
+                difference = own.hidden_states[1][row, i] - wanted.hidden_states[2][row, place]
+                total += float(difference.square().mean())
+    assert float(likeness.loss(counted)) == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def _drawing(training: Training, tokens: int) -> int:
 
 
 def teacher_parameters(training: Training) -> int:
-    """Weights of the teacher."""
+    """Weights of the teacher; none, where it is the model's own last layer."""
+    if training.stage.alone:
+        return 0
     return sum(info.numel for info in training.teacher.checkpoint.infos.values())
 
 

@@ -52,11 +52,12 @@ class Training:
                 f"{model.source.id} is stored as {model.weights.format.name}: codes cannot be trained.",
                 hint="`llmshrink export --to dense` writes it without codes; distill that, and quantize the result.",
             )
-        if stage.teacher is None and stage.student is None:
+        if stage.teacher is None and stage.student is None and not stage.exits:
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
                 "as large as it is.",
-                hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or `exits` for its last "
+                "layer to teach.",
             )
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
         self._check_tokens()
@@ -67,6 +68,7 @@ class Training:
             )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        self._check_exits()
         if self.foreign:
             message = (
                 f"{self.teacher.id} reads other tokens: the result is compared with {model.source.id} as it was, and "
@@ -100,6 +102,15 @@ class Training:
         check = check_other_tokens if self.foreign else check_same_tokens
         if self.stage.teacher is not None:
             check(self.model.source, self.teacher)
+
+    def _check_exits(self) -> None:
+        """Refuse exits behind which there is no layer."""
+        last = len(self.guess.model.anatomy.blocks) - 1
+        if self.stage.exits and self.stage.exits[-1] >= last:
+            raise PlanError(
+                f"exits names layer {self.stage.exits[-1]}, and layer {last} is the last, which teaches them.",
+                hint=f"Name layers from 0 to {last - 1}." if last else "A model of one layer has none.",
+            )
 
     def _check_hidden(self) -> None:
         """Refuse states that cannot be compared."""

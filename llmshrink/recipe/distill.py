@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.modes import HiddenSpec, PolicySpec
-from llmshrink.recipe.section import Section
+from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
 
 Divergence = Literal["kl", "reverse-kl", "jsd", "uld"]
@@ -55,5 +55,29 @@ class DistillStage(Section):
         description="let the student go on with rows by itself and learn what its teacher finds of that, or {} with "
         "its defaults; null: text alone",
     )
+    exits: list[int] | None = Field(
+        None,
+        description="layers, from 0, that learn to say what the last one says, so that those behind can be dropped "
+        "later; without `teacher` and `student` nobody else teaches, and the last learns from the text; null: none",
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model has no teacher but its own last layer."""
+        return bool(self.exits) and self.teacher is None and self.student is None
+
+    @field_validator("exits")
+    @classmethod
+    def _check_exits(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise refuse([fault((), "a list of exits names each layer once, from 0", layers)])
+        return layers and sorted(layers)
+
+    @model_validator(mode="after")
+    def _check_alone(self) -> Self:
+        for name in ("hidden", "policy"):
+            if self.alone and getattr(self, name) is not None:
+                raise refuse([fault((name,), "nobody but the last layer teaches: name a teacher, or leave it out")])
+        return self

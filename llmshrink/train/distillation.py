@@ -37,25 +37,29 @@ class Distillation:
             device: where it will be trained.
             kept: the model's layers that it is made of; None: all.
         """
-        self.teacher: str | None = training.teacher.id
+        self.teacher: str | None = "its last layer" if training.stage.alone else training.teacher.id
         self.model = _load(student.source, student)
         self._student, self._stage = student, training.stage
-        teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
-        self._teacher = Online(teacher)
+        self._teacher: Online | None = None
+        self._hidden: Likeness | None = None
         self._shared: Shared | None = None
         self.measure: Literal["kl", "loss"] = "loss" if training.foreign else "kl"
-        if training.foreign:
-            self._listen_to(teacher, Alignment(student.source.tokenizer, training.teacher.tokenizer))
-        spec = training.stage.hidden
-        self._hidden = None if spec is None else Likeness(self.model, self._teacher, training.pairs(kept), spec)
+        if training.stage.alone:
+            return
+        teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
+        self._teacher = self._foreign(teacher, training.teacher) if training.foreign else Online(teacher)
+        if training.stage.hidden is not None:
+            self._hidden = Likeness(self.model, self._teacher, training.pairs(kept), training.stage.hidden)
 
-    def _listen_to(self, teacher: PreTrainedModel, alignment: Alignment) -> None:
-        """Learn from who reads other tokens."""
-        self._teacher = Foreign(teacher, alignment)
+    def _foreign(self, model: PreTrainedModel, source: Source) -> Foreign:
+        """A teacher that reads other tokens."""
+        alignment = Alignment(self._student.source.tokenizer, source.tokenizer)
+        teacher = Foreign(model, alignment)
         if self._stage.loss.shared:
-            own, other = torch.tensor(alignment.same(), device=teacher.device)
-            known = (own < Halves(self.model).vocabulary) & (other < self._teacher.vocabulary)
+            own, other = torch.tensor(alignment.same(), device=model.device)
+            known = (own < Halves(self.model).vocabulary) & (other < teacher.vocabulary)
             self._shared = Shared(own[known], other[known])
+        return teacher
 
     @property
     def aligned(self) -> float | None:
@@ -73,6 +77,7 @@ class Distillation:
             hidden=self._hidden,
             policy=self._stage.policy,
             shared=self._shared,
+            exits=self._stage.exits or (),
             model=self.model,
             **given,
         )

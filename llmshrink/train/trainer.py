@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.recipe.modes import PolicySpec
 from llmshrink.train.chunks import summed
+from llmshrink.train.exits import Exits
 from llmshrink.train.heads import Halves
 from llmshrink.train.hidden import Likeness
 from llmshrink.train.losses import mixed
@@ -40,6 +41,7 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         hidden: Likeness | None = None,
         policy: PolicySpec | None = None,
         shared: Shared | None = None,
+        exits: Sequence[int] = (),
         **given: Any,
     ) -> None:
         """Begin.
@@ -50,6 +52,7 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
             hidden: draws states to those of the teacher, which then looks at the text in any case; None: none are.
             policy: how rows are continued by the student itself; None: none are.
             shared: of a teacher with another vocabulary, tokens that stand for the same text.
+            exits: layers that learn to say what the last one says.
             given: as for Trainer.
         """
         super().__init__(**given)
@@ -60,6 +63,7 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         self._hidden = hidden
         own = self.accelerator.unwrap_model(self.model)
         self._policy = None if policy is None else Policy(own, policy, self.args.seed)
+        self._exits = Exits(own, self._own, exits) if exits else None
         if hidden is not None and self.train_dataset is not None:
             hidden.fit(self._seen())
 
@@ -96,7 +100,7 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         """The loss of a batch, nats per token of the step; labels stand at their own tokens, as everywhere.
 
         Of a model that does not learn at the moment it is KL(teacher || student), whatever the loss is; surprise at
-        the text, where both have other vocabularies.
+        the text, where both have other vocabularies; KL(last layer || exit), where there is no teacher but that.
 
         Raises:
             InputError: it is no number.
@@ -119,10 +123,13 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
 
     def _total(self, model: nn.Module, given: dict[str, Any], labels: Tensor, spec: LossSpec) -> Tensor:
         """The loss of all positions but the last, which nothing follows; some positions at a time."""
-        hidden = self._hidden if model.training else None
+        hidden, exits = (self._hidden, self._exits) if model.training or self._teacher is None else (None, None)
         teacher = self._teacher if spec.alpha > 0 or hidden is not None else None
         words, vocabulary, other = None, self._own.vocabulary, self._own.vocabulary
-        with nullcontext() if hidden is None else hidden.watching():
+        with ExitStack() as watched:
+            for each in (hidden, exits):
+                if each is not None:
+                    watched.enter_context(each.watching())
             state = self._own.body(model, given)[:, :-1]
             if teacher is not None:
                 words = teacher.look(given)
@@ -135,5 +142,9 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
             return mixed(logits, wanted, labels[:, span].flatten(), spec, self._shared)
 
         positions = max(1, LOGITS // (len(state) * max(limits) * 4))
+        if exits is not None and not model.training:  # it is its own teacher
+            return exits.loss(state, labels, spec, positions)
         total = summed(part, state, self._own.parameters, positions)
+        if exits is not None:
+            total = total + exits.loss(state, labels, spec, positions)
         return total if hidden is None else total + hidden.loss(labels != -100)

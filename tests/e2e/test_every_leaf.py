@@ -254,6 +254,7 @@ TRIALS = {
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
     **{f"stages.distill.hidden.{key}": Trial(value, DRAWN) for key, value in HIDDEN.items()},
     **{f"stages.distill.policy.{key}": Trial(value, ASKED) for key, value in POLICY.items()},
+    "stages.distill.exits": Trial([0], {**DISTILLED, "stages": [{"task": "distill", "teacher": "{model}"}]}),
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llmshrink import run
-from llmshrink.errors import InterruptedRun, PlanError
+from llmshrink.errors import InterruptedRun, PlanError, RecipeError
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
@@ -139,3 +139,39 @@ def test_who_reads_other_tokens_teaches_too(narrow: Path, foreign: Path, text_fi
     with pytest.raises(PlanError, match="here the model teaches itself"):
         own = {"student": {"layers": [1], "repair": False}, "loss": {"name": "uld"}}
         run.make_plan(wanted(narrow, tmp_path / "o", text_file, own))
+
+
+def test_what_exits_learned_outlives_the_layers_behind_them(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    """Dropping the last layer costs much less once the one before has learned to say what it says."""
+    stage = {"exits": [1], "loss": {"alpha": 1.0, "temperature": 1.0}}
+    taught = wanted(deep, tmp_path / "taught", text_file, stage, max_steps=40, rate=1e-2)
+    trained = run.execute(taught, progress=Silent()).stages[0].trained
+    assert trained is not None and trained.teacher == "its last layer" and trained.measure == "kl"
+    assert trained.held_after < 0.5 * trained.held_before  # type: ignore[operator]
+    costs = []
+    for model in (deep, tmp_path / "taught"):
+        out = tmp_path / f"{model.name}-short"
+        data = {
+            "version": 1,
+            "model": {"id": str(model)},
+            "stages": [{"task": "prune", "cut": {"layers": [0, 1], "repair": False}}],
+            "evaluation": {"data": [str(text_file)], "rows": 4, "length": 16, "speed": False},
+            "output": str(out),
+        }
+        report = run.execute(validate(data), progress=Silent())
+        assert report.after is not None and report.after.scores[0].kl is not None
+        costs.append(report.after.scores[0].kl)
+    assert costs[1] < 0.6 * costs[0]
+
+
+def test_exits_that_make_no_sense_are_refused(deep: Path, text_file: Path, tmp_path: Path) -> None:
+    for exits, why in (([0, 2], "layer 2, and layer 2 is the last"), ([5], "names layer 5")):
+        with pytest.raises(PlanError, match=why):
+            run.make_plan(wanted(deep, tmp_path / "o", text_file, {"exits": exits}))
+    for more, why in (({"exits": [1, 1]}, "each layer once"), ({"exits": [1], "policy": {}}, "nobody but the last")):
+        with pytest.raises(RecipeError, match=why):
+            wanted(deep, tmp_path / "o", text_file, more)
+    plans = [
+        run.make_plan(wanted(deep, tmp_path / "o", text_file, one)) for one in ({"exits": [1]}, {"teacher": str(deep)})
+    ]
+    assert plans[0].memory_bytes < plans[1].memory_bytes

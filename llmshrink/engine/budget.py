@@ -78,7 +78,13 @@ def planned_training(training: Training) -> int:
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
-    return FIXED + weights + kept + _drawing(training, tokens) + LOGIT_COPIES * LOGITS
+    return FIXED + weights + kept + _drawing(training, tokens) + _exits(training, tokens) + LOGIT_COPIES * LOGITS
+
+
+def _exits(training: Training, tokens: int) -> int:
+    """States of the exits and their gradients, and those of the head."""
+    student, exits = training.guess.model, training.stage.exits or ()
+    return FLOAT * student.hidden * (2 * len(exits) * tokens + (student.vocabulary if exits else 0))
 
 
 def _drawing(training: Training, tokens: int) -> int:

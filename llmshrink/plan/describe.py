@@ -129,7 +129,7 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
 
 def _training(training: Training) -> TrainPlan:
     steps = training.steps
-    return TrainPlan(teacher=training.teacher.id, steps=steps.limit, tokens=steps.per_step * steps.length)
+    return TrainPlan(teacher=training.taught_by, steps=steps.limit, tokens=steps.per_step * steps.length)
 
 
 def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:

@@ -56,8 +56,8 @@ class Training:
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
                 "as large as it is.",
-                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or `exits` for its last "
-                "layer to teach.",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or `exits`, which the "
+                "last layer teaches.",
             )
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
         self._check_tokens()
@@ -86,6 +86,11 @@ class Training:
     def _cut_work(self) -> Work:
         assert self.cuts is not None
         return self.cuts.work(self.cuts.first(self.cuts.shapes[0]))
+
+    @property
+    def taught_by(self) -> str:
+        """Who teaches, in words."""
+        return "its last layer" if self.stage.alone else self.teacher.id
 
     @property
     def foreign(self) -> bool:

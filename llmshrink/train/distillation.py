@@ -37,7 +37,7 @@ class Distillation:
             device: where it will be trained.
             kept: the model's layers that it is made of; None: all.
         """
-        self.teacher: str | None = "its last layer" if training.stage.alone else training.teacher.id
+        self.teacher: str | None = training.taught_by
         self.model = _load(student.source, student)
         self._student, self._stage = student, training.stage
         self._teacher: Online | None = None

@@ -51,13 +51,14 @@ class Exits:
         if spec.name == "uld":  # that is for others
             spec = spec.model_copy(update={"name": "kl"})
 
+        seen, self._taps.seen = list(self._taps.seen.values()), {}
+        states = torch.cat([state[:, : last.shape[1]] for state in seen])  # in one go: the last is looked at once
+
         def part(state: Tensor, span: slice) -> Tensor:
             with torch.no_grad():
-                words = self._halves.head(wanted[:, span])
-            own = self._halves.head(self._halves.tail(state))
-            return mixed(own.flatten(0, 1), words.flatten(0, 1), labels[:, span].flatten(), spec)
+                words = self._halves.head(wanted[:, span]).repeat(len(seen), 1, 1)
+            own, follow = self._halves.head(self._halves.tail(state)), labels[:, span].repeat(len(seen), 1)
+            return mixed(own.flatten(0, 1), words.flatten(0, 1), follow.flatten(), spec)
 
-        seen, self._taps.seen = self._taps.seen, {}
         learning = [*self._halves.parameters, *self._halves.tail_parameters]
-        found = [summed(part, state[:, : last.shape[1]], learning, positions) for state in seen.values()]
-        return torch.stack(found).mean()
+        return summed(part, states, learning, max(1, positions // len(seen))) / len(seen)

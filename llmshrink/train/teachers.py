@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from llmshrink.model.task import positions
 from llmshrink.train.alignment import Alignment
 from llmshrink.train.heads import Halves
 from llmshrink.train.uld import SILENT
@@ -83,7 +84,7 @@ class Foreign(Online):
     def _read(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Its own inputs for rows of the student's; what no position of its own is left for is not read."""
         found = [self._alignment.row(row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
-        limit = self.model.config.get_text_config(decoder=True).max_position_embeddings
+        limit = positions(self.model)
         rows = [torch.tensor(made[:limit], device=ids.device) for made, _ in found]
         self.places = torch.full_like(ids, -1)
         for row, (_, places) in enumerate(found):

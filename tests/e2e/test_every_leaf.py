@@ -124,8 +124,6 @@ TAUGHT = {
 }
 DRAWN = {**DISTILLED, "stages.0.hidden": {}}
 ASKED = {**DISTILLED, "stages.0.policy": {}}
-POLICY = {"share": 1.0, "prompt": 0.75, "tokens": 3, "temperature": 0.5}
-HIDDEN = {"weight": 0.1, "layers": {"0": 0}, "loss": "cosine", "projection": True}
 
 
 TRIALS = {
@@ -252,8 +250,8 @@ TRIALS = {
     "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
-    **{f"stages.distill.hidden.{key}": Trial(value, DRAWN) for key, value in HIDDEN.items()},
-    **{f"stages.distill.policy.{key}": Trial(value, ASKED) for key, value in POLICY.items()},
+    "stages.distill.hidden.weight": Trial(0.1, DRAWN),
+    "stages.distill.policy.share": Trial(1.0, ASKED),
     "stages.distill.exits": Trial([0], {**DISTILLED, "stages": [{"task": "distill", "teacher": "{model}"}]}),
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
@@ -295,6 +293,12 @@ ELSEWHERE = {
     "stages.quantize.tune.optional": "what is refused: tests/e2e/test_tune.py::test_a_format_without_scales_is_refused",
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
+    "stages.distill.hidden.layers": "tests/train/test_hidden.py::test_the_term_is_that_of_whole_models",
+    "stages.distill.hidden.loss": "tests/train/test_hidden.py::test_a_distance_is_its_sum",
+    "stages.distill.hidden.projection": "tests/train/test_hidden.py::test_projections_begin_as_the_best_there_are",
+    "stages.distill.policy.prompt": "tests/train/test_policy.py::test_rows_go_on_as_the_student_does",
+    "stages.distill.policy.tokens": "tests/train/test_policy.py::test_rows_go_on_as_the_student_does",
+    "stages.distill.policy.temperature": "tests/train/test_policy.py::test_tokens_are_as_frequent_as_they_are_likely",
     "stages.distill.loss.shared": "tests/train/test_uld.py::test_the_distance_is_its_sum",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",

@@ -64,13 +64,18 @@ def assert_goes_on(model: Path, folder: Path, text: Path, stage: dict[str, Any],
     return first
 
 
-def test_states_of_another_width_are_learned_from(deep: Path, narrow: Path, text_file: Path, tmp_path: Path) -> None:
-    stage = {"teacher": str(deep), "hidden": {"weight": 0.5}}
-    report = assert_goes_on(narrow, tmp_path, text_file, stage)
+def test_states_of_another_width_and_words_of_its_own(
+    deep: Path, narrow: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Projections are saved with the states and gone in the end; what is drawn is drawn again alike."""
+    stage = {"teacher": str(deep), "hidden": {"weight": 0.5}, "policy": {"share": 0.6}}
+    report = assert_goes_on(narrow, tmp_path, text_file, stage, accumulate=2)
     model, info = load(tmp_path / "out")
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.hidden_size == 16
     trained = report.stages[0].trained
     assert trained is not None and trained.measure == "kl"
+    with pytest.raises(PlanError, match="does not ask it"):
+        run.make_plan(wanted(narrow, tmp_path / "o", text_file, {**stage, "loss": {"alpha": 0.0}}))
 
 
 def test_a_student_that_layers_were_dropped_from_knows_which(
@@ -97,15 +102,6 @@ def test_states_that_cannot_be_learned_from_are_refused(deep: Path, narrow: Path
     ):
         with pytest.raises(PlanError, match=why):
             run.make_plan(wanted(narrow, text_file, text_file, {"teacher": str(deep), "hidden": hidden}))
-
-
-def test_words_of_its_own_are_drawn_again_alike(deep: Path, text_file: Path, tmp_path: Path) -> None:
-    stage = {"student": {"layers": [0, 2], "repair": False}, "policy": {"share": 0.6}}
-    report = assert_goes_on(deep, tmp_path, text_file, stage, accumulate=2)
-    trained = report.stages[0].trained
-    assert trained is not None and trained.held_after < trained.held_before  # type: ignore[operator]
-    with pytest.raises(PlanError, match=r"does not ask it"):
-        run.make_plan(wanted(deep, tmp_path / "o", text_file, {**stage, "loss": {"alpha": 0.0}}))
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_what_is_drawn_follows_from_the_number_of_the_batch() -> None:
     assert "drawn" in other and not torch.equal(other["input_ids"], drawn[number]["input_ids"])
 
 
-def test_tokens_are_as_frequent_as_the_student_finds_them_likely() -> None:
+def test_tokens_are_as_frequent_as_they_are_likely() -> None:
     student = model(0)
     student.generation_config.top_k, student.generation_config.repetition_penalty = 2, 3.0
     ids = torch.tensor([[5, 9, 7]]).expand(4000, -1)

@@ -6,6 +6,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,7 @@ class Job:
         check_memory("write down what the teacher says", needed, self.recipe.run, "--set train.length=N")
         check_finite(teacher, self.progress)
         with tempfile.TemporaryDirectory(prefix="llmshrink-") as work:
-            examples = prepare(steps, self.model, self.loader, Path(work, "text"), kept=None)
+            examples = prepare(steps, self.model, self.loader, Path(work, "text"), kept=None, progress=self.progress)
             cache = cache_of(wanted, examples, Path(work), self.facts.device, self.progress)
         self._tell(self.loader.events, examples.events)
         return cache.report()
@@ -315,9 +316,11 @@ class Job:
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
         found, examples = finished(workspace, done), examples.moved(workspace.work / TEXT)
+        kept = None if cut is None else cut.candidates[0].layers
         if found is None and ranks.count() > 1:
-            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), "student": str(student.source.folder)})
-        trained, report = found or self._learn(training, student, examples, workspace, done)
+            said = {"student": str(student.source.folder), "kept": kept}
+            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), **said})
+        trained, report = found or self._learn(training, student, kept, examples, workspace, done)
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events
@@ -327,14 +330,17 @@ class Job:
         self,
         training: Training,
         student: StreamedModel,
+        kept: Sequence[int] | None,
         examples: Examples,
         workspace: Workspace,
         done: list[dict[str, Any]],
     ) -> tuple[Path, TrainReport]:
-        """Train a student that is ready."""
+        """Train a student that is ready, made of these layers of the model."""
         device, progress = self.facts.device, self.progress
         return train(
-            Distillation(training, student, device, examples=examples, work=workspace.work, progress=progress),
+            Distillation(
+                training, student, device, kept=kept, examples=examples, work=workspace.work, progress=progress
+            ),
             training.steps,
             examples,
             workspace=workspace,
@@ -354,11 +360,11 @@ class Job:
                 hint="All processes must see the same folders: --output on a disk that they share.",
             )
         student = StreamedModel(open_source(order["student"]), self.facts.device)
-        self._learn(training, student, examples, workspace, [])
+        self._learn(training, student, order["kept"], examples, workspace, [])
 
     def _taught_by(self, training: Training) -> StreamedModel:
-        """The teacher, with which the student is compared."""
-        if training.stage.teacher is None or training.teacher is None:
+        """With what the student is compared: its teacher, or the model as it was where they read other tokens."""
+        if training.stage.teacher is None or training.teacher is None or training.foreign:
             return self.model
         return StreamedModel(training.teacher, self.facts.device)
 

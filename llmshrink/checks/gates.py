@@ -43,6 +43,7 @@ NOTICES = {
     "target_below",
     "not_tuned",
     "ratios_bounded",
+    "other_tokens",
 }
 
 

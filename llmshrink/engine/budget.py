@@ -86,7 +86,8 @@ def planned_training(training: Training) -> int:
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
     zeros = 0 if spec.keep_zeros is False else sum(matrix.numel for block in blocks for matrix in block.matrices)
-    each = FIXED + weights + kept + zeros + LOGIT_COPIES * LOGITS
+    more = _drawing(training, tokens) + _exits(training, tokens)
+    each = FIXED + weights + kept + zeros + more + LOGIT_COPIES * LOGITS
     learning = each * ranks.here() + LIBRARIES * (ranks.here() - 1)
     if training.streamed is None:
         return learning
@@ -102,9 +103,26 @@ def planned_caching(teacher: StreamedModel, length: int) -> int:
     return FIXED + TWIN + states + max(block, LOGITS + head)
 
 
+def _exits(training: Training, tokens: int) -> int:
+    """States of the exits and their gradients, and those of the head."""
+    student, exits = training.guess.model, training.stage.exits or ()
+    return FLOAT * student.hidden * (2 * len(exits) * tokens + (student.vocabulary if exits else 0))
+
+
+def _drawing(training: Training, tokens: int) -> int:
+    """States of the teacher beside the student's, and what projects these, with gradients and averages."""
+    pairs = len(training.pairs(None))
+    if not pairs:
+        return 0
+    own, other = training.widths
+    return FLOAT * pairs * (tokens * (own + 2 * other) + 4 * own * other)
+
+
 def teacher_parameters(training: Training) -> int:
-    """Weights of the teacher."""
-    return 0 if training.teacher is None else sum(info.numel for info in training.teacher.checkpoint.infos.values())
+    """Weights of the teacher; none, where it is the model's own last layer."""
+    if training.stage.alone or training.teacher is None:
+        return 0
+    return sum(info.numel for info in training.teacher.checkpoint.infos.values())
 
 
 def evaluation_economy(model: StreamedModel, recipe: Recipe, length: int, opened: int = 0) -> tuple[Economy, int]:

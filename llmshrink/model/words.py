@@ -36,7 +36,8 @@ def check_same_tokens(student: Source, teacher: Source) -> None:
     if why is not None:
         raise PlanError(
             f"{teacher.id} reads other tokens than {student.id}: {why}.",
-            hint="Chances are compared token by token: choose a teacher of the same family.",
+            hint="Chances are compared token by token: choose a teacher of the same family, or loss.name uld (--loss "
+            "uld), which compares them where both end a token.",
         )
 
 
@@ -45,3 +46,17 @@ def tokens_hash(source: Source) -> str:
     tokenizer = source.tokenizer
     probes = [tokenizer(text)["input_ids"] for text in PROBES]
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probes]).encode()).hexdigest()
+
+
+def check_other_tokens(student: Source, teacher: Source) -> None:
+    """Refuse tokenizers of which it is not known what each token stands for.
+
+    Raises:
+        PlanError: one of them is no fast tokenizer.
+    """
+    for source in (student, teacher):
+        if not source.tokenizer.is_fast:
+            raise PlanError(
+                f"{source.id}: loss.name uld needs to know what each token stands for, and its tokenizer does not say.",
+                hint="A tokenizer.json does: `AutoTokenizer.from_pretrained(...).save_pretrained(...)` may write one.",
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from llmshrink.methods.trained import Trained
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.model.words import check_same_tokens
+from llmshrink.model.words import check_other_tokens, check_same_tokens
 from llmshrink.plan.cache import keeping
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
+from llmshrink.plan.pairs import layer_pairs
 from llmshrink.plan.steps import ENDLESS, Steps
 from llmshrink.plan.trackers import check_trackers
 from llmshrink.plan.work import Work
@@ -54,38 +56,46 @@ class Training:
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         refuse_codes(model)
-        alone = stage.teacher is None and stage.student is None
-        self.teacher: Source | None = model.source if stage.teacher is None else open_source(stage.teacher)
-        self.keeping = keeping(stage, model.source, None if alone else self.teacher)
-        if alone and (self.keeping is None or self.keeping.found is None):
-            raise PlanError(
-                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
-                "as large as it is.",
-                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or the cache.folder of "
-                "what a teacher said.",
-            )
         check_trackers(stage.train.report_to)
         if stage.train.kind in ("prompt", "chat") and stage.train.data in ("generator", "self"):
             raise PlanError(f"What {stage.train.data} gives is plain text: train.kind cannot be {stage.train.kind}.")
-        if alone:
-            self.teacher = None
-        elif stage.teacher is not None:
-            check_same_tokens(model.source, self.teacher)
-            if self.teacher.quantization is not None:
-                raise PlanError(
-                    f"{self.teacher.id} is quantized: teachers are read as floats.",
-                    hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
-                )
+        known = model.source if stage.student is not None or stage.exits else None
+        self.teacher: Source | None = known if stage.teacher is None else open_source(stage.teacher)
+        self.keeping = keeping(stage, model.source, self.teacher)
+        if self.teacher is None and (self.keeping is None or self.keeping.found is None):
+            raise PlanError(
+                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
+                "as large as it is.",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), `exits`, which the "
+                "last layer teaches, or the cache.folder of what a teacher said.",
+            )
+        self._check_teacher()
         written = self.keeping is not None and self.keeping.found is None
         self.streamed = StreamedModel(self.teacher, model.device) if written and self.teacher is not None else None
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         if self.cuts is None and stage.train.keep_zeros is True:
             refuse_without_zeros(model)
         self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        self._check_exits()
+        if self.foreign and self.teacher is not None:
+            message = (
+                f"{self.teacher.id} reads other tokens: the result is compared with {model.source.id} as it was, and "
+                "on rows held back its surprise at the text is measured"
+            )
+            self.guess.events.append(Event("other_tokens", message))
+        self._check_hidden()
+        if stage.policy is not None and stage.loss.alpha == 0:
+            raise PlanError(
+                "policy: the student's own words are learned from by what the teacher finds of them, and loss.alpha 0 "
+                "does not ask it.",
+                hint="Give loss.alpha (--alpha), or leave out `policy`.",
+            )
 
     @property
     def taught_by(self) -> str:
-        """The teacher's name."""
+        """Who teaches, in words."""
+        if self.stage.alone:
+            return "its last layer"
         if self.teacher is not None:
             return self.teacher.id
         assert self.keeping is not None and self.keeping.found is not None
@@ -102,6 +112,70 @@ class Training:
     def _cut_work(self) -> Work:
         assert self.cuts is not None
         return self.cuts.work(self.cuts.first(self.cuts.shapes[0]))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the teacher reads tokens of its own."""
+        return self.stage.loss.name == "uld"
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher whose words cannot be compared with the student's, or that is no floats."""
+        if self.stage.teacher is None or self.teacher is None:
+            if self.foreign:
+                raise PlanError(
+                    "loss.name uld is for a teacher that reads other tokens, and here the model teaches itself.",
+                    hint="Name a teacher (--teacher), or take --loss kl.",
+                )
+            return
+        check = check_other_tokens if self.foreign else check_same_tokens
+        check(self.model.source, self.teacher)
+        if self.teacher.quantization is not None:
+            raise PlanError(
+                f"{self.teacher.id} is quantized: teachers are read as floats.",
+                hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
+            )
+
+    def _check_exits(self) -> None:
+        """Refuse exits behind which there is no layer."""
+        last = len(self.guess.model.anatomy.blocks) - 1
+        if self.stage.exits and self.stage.exits[-1] >= last:
+            raise PlanError(
+                f"exits names layer {self.stage.exits[-1]}, and layer {last} is the last, which teaches them.",
+                hint=f"Name layers from 0 to {last - 1}." if last else "A model of one layer has none.",
+            )
+
+    def _check_hidden(self) -> None:
+        """Refuse states that cannot be compared."""
+        spec = self.stage.hidden
+        if spec is None:
+            return
+        self.pairs(None)
+        widths = self.widths
+        if spec.projection is False and len(set(widths)) > 1:
+            raise PlanError(
+                f"hidden.projection is false, and states are {widths[0]} wide here, {widths[1]} in the teacher.",
+                hint="Leave it out: a matrix is learned for each layer and thrown away in the end.",
+            )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the states between layers, the student's and the teacher's."""
+        assert self.teacher is not None
+        width: int = self.teacher.config.get_text_config(decoder=True).hidden_size
+        return self.guess.model.hidden, width
+
+    def pairs(self, kept: Sequence[int] | None) -> Mapping[int, int]:
+        """Which layer of the teacher each layer of the student is drawn to; none, where states are left alone.
+
+        Args:
+            kept: the model's layers that the student is made of; None: all, or not known yet.
+        """
+        if self.stage.hidden is None or self.teacher is None:
+            return {}
+        student = len(self.guess.model.anatomy.blocks)
+        teacher: int = self.teacher.config.get_text_config(decoder=True).num_hidden_layers
+        own = kept if self.stage.teacher is None else None
+        return layer_pairs(self.stage.hidden, student, teacher, own)
 
     def student_recipe(self, folder: Path) -> Recipe:
         """The recipe that makes the student in a folder."""

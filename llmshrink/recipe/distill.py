@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmshrink.recipe.cache import CacheSpec
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.modes import HiddenSpec, PolicySpec
 from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
 
-Divergence = Literal["kl", "reverse-kl", "jsd"]
+Divergence = Literal["kl", "reverse-kl", "jsd", "uld"]
 
 
 class LossSpec(Section):
@@ -21,7 +22,13 @@ class LossSpec(Section):
     name: Divergence = Field(
         "kl",
         description="kl: from teacher to student, which keeps all that the teacher finds likely; reverse-kl: from "
-        "student to teacher, which drops what the student cannot say; jsd: between both, by `beta`",
+        "student to teacher, which drops what the student cannot say; jsd: between both, by `beta`; uld: for a teacher "
+        "that reads other tokens, where both end one at the same character",
+    )
+    shared: bool = Field(
+        True,
+        description="of uld: tokens of the same text are compared with each other, and only the others in order of "
+        "their size; false: all are",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
     temperature: float = Field(
@@ -46,12 +53,51 @@ class DistillStage(Section):
         description="write down what the teacher says of the text, or {} with its defaults, and learn from that "
         "without it; null: it is asked at every step",
     )
+    hidden: HiddenSpec | None = Field(
+        None, description="draw states between layers to the teacher's too, or {} with its defaults; null: words alone"
+    )
+    policy: PolicySpec | None = Field(
+        None,
+        description="let the student go on with rows by itself and learn what its teacher finds of that, or {} with "
+        "its defaults; null: text alone",
+    )
+    exits: list[int] | None = Field(
+        None,
+        description="layers, from 0, that learn to say what the last one says, so that those behind can be dropped "
+        "later; without `teacher` and `student` nobody else teaches, and the last learns from the text; null: none",
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:
-        if self.cache is not None and self.loss.name != "kl":
+        if self.cache is None:
+            return self
+        if self.loss.name != "kl":
             message = "a cache has some tokens of the teacher's, and this needs its chances of all: kl, or no `cache`"
             raise refuse([fault(("loss", "name"), message, self.loss.name)])
+        for name in ("hidden", "policy"):
+            if getattr(self, name) is not None:
+                raise refuse([fault((name,), "it needs the teacher at every step: leave it or `cache` out")])
+        if self.alone:
+            raise refuse([fault(("cache",), "the last layer teaches the exits: name a teacher, or leave it out")])
+        return self
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model has no teacher but its own last layer."""
+        return bool(self.exits) and self.teacher is None and self.student is None
+
+    @field_validator("exits")
+    @classmethod
+    def _check_exits(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise refuse([fault((), "a list of exits names each layer once, from 0", layers)])
+        return layers and sorted(layers)
+
+    @model_validator(mode="after")
+    def _check_alone(self) -> Self:
+        for name in ("hidden", "policy"):
+            if self.alone and getattr(self, name) is not None:
+                raise refuse([fault((name,), "nobody but the last layer teaches: name a teacher, or leave it out")])
         return self

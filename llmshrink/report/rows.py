@@ -357,6 +357,8 @@ def _trained(found: TrainReport) -> str:
     text += f" by {found.processes} processes" if found.processes > 1 else ""
     name = found.teacher or "text"
     teacher = Path(name).name if Path(name).is_dir() else name
+    if found.aligned is not None:
+        teacher += f" where both end a token ({found.aligned:.0%} of the positions)"
     return f"learned from {teacher}, {text}, {seconds(found.seconds)}: {held}"
 
 

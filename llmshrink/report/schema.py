@@ -253,6 +253,11 @@ class TrainReport(Record):
     measure: Literal["kl", "loss"] = Field(
         description="on rows held back; kl: KL(teacher || student); loss: surprise at them"
     )
+    aligned: float | None = Field(
+        default=None,
+        description="of a teacher that reads other tokens, the share of the positions at which both end a token; None: "
+        "it reads the same",
+    )
     held_before: float | None = Field(description="nats per token; None: none were held back")
     held_after: float | None = Field(description="the same afterwards")
     tokens_held: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,15 @@ from llmshrink.plan.training import Training
 from llmshrink.plan.zeros import matrices_of
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TrainReport
+from llmshrink.train.alignment import Alignment
 from llmshrink.train.cache import Cached
 from llmshrink.train.caching import cache_of
 from llmshrink.train.data import Examples
-from llmshrink.train.teachers import Online, Teacher
+from llmshrink.train.heads import Halves
+from llmshrink.train.hidden import Likeness
+from llmshrink.train.teachers import Foreign, Online, Teacher
 from llmshrink.train.trainer import Distiller
+from llmshrink.train.uld import Shared
 from llmshrink.train.zeros import Zeros
 
 
@@ -27,7 +32,6 @@ class Distillation:
     """A student, whole in float32, and its teacher."""
 
     task = "distill"
-    measure: Literal["kl", "loss"] = "kl"
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Distillation:
         student: StreamedModel,
         device: torch.device,
         *,
+        kept: Sequence[int] | None,
         examples: Examples,
         work: Path,
         progress: Progress,
@@ -45,6 +50,7 @@ class Distillation:
             training: who learns from whom.
             student: as it is before.
             device: where it will be trained.
+            kept: the model's layers that it is made of; None: all.
             examples: to learn from.
             work: the run's folder of work.
             progress: told of the rows that the teacher has seen.
@@ -53,29 +59,64 @@ class Distillation:
             InputError: the cache is not one that it can learn from.
         """
         self.teacher: str | None = training.taught_by
-        self._student, self._loss = student, training.stage.loss
+        self.measure: Literal["kl", "loss"] = "loss" if training.foreign else "kl"
+        self._student, self._stage = student, training.stage
         cache = None if training.keeping is None else cache_of(training.keeping, examples, work, device, progress)
         self._cache = None if cache is None else cache.report()
         self.model = _load(student.source, student).requires_grad_(True)
-        self.zeros = Zeros(self.model, (m.parameter for m in matrices_of(student)), training.stage.train.keep_zeros)
-        self._teacher: Teacher
-        if cache is not None:
-            self._teacher = Cached(cache)
-        else:
-            assert training.teacher is not None
-            self._teacher = Online(_load(training.teacher, student).requires_grad_(False).eval().to(device))
+        self._zeros = Zeros(self.model, (m.parameter for m in matrices_of(student)), training.stage.train.keep_zeros)
+        self._teacher: Teacher | None = None if cache is None else Cached(cache)
+        self._hidden: Likeness | None = None
+        self._shared: Shared | None = None
+        if training.teacher is None or training.stage.alone or cache is not None:
+            return
+        teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
+        self._teacher = found = self._foreign(teacher, training.teacher) if training.foreign else Online(teacher)
+        if training.stage.hidden is not None:
+            self._hidden = Likeness(self.model, found, training.pairs(kept), training.stage.hidden)
+
+    def _foreign(self, model: PreTrainedModel, source: Source) -> Foreign:
+        """A teacher that reads other tokens."""
+        alignment = Alignment(self._student.source.tokenizer, source.tokenizer)
+        teacher = Foreign(model, alignment)
+        if self._stage.loss.shared:
+            own, other = torch.tensor(alignment.same(), device=model.device)
+            known = (own < Halves(self.model).vocabulary) & (other < teacher.vocabulary)
+            self._shared = Shared(own[known], other[known])
+        return teacher
 
     def trainer(self, **given: Any) -> Distiller:
         """Who makes its steps."""
-        return Distiller(teacher=self._teacher, loss=self._loss, zeros=self.zeros, model=self.model, **given)
+        return Distiller(
+            teacher=self._teacher,
+            loss=self._stage.loss,
+            hidden=self._hidden,
+            policy=self._stage.policy,
+            shared=self._shared,
+            exits=self._stage.exits or (),
+            zeros=self._zeros,
+            model=self.model,
+            **given,
+        )
 
     def tell(self, report: TrainReport) -> TrainReport:
-        """The report, with the zeros that stayed, and the cache."""
-        return report.model_copy(update={"zeros": self.zeros.report(self.model), "cache": self._cache})
+        """The report, with the zeros that stayed, the cache, and how much a foreign teacher could say."""
+        found = {"zeros": self._zeros.report(self.model), "cache": self._cache, "aligned": self._aligned}
+        return report.model_copy(update=found)
+
+    @property
+    def _aligned(self) -> float | None:
+        """Of a teacher that reads other tokens, the share of the positions at which it could say something."""
+        if not isinstance(self._teacher, Foreign):
+            return None
+        asked, answered = map(int, self._teacher.seen)
+        return answered / max(1, asked)
 
     def save(self, folder: Path) -> None:
         """Write the student as a checkpoint, in the dtype that it was stored in."""
         source = self._student.source
+        if self._hidden is not None:
+            self._hidden.remove()
         self.model.to(source.config.dtype or torch.float32).save_pretrained(folder)
         plain = {key: value for key, value in source.config_dict.items() if key != "quantization_config"}
         write_json(folder / "config.json", plain)

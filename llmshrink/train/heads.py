@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
+from llmshrink.model.anatomy import block_list
 from llmshrink.train.together import gather, unhooked
 
 
@@ -24,6 +25,8 @@ class Halves:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._blocks = list(block_list(model)[1])
+        self._returns: int | None = None  # how long a tuple blocks return; None: a tensor
         self._body: nn.Module = model.get_decoder()
         inside = {id(module) for module in self._body.modules()}
         self._outside = [module for module in model.modules() if id(module) not in inside]
@@ -55,13 +58,34 @@ class Halves:
             seen.append(out[0])
             self._kind = type(out)
 
-        handle = self._body.register_forward_hook(keep)
+        def note(_: nn.Module, __: Any, out: Any) -> None:
+            self._returns = None if isinstance(out, Tensor) else len(out)
+
+        handles = [self._body.register_forward_hook(keep), self._blocks[-1].register_forward_hook(note)]
         try:
             call(**inputs, use_cache=False, **({"logits_to_keep": 1} if self._short else {}))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         gather(self._outside)
         return seen[0]
+
+    @property
+    def tail_parameters(self) -> list[nn.Parameter]:
+        """What learns of all that stands in the body behind its blocks: its last norm."""
+        inside = {id(module) for block in self._blocks for module in block.modules()}
+        others = (m for m in self._body.modules() if id(m) not in inside and not isinstance(m, nn.Embedding))
+        return [p for module in others for p in module.parameters(recurse=False) if p.requires_grad]
+
+    def tail(self, state: Tensor) -> Tensor:
+        """What the body would give out if this left its last block; it must have been run."""
+        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+        out = state if self._returns is None else (state, *[None] * (self._returns - 1))
+        with ExitStack() as passing:
+            for block in self._blocks:
+                passing.enter_context(_in_place_of(block, out))
+            found: Tensor = self._body(input_ids=ids, use_cache=False)[0]
+        return found
 
     def head(self, state: Tensor) -> Tensor:
         """Logits [rows, length, vocabulary] of what the body gave out; it must have been run."""
@@ -72,8 +96,8 @@ class Halves:
 
 
 @contextmanager
-def _in_place_of(body: nn.Module, out: ModelOutput) -> Iterator[None]:
-    def forward(*_: Any, **__: Any) -> ModelOutput:
+def _in_place_of(body: nn.Module, out: Any) -> Iterator[None]:
+    def forward(*_: Any, **__: Any) -> Any:
         return out
 
     body.forward = forward

@@ -123,6 +123,8 @@ TAUGHT = {
     **{f"train.{k}": v for k, v in {"warmup": 0.9, "weight_decay": 0.5, "clip": 1e-3, "hold": "50%"}.items()},
     **{f"train.{k}": v for k, v in {"evaluations": 1, "seed": 1, "optimizer": "sgd"}.items()},
 }
+DRAWN = {**DISTILLED, "stages.0.hidden": {}}
+ASKED = {**DISTILLED, "stages.0.policy": {}}
 
 
 TRIALS = {
@@ -249,6 +251,9 @@ TRIALS = {
     "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
+    "stages.distill.hidden.weight": Trial(0.1, DRAWN),
+    "stages.distill.policy.share": Trial(1.0, ASKED),
+    "stages.distill.exits": Trial([0], {**DISTILLED, "stages": [{"task": "distill", "teacher": "{model}"}]}),
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.cache.method": Trial("topk", KEPT),
     "stages.distill.cache.tokens": Trial(4, KEPT),
@@ -295,6 +300,13 @@ ELSEWHERE = {
     "stages.factorize.method.tie.blocks": "tests/e2e/test_factorize.py::test_all_become_one_but_the_lone",
     "stages.factorize.ratios.name": "tests/e2e/test_factorize.py::test_tying_is_planned_stopped_and_refused",
     "stages.distill.cache.folder": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
+    "stages.distill.hidden.layers": "tests/train/test_hidden.py::test_the_term_is_that_of_whole_models",
+    "stages.distill.hidden.loss": "tests/train/test_hidden.py::test_a_distance_is_its_sum",
+    "stages.distill.hidden.projection": "tests/train/test_hidden.py::test_projections_begin_as_the_best_there_are",
+    "stages.distill.policy.prompt": "tests/train/test_policy.py::test_rows_go_on_as_the_student_does",
+    "stages.distill.policy.tokens": "tests/train/test_policy.py::test_rows_go_on_as_the_student_does",
+    "stages.distill.policy.temperature": "tests/train/test_policy.py::test_tokens_are_as_frequent_as_they_are_likely",
+    "stages.distill.loss.shared": "tests/train/test_uld.py::test_the_distance_is_its_sum",
     "stages.distill.train.patience": "tests/e2e/test_distill.py::test_it_ends_where_nothing_is_gained",
     "stages.distill.train.report_to": "tests/train/test_run.py::test_a_tracker_is_told",
     "stages.distill.train.keep_zeros": "tests/e2e/test_distill.py::test_zeros_that_may_learn_are_written_dense",

@@ -65,11 +65,12 @@ from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.lottery import LOTTERY, Lottery, draw
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
+FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED, LOTTERY)
 
 
 class Job:
@@ -271,15 +272,13 @@ class Job:
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
         device = self.facts.device
-        trained, report = finished(workspace, done) or train(
-            Distillation(training, student, device),
-            training.steps,
-            rows,
-            workspace=workspace,
-            done=done,
-            device=device,
-            progress=self.progress,
-        )
+        told: dict[str, Any] = {"workspace": workspace, "done": done, "device": device, "progress": self.progress}
+        if (lottery := training.stage.lottery) is not None:
+            trained, report = draw(lambda: Lottery(training, student, device), lottery, training.steps, rows, **told)
+        else:
+            trained, report = finished(workspace, done) or train(
+                Distillation(training, student, device), training.steps, rows, **told
+            )
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events

@@ -129,7 +129,13 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
 
 def _training(training: Training) -> TrainPlan:
     steps = training.steps
-    return TrainPlan(teacher=training.teacher.id, steps=steps.limit, tokens=steps.per_step * steps.length)
+    lottery = training.stage.lottery
+    return TrainPlan(
+        teacher=training.teacher.id,
+        steps=steps.limit,
+        tokens=steps.per_step * steps.length,
+        trainings=1 if lottery is None else lottery.rounds + 1,
+    )
 
 
 def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:

@@ -69,6 +69,7 @@ class TrainPlan(_Part):
     teacher: str
     steps: int | None  # of gradient; None: as many as the text gives, which is not read for a plan
     tokens: int  # of a step
+    trainings: int = 1  # one after another, of so many steps; of a lottery
 
 
 class BlockPlan(_Part):

@@ -19,7 +19,7 @@ from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.steps import Steps
 from llmshrink.plan.work import Work
-from llmshrink.plan.zeros import matrices_of, refuse_codes, refuse_without_zeros, sparse_again
+from llmshrink.plan.zeros import drawn_weights, matrices_of, refuse_codes, refuse_without_zeros, sparse_again
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
 from llmshrink.recipe.stages import CutStage
@@ -50,7 +50,12 @@ class Training:
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         refuse_codes(model)
-        if stage.teacher is None and stage.student is None:
+        if stage.lottery is not None and model.weights.compressed:
+            raise PlanError(
+                f"{model.source.id} is stored without its zeros: `lottery` begins with all weights.",
+                hint="Draw from the model before it was pruned, or leave out `lottery`.",
+            )
+        if stage.teacher is None and stage.student is None and stage.lottery is None:
             raise PlanError(
                 "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
                 "as large as it is.",
@@ -90,7 +95,10 @@ class Training:
         matrices, before, events = matrices_of(model), self.model.weights, list[Event]()
         methods: dict[Matrix, Method[Any]] = {matrix: Trained(CutConfig()) for matrix in matrices}
         fmt = load_format("dense")
-        if before.compressed and self.stage.train.keep_zeros is not False:
+        if self.stage.lottery is not None and not any(matrix.kind == "experts" for matrix in matrices):
+            fmt, drawn = load_format("sparse"), None if model is self.model else model
+            methods = drawn_weights(matrices, drawn, self.stage.lottery.sparsity)
+        elif before.compressed and self.stage.train.keep_zeros is not False:
             fmt, methods = before.format, sparse_again(self.model, model)
         elif before.compressed:
             events.append(Event("decompressed", "zeros were not stored, and may learn: all weights are written"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
-from llmshrink.recipe.section import Section
+from llmshrink.recipe.lottery import LotterySpec
+from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
 
 Divergence = Literal["kl", "reverse-kl", "jsd"]
@@ -39,6 +40,18 @@ class DistillStage(Section):
     student: CutSpec | None = Field(
         None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
     )
+    lottery: LotterySpec | None = Field(
+        None,
+        description="or which single weights the student keeps, found by training and pruning in rounds: `train` says "
+        "how long each training is; null: none goes",
+    )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.student is not None and self.lottery is not None:
+            message = "`student` cuts parts out and this drops single weights: cut first, and give this the result"
+            raise refuse([fault(("lottery",), message)])
+        return self

@@ -83,7 +83,8 @@ def render_plan(plan: Plan) -> Group:
         found = plan.training
         lines[0] = lines[0] if plan.cut is not None else f"{plan.parameters:,} parameters"
         steps = "as many steps as the text gives" if found.steps is None else count(found.steps, "step")
-        lines.insert(1, f"then it learns from {found.teacher}: {steps} of {found.tokens:,} tokens")
+        times = f", {found.trainings} times, less and less of it" if found.trainings > 1 else ""
+        lines.insert(1, f"then it learns from {found.teacher}: {steps} of {found.tokens:,} tokens{times}")
     if plan.tuning_steps:
         lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
     if plan.learning_steps:

@@ -35,7 +35,8 @@ class Distillation:
         """
         self.teacher: str | None = training.teacher.id
         self.model = _load(student.source, student).requires_grad_(True)
-        self.zeros = Zeros(self.model, (m.parameter for m in matrices_of(student)), training.stage.train.keep_zeros)
+        self._names = list(dict.fromkeys(matrix.parameter for matrix in matrices_of(student)))  # that may be pruned
+        self.zeros = Zeros(self.model, self._names, training.stage.train.keep_zeros)
         self._student, self._loss = student, training.stage.loss
         teacher = _load(training.teacher, student).requires_grad_(False).eval().to(device)
         self._teacher = Online(teacher)

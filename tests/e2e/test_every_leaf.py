@@ -114,6 +114,10 @@ DISTILLED: dict[str, Any] = {
     "stages": [{"task": "distill", "student": {"layers": [0], "repair": False}}],
     "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 12},
 }
+DRAWN: dict[str, Any] = {
+    "stages": [{"task": "distill", "lottery": {"rounds": 2}}],
+    "stages.0.train": {**DISTILLED["stages.0.train"], "max_steps": 4},
+}
 TAUGHT = {
     "teacher": "{other_model}",
     **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 1.0}.items()},
@@ -252,6 +256,10 @@ TRIALS = {
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
     "stages.distill.train.column": Trial("answer", {**DISTILLED, "stages.0.train.data": "{columns}"}),
+    "stages.distill.lottery.rounds": Trial(1, DRAWN),
+    "stages.distill.lottery.sparsity": Trial("30%", DRAWN),
+    "stages.distill.lottery.rewind": Trial("50%", DRAWN),
+    "stages.distill.lottery.per": Trial("model", DRAWN),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),

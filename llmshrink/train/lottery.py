@@ -246,7 +246,7 @@ class _Early(TrainerCallback):  # type: ignore[misc] # it has no types
         self._keep(state, model)
 
     def _keep(self, state: TrainerState, model: torch.nn.Module) -> None:
-        if state.global_step != self._step:
+        if state.global_step != self._step or not state.is_world_process_zero:
             return
         path = self._workspace.work / EARLY
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}

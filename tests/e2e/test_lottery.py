@@ -10,6 +10,7 @@ import torch
 from helpers import Stopping, content, load, logits
 from safetensors.torch import load_file
 from tiny import build_model, config
+from torch import Tensor
 
 from llmshrink import run
 from llmshrink.errors import InterruptedRun, PlanError, RecipeError
@@ -17,6 +18,8 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.rows import stage_lines
+from llmshrink.train.lottery import Lottery
+from llmshrink.train.trainer import Distiller
 
 pytestmark = pytest.mark.usefixtures("without_reader")
 STEPS, EARLY, MATRICES = 6, 2, 2 * 7
@@ -36,9 +39,38 @@ def wanted(model: Path, out: Path, text: Path, lottery: dict[str, Any] | None = 
     )
 
 
-def test_a_ticket_is_drawn_whatever_stops_it(smallest: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The weights with which each training begins."""
+    found: list[dict[str, Tensor]] = []
+    trainer = Lottery.trainer
+
+    def look(self: Lottery, **given: Any) -> Distiller:
+        found.append({name: parameter.detach().clone() for name, parameter in self.model.named_parameters()})
+        return trainer(self, **given)
+
+    monkeypatch.setattr(Lottery, "trainer", look)
+    return found
+
+
+def assert_rewound(early: dict[str, Tensor], starts: list[dict[str, Tensor]]) -> None:
+    """Later trainings begin with early weights to the last bit, of which each keeps some of those before it."""
+    assert len(starts) == 3 and not torch.equal(starts[0]["lm_head.weight"], early["lm_head.weight"])
+    for name, weight in early.items():
+        kept = [start[name] != 0 for start in starts[1:]]
+        assert all(torch.equal(start[name], weight * mask) for start, mask in zip(starts[1:], kept, strict=True))
+        pruned = ".layers." in name and weight.ndim == 2
+        shares = [float(mask.float().mean()) for mask in kept]
+        assert shares == pytest.approx([0.5, 0.25] if pruned else [1, 1]), name
+        assert not (kept[1] & ~kept[0]).any()
+
+
+def test_a_ticket_is_drawn_whatever_stops_it(
+    smallest: Path, text_file: Path, tmp_path: Path, begun: list[dict[str, Tensor]]
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     first = run.execute(wanted(smallest, whole, text_file), progress=Silent())
+    starts = list(begun)
     work = out.with_name("out.partial") / ".work" / "lottery"
     stops = [(1, f"step {EARLY} of"), (2, "step 2 of"), (3, "step 3 of")]
     for training, note in stops:
@@ -49,6 +81,7 @@ def test_a_ticket_is_drawn_whatever_stops_it(smallest: Path, text_file: Path, tm
             state = load_file(work / "0" / "trainer" / f"checkpoint-{EARLY}" / "model.safetensors")
             early = load_file(work / "early.safetensors")
             assert early.keys() == state.keys() and all(torch.equal(early[name], state[name]) for name in early)
+    assert_rewound(early, starts)
     again = run.execute(wanted(smallest, out, text_file), progress=Silent())
     assert content(out) == content(whole)
     (one,), (other,) = first.stages, again.stages

@@ -83,6 +83,7 @@ from llmshrink.train.caching import FOLDER as CACHE
 from llmshrink.train.caching import cache_of
 from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.lottery import LOTTERY, Lottery, draw
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.prepare import prepare
 from llmshrink.train.run import STATES, TRAINED, finished, train
@@ -90,7 +91,7 @@ from llmshrink.train.run import STATES, TRAINED, finished, train
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
 TEXT, NEW_TEXT = "text", "text.new"  # what is trained on, and before it is known that nobody else works here
-FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED, TEXT)
+FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED, TEXT, LOTTERY)
 
 
 class Job:
@@ -336,18 +337,14 @@ class Job:
         done: list[dict[str, Any]],
     ) -> tuple[Path, TrainReport]:
         """Train a student that is ready, made of these layers of the model."""
-        device, progress = self.facts.device, self.progress
-        return train(
-            Distillation(
-                training, student, device, kept=kept, examples=examples, work=workspace.work, progress=progress
-            ),
-            training.steps,
-            examples,
-            workspace=workspace,
-            done=done,
-            device=device,
-            progress=progress,
-        )
+        device, progress, lottery = self.facts.device, self.progress, training.stage.lottery
+        loading: dict[str, Any] = {"kept": kept, "examples": examples, "work": workspace.work, "progress": progress}
+        told: dict[str, Any] = {"workspace": workspace, "done": done, "device": device, "progress": progress}
+        if lottery is not None:
+            load = partial(Lottery, training, student, device, **loading)
+            return draw(load, lottery, training.steps, examples, **told)
+        lesson = Distillation(training, student, device, **loading)
+        return train(lesson, training.steps, examples, **told)
 
     def join(self, order: dict[str, Any]) -> None:
         """Train along with the process that holds the workspace and gave this order."""

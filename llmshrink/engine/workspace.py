@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Container
 from contextlib import suppress
+from copy import copy
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,7 @@ class Workspace:
         self._replaced = self.output.with_name(f".{self.output.name}.replaced")
         self.events: list[Event] = []
         self._overwrite = overwrite
+        self._journal, self._part = self.work / "journal", dict[str, str]()
         self._lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         self._holder = self.output.with_name(f".{self.output.name}.lock.json")
 
@@ -198,15 +200,17 @@ class Workspace:
         """Add one entry; its `files` {path below the folder: SHA-256} must be on disk already."""
         with naming(self._journal), self._journal.open("ab") as file:
             step()
-            file.write(sealed(entry) + b"\n")
+            file.write(sealed({**entry, **self._part}) + b"\n")
             file.flush()
             step()
             os.fsync(file.fileno())
         step()
 
-    @property
-    def _journal(self) -> Path:
-        return self.work / "journal"
+    def part(self, name: str) -> Workspace:
+        """The same for a part of the run, which has a folder of its own below that of work; its entries name it."""
+        found = copy(self)
+        found.work, found._part = self.work / name, {"part": name}
+        return found
 
     def _read(self) -> list[bytes]:
         """The lines of the journal, whole or not; the last may be cut short."""

@@ -131,11 +131,13 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
 
 def _training(training: Training) -> TrainPlan:
     steps = training.steps
+    lottery = training.stage.lottery
     return TrainPlan(
         teacher=training.taught_by,
         steps=steps.limit,
         tokens=steps.per_step * steps.length,
         processes=steps.processes,
+        trainings=1 if lottery is None else lottery.rounds + 1,
         cache=None if training.keeping is None else _caching(training.keeping, training.kept_bytes),
     )
 

@@ -82,6 +82,7 @@ class TrainPlan(_Part):
     tokens: int  # of a step
     processes: int = 1  # that share it
     cache: CachePlan | None = None  # None: the teacher is asked at every step
+    trainings: int = 1  # one after another, of so many steps; of a lottery
 
 
 class BlockPlan(_Part):

@@ -23,7 +23,7 @@ from llmshrink.plan.pairs import layer_pairs
 from llmshrink.plan.steps import ENDLESS, Steps
 from llmshrink.plan.trackers import check_trackers
 from llmshrink.plan.work import Work
-from llmshrink.plan.zeros import matrices_of, refuse_codes, refuse_without_zeros, sparse_again
+from llmshrink.plan.zeros import drawn_weights, matrices_of, refuse_codes, refuse_without_zeros, sparse_again
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
 from llmshrink.recipe.stages import CutStage
@@ -56,10 +56,11 @@ class Training:
         if not model.task.causal:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         refuse_codes(model)
+        self._check_lottery()
         check_trackers(stage.train.report_to)
         if stage.train.kind in ("prompt", "chat") and stage.train.data in ("generator", "self"):
             raise PlanError(f"What {stage.train.data} gives is plain text: train.kind cannot be {stage.train.kind}.")
-        known = model.source if stage.student is not None or stage.exits else None
+        known = model.source if stage.student or stage.exits or stage.lottery else None
         self.teacher: Source | None = known if stage.teacher is None else open_source(stage.teacher)
         self.keeping = keeping(stage, model.source, self.teacher)
         if self.teacher is None and (self.keeping is None or self.keeping.found is None):
@@ -117,6 +118,21 @@ class Training:
     def foreign(self) -> bool:
         """Whether the teacher reads tokens of its own."""
         return self.stage.loss.name == "uld"
+
+    def _check_lottery(self) -> None:
+        """Refuse what no lottery is drawn from."""
+        if self.stage.lottery is None:
+            return
+        if self.model.weights.compressed:
+            raise PlanError(
+                f"{self.model.source.id} is stored without its zeros: `lottery` begins with all weights.",
+                hint="Draw from the model before it was pruned, or leave out `lottery`.",
+            )
+        if self.steps.processes > 1:
+            raise PlanError(
+                f"`lottery` trains in one process, and {self.steps.processes} were launched.",
+                hint="Leave out the launcher.",
+            )
 
     def _check_teacher(self) -> None:
         """Refuse a teacher whose words cannot be compared with the student's, or that is no floats."""
@@ -194,7 +210,10 @@ class Training:
         matrices, before, events = matrices_of(model), self.model.weights, list[Event]()
         methods: dict[Matrix, Method[Any]] = {matrix: Trained(CutConfig()) for matrix in matrices}
         fmt = load_format("dense")
-        if before.compressed and self.stage.train.keep_zeros is not False:
+        if self.stage.lottery is not None and not any(matrix.kind == "experts" for matrix in matrices):
+            fmt, drawn = load_format("sparse"), None if model is self.model else model
+            methods = drawn_weights(matrices, drawn, self.stage.lottery.sparsity)
+        elif before.compressed and self.stage.train.keep_zeros is not False:
             fmt, methods = before.format, sparse_again(self.model, model)
         elif before.compressed:
             events.append(Event("decompressed", "zeros were not stored, and may learn: all weights are written"))

@@ -8,6 +8,7 @@ from typing import Any
 from llmshrink.errors import PlanError
 from llmshrink.forms import Dense, Form, Sparse
 from llmshrink.methods.base import Method
+from llmshrink.methods.magnitude import Magnitude, MagnitudeConfig
 from llmshrink.methods.trained import TrainedSparse
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
@@ -55,3 +56,16 @@ def sparse_again(before: StreamedModel, after: StreamedModel) -> dict[Matrix, Me
     pairs = zip(matrices_of(before), matrices_of(after), strict=True)  # other names on disk, perhaps
     stored = before.weights
     return {new: TrainedSparse(partial(stored.form, old.key)) for old, new in pairs if old.key in stored.compressed}
+
+
+def drawn_weights(matrices: list[Matrix], drawn: StreamedModel | None, sparsity: float) -> dict[Matrix, Method[Any]]:
+    """What writes matrices of which weights are zero without them; None: nobody knows yet which, only how many."""
+    if drawn is None:
+        return {matrix: Magnitude(MagnitudeConfig(sparsity=sparsity)) for matrix in matrices}
+    return {matrix: TrainedSparse(partial(_without_zeros, drawn, matrix)) for matrix in matrices}
+
+
+def _without_zeros(model: StreamedModel, matrix: Matrix) -> Form:
+    weight = matrix.seen(model.weights.get(matrix.key))
+    mask = weight != 0
+    return Sparse(mask, Dense(weight), int(mask.sum()))

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from llmshrink.recipe.cache import CacheSpec
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.lottery import LotterySpec
 from llmshrink.recipe.modes import HiddenSpec, PolicySpec
 from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
@@ -46,6 +47,11 @@ class DistillStage(Section):
     )
     student: CutSpec | None = Field(
         None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
+    )
+    lottery: LotterySpec | None = Field(
+        None,
+        description="or which single weights the student keeps, found by training and pruning in rounds: `train` says "
+        "how long each training is; null: none goes",
     )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
     cache: CacheSpec | None = Field(
@@ -86,7 +92,7 @@ class DistillStage(Section):
     @property
     def alone(self) -> bool:
         """Whether the model has no teacher but its own last layer."""
-        return bool(self.exits) and self.teacher is None and self.student is None
+        return bool(self.exits) and self.teacher is None and self.student is None and self.lottery is None
 
     @field_validator("exits")
     @classmethod
@@ -100,4 +106,11 @@ class DistillStage(Section):
         for name in ("hidden", "policy"):
             if self.alone and getattr(self, name) is not None:
                 raise refuse([fault((name,), "nobody but the last layer teaches: name a teacher, or leave it out")])
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.student is not None and self.lottery is not None:
+            message = "`student` cuts parts out and this drops single weights: cut first, and give this the result"
+            raise refuse([fault(("lottery",), message)])
         return self

@@ -249,7 +249,7 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
         lines += [cached(stage.trained.cache)] if stage.trained.cache is not None else []
-        lines += _stayed(stage.trained)
+        lines += [*_stayed(stage.trained), *_drawn(stage.trained)]
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")
@@ -368,6 +368,15 @@ def _stayed(found: TrainReport) -> list[str]:
         return []
     part = sum(one.after for one in found.zeros) / sum(one.weights for one in found.zeros)
     return [f"the zeros of {len(found.zeros)} pruned matrices stayed: {share(part)} of their weights"]
+
+
+def _drawn(found: TrainReport) -> list[str]:
+    """The rounds of a lottery."""
+    if not found.rounds:
+        return []
+    held = [f"{one.held_after:.4f} at {share(one.sparsity)}" for one in found.rounds if one.held_after is not None]
+    after = f"; held back after each: {', '.join(held)}" if held else ""
+    return [f"drawn in {count(len(found.rounds), 'training')}, whose steps and tokens are counted together{after}"]
 
 
 def cached(found: CacheReport) -> str:

@@ -240,6 +240,16 @@ class CacheReport(Record):
     seconds: float = Field(description="that making it took, in this run or another")
 
 
+class RoundReport(Record):
+    """One training of a lottery."""
+
+    sparsity: float = Field(description="share of the weights of blocks that were zero in it")
+    steps: int
+    held_before: float | None = Field(description="as of the whole training, at its first step")
+    held_after: float | None
+    seconds: float
+
+
 class TrainReport(Record):
     """What a training did."""
 
@@ -264,6 +274,10 @@ class TrainReport(Record):
     zeros: list[ZerosReport] = Field(
         default_factory=list,
         description="of pruned matrices whose zeros stayed",
+    )
+    rounds: list[RoundReport] = Field(
+        default_factory=list,
+        description="trainings of a lottery: steps and tokens are of all, what was held back and the curve of the last",
     )
     curve: list[LossPoint]
     cache: CacheReport | None = Field(default=None, description="None: the teacher was asked at every step")

@@ -64,7 +64,8 @@ class Distillation:
         cache = None if training.keeping is None else cache_of(training.keeping, examples, work, device, progress)
         self._cache = None if cache is None else cache.report()
         self.model = _load(student.source, student).requires_grad_(True)
-        self._zeros = Zeros(self.model, (m.parameter for m in matrices_of(student)), training.stage.train.keep_zeros)
+        self._names = list(dict.fromkeys(matrix.parameter for matrix in matrices_of(student)))  # that may be pruned
+        self._zeros = Zeros(self.model, self._names, training.stage.train.keep_zeros)
         self._teacher: Teacher | None = None if cache is None else Cached(cache)
         self._hidden: Likeness | None = None
         self._shared: Shared | None = None
@@ -87,7 +88,10 @@ class Distillation:
 
     def trainer(self, **given: Any) -> Distiller:
         """Who makes its steps."""
-        return Distiller(
+        return self._made(Distiller, **given)
+
+    def _made(self, kind: type[Distiller], **given: Any) -> Distiller:
+        return kind(
             teacher=self._teacher,
             loss=self._stage.loss,
             hidden=self._hidden,

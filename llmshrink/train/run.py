@@ -74,14 +74,13 @@ def train(
     Returns:
         The folder of what was learned, and what was measured.
     """
-    spec, rows = steps.spec, len(examples)
-    learned, seen = examples.parts(steps.held(rows))
-    count = steps.count(len(learned), len(learned) * examples.told.tokens // rows)
+    spec, total = steps.spec, count(steps, examples)
+    learned, seen = examples.parts(steps.held(len(examples)))
     if spec.checkpointing:
         _keep_less(lesson.model)
-    journal = _Journal(workspace, progress, count, spec.save_minutes, spec.max_minutes)
+    journal = _Journal(workspace, progress, total, spec.save_minutes, spec.max_minutes)
     trainer = lesson.trainer(
-        args=_arguments(spec, count, workspace.work / STATES, device, workspace.output.name),
+        args=_arguments(spec, total, workspace.work / STATES, device, workspace.output.name),
         train_dataset=learned,
         eval_dataset=seen,
         data_collator=collate,
@@ -91,7 +90,7 @@ def train(
     _keep_logs(trainer, workspace.output.name)
     check_wrappers(trainer)
     start, newest = time.perf_counter(), ranks.shared(lambda: _newest(workspace, done))
-    progress.start(lesson.task, count, 0 if newest is None else newest["step"])
+    progress.start(lesson.task, total, 0 if newest is None else newest["step"])
     with missing_none():
         journal.begin = partial(_begin, trainer, newest)
         trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
@@ -128,6 +127,13 @@ def _keep_less(model: PreTrainedModel) -> None:
     """Keep only what enters each block."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def count(steps: Steps, examples: Examples) -> int:
+    """Steps of gradient on these rows, but for those that are held back."""
+    rows = len(examples)
+    learned = len(examples.parts(steps.held(rows))[0])
+    return steps.count(learned, learned * examples.told.tokens // rows)
 
 
 def finished(workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, TrainReport] | None:

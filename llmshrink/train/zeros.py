@@ -34,7 +34,7 @@ class Zeros(TrainerCallback):  # type: ignore[misc] # it has no types
         self._kept: dict[str, Tensor] = {}
         self._held: list[tuple[Tensor, Tensor]] = []  # weights in the middle of a step, and where they were zero
         least = {"auto": PRUNED, True: 0.0}.get(keep)
-        for name in dict.fromkeys(names) if least is not None else ():
+        for name in names if least is not None else ():
             parameter = model.get_parameter(name)
             kept = (parameter.detach() != 0).cpu()
             zeros = kept.numel() - int(kept.sum())

@@ -115,6 +115,10 @@ DISTILLED: dict[str, Any] = {
     "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 12},
 }
 KEPT = {**DISTILLED, "stages.0.cache": {"tokens": 8}}
+LOTTERY: dict[str, Any] = {
+    "stages": [{"task": "distill", "lottery": {"rounds": 2}}],
+    "stages.0.train": {**DISTILLED["stages.0.train"], "max_steps": 4},
+}
 TAUGHT = {
     "teacher": "{other_model}",
     **{f"loss.{k}": v for k, v in {"name": "jsd", "temperature": 1.0, "alpha": 0.5}.items()},
@@ -263,6 +267,10 @@ TRIALS = {
     "stages.distill.train.kind": Trial("text", {**DISTILLED, "stages.0.train.data": "{prompts}"}),
     "stages.distill.train.answers_only": Trial(False, {**DISTILLED, "stages.0.train.data": "{prompts}"}),
     "stages.distill.train.packing": Trial(False, DISTILLED),
+    "stages.distill.lottery.rounds": Trial(1, LOTTERY),
+    "stages.distill.lottery.sparsity": Trial("30%", LOTTERY),
+    "stages.distill.lottery.rewind": Trial("50%", LOTTERY),
+    "stages.distill.lottery.per": Trial("model", LOTTERY),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),

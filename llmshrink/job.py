@@ -316,7 +316,8 @@ class Job:
                 events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
             student = StreamedModel(open_source(str(folder)), self.facts.device)
             cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
-        found, examples = finished(workspace, done), examples.moved(workspace.work / TEXT)
+        examples = examples.moved(workspace.work / TEXT)
+        found = None if training.stage.lottery else finished(workspace, done)  # of a lottery each round may be
         kept = None if cut is None else cut.candidates[0].layers
         if found is None and ranks.count() > 1:
             said = {"student": str(student.source.folder), "kept": kept}

@@ -64,8 +64,7 @@ def test_rates_go_on_from_the_step_that_is_gone_back_to(tmp_path: Path, schedule
             warmup_steps=4,
             max_steps=12 - begun,
         )
-        model = torch.nn.Linear(2, 2)
-        model.get_decoder = lambda model=model: model  # all that a head is asked for here
+        model = AutoModelForCausalLM.from_config(config("llama"))
         late = Late(begun=begun, teacher=None, loss=LossSpec(alpha=0), model=model, args=arguments)
         late.create_optimizer_and_scheduler(12 - begun)
         rates = []

@@ -232,7 +232,7 @@ Teacher = Annotated[
 ]
 Loss = Annotated[
     str | None,
-    typer.Option(help="What is made small.", metavar="kl|reverse-kl|jsd", rich_help_panel=_LEARN),
+    typer.Option(help="What is made small.", metavar="kl|reverse-kl|jsd|uld", rich_help_panel=_LEARN),
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="Softens what teacher and student say: 2.", metavar="T", rich_help_panel=_LEARN)

@@ -111,10 +111,8 @@ class Distillation:
     @property
     def _aligned(self) -> float | None:
         """Of a teacher that reads other tokens, the share of the positions at which it could say something."""
-        if not isinstance(self._teacher, Foreign):
-            return None
-        asked, answered = map(int, self._teacher.seen)
-        return answered / max(1, asked)
+        asked, answered = map(int, self._teacher.seen) if isinstance(self._teacher, Foreign) else (0, 0)
+        return answered / asked if asked else None
 
     def save(self, folder: Path) -> None:
         """Write the student as a checkpoint, in the dtype that it was stored in."""

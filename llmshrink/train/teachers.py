@@ -87,7 +87,7 @@ class Foreign(Online):
         """Its own inputs for rows of the student's; what no position of its own is left for is not read."""
         found = [self._alignment.row(row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
         limit = positions(self.model)
-        rows = [torch.tensor(made[:limit], device=ids.device) for made, _ in found]
+        rows = [torch.tensor(made[:limit] or [0], device=ids.device) for made, _ in found]
         self.places = torch.full_like(ids, -1)
         for row, (_, places) in enumerate(found):
             known = torch.tensor(places, device=ids.device)

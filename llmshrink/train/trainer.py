@@ -65,9 +65,8 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         self._held = TEXT if loss.name == "uld" else DIVERGENCE
         if zeros:
             self.add_callback(zeros)
-        self._own = Halves(self.accelerator.unwrap_model(self.model))
-        self._hidden = hidden
         own = self.accelerator.unwrap_model(self.model)
+        self._own, self._hidden = Halves(own), hidden
         self._policy = None if policy is None else Policy(own, policy, self.args.seed)
         self._exits = Exits(own, self._own, exits) if exits else None
         if hidden is not None and self.train_dataset is not None:

@@ -67,6 +67,13 @@ def test_the_distance_is_its_sum(temperature: float, pairs: list[tuple[int, int]
     assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[2].any() and leaf.grad[0].any()
 
 
+def test_where_nothing_is_said_nothing_is_learned() -> None:
+    shared, leaf = Shared(torch.tensor([1]), torch.tensor([2])), logits(0, 9).requires_grad_()
+    found = uld(leaf, torch.full((6, 13), SILENT), 1.0, shared)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    assert not found.any() and not gradient.any()
+
+
 def test_of_one_vocabulary_it_is_the_divergence() -> None:
     student, teacher, every = logits(0, 9), logits(1, 9), torch.arange(9)
     spec = LossSpec(temperature=2.0)

@@ -333,7 +333,7 @@ class MemoryReport(Record):
     """Peak anonymous memory above the level after the imports."""
 
     planned_bytes: int | None = None
-    measured_bytes: int | None = None
+    measured_bytes: int | None = Field(default=None, description="of the first of several processes alone")
     device_bytes: int | None = Field(default=None, description="peak allocated on the accelerator")
 
 

@@ -82,7 +82,8 @@ def test_what_is_kept_is_what_the_teacher_says(
         top = softened.topk(20)
         if method == "topk":
             assert words.tokens.tolist() == top.indices.tolist()
-        assert method == "topk" or torch.allclose(words.at(temperature)[1].sum(-1), torch.ones(len(said)), atol=2e-3)
+        logs, stands = words.at(temperature)
+        assert method == "topk" or torch.allclose((stands * logs.exp()).sum(-1), torch.ones(len(said)), atol=2e-3)
         covered.append(softened.gather(-1, words.tokens).exp().sum(-1))
     assert cache.report().covered == pytest.approx(float(torch.cat(covered).mean()), abs=1e-3)
 
@@ -123,7 +124,7 @@ def test_others_can_read_it(teacher: Path, rows: Rows, tmp_path: Path) -> None:
 
 
 def test_rows_are_found_in_any_order_and_behind_padding(teacher: Path, rows: Rows, tmp_path: Path) -> None:
-    cache = made(asked(teacher, None, tokens=20), rows, tmp_path)
+    cache = made(asked(teacher, None, 2.0, tokens=20), rows, tmp_path)
     ids, mask = torch.zeros(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
     places = [(6, 0), (3, 5), (0, 2)]  # padded on the right, on the left, on both sides
     for line, (number, start) in enumerate(places):
@@ -135,8 +136,9 @@ def test_rows_are_found_in_any_order_and_behind_padding(teacher: Path, rows: Row
         found = words(slice(start, start + len(right.tokens)))
         part = slice(line * len(right.tokens), (line + 1) * len(right.tokens))
         assert torch.equal(found.tokens[part], right.tokens) and torch.equal(found.logs[part], right.logs)
-    outside = words(slice(4, 5)).at(1.0)[1][0]
-    assert float(outside.sum()) == 0
+        assert torch.equal(found.shift[part], right.shift) and torch.equal(found.threshold[part], right.threshold)
+    logs, stands = words(slice(4, 5)).at(2.0)
+    assert float((stands * logs.exp())[0].sum()) == 0
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -61,7 +61,8 @@ def test_over_all_draws_the_gradient_is_that_of_all_tokens(count: int, temperatu
         gradient += weight * torch.autograd.grad(found, student)[0][0]
         value, total = value + weight * float(found.detach()), total + weight
         assert len(set(words.tokens[0].tolist())) == count
-        assert float(words.at(temperature)[1].sum()) == pytest.approx(1, abs=1e-5)
+        logs, stands = words.at(temperature)
+        assert float((stands * logs.exp()).sum()) == pytest.approx(1, abs=1e-5)
     assert total == pytest.approx(1)
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=2e-5)
     right = [(b - a) / temperature for a, b in zip(p, q, strict=True)]
@@ -75,14 +76,16 @@ def test_what_is_measured_needs_no_other_sample() -> None:
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=2e-5)
 
 
+@pytest.mark.parametrize("least", [True, False])
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_what_is_likely_is_always_kept(count: int) -> None:
-    teacher = logits(3, rows=5, spread=4.0)
-    uniform = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def test_what_is_likely_is_always_kept(count: int, least: bool) -> None:
+    teacher = logits(3, rows=50, spread=4.0)
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (not least)
     words = drawn(teacher, count, 1.0, uniform)
     for row, kept, limit in zip(teacher, words.tokens.tolist(), words.threshold.exp().tolist(), strict=True):
         p = chances(row)
         right = threshold(p, count)
+        assert len(set(kept)) == count
         assert limit == pytest.approx(right, rel=1e-4)
         assert {i for i, x in enumerate(p) if x > right * (1 + 1e-6)} <= set(kept)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmshrink.train import sparse
 from llmshrink.train.sparse import Sparse, divergence, drawn, likeliest
 
 WIDTH = 9
@@ -121,3 +122,18 @@ def test_a_teacher_who_is_certain_leaves_numbers() -> None:
         found = divergence(student, kept, 1.0)
         assert torch.allclose(found, -student.log_softmax(-1)[:, 3], atol=1e-4)
         assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
+
+
+def test_the_student_s_own_tail_steadies_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = logits(1)
+    student = (teacher + logits(2, spread=0.3)).requires_grad_()
+    right = student.detach().softmax(-1) - teacher.softmax(-1)
+    noise = {}
+    for own in (0.0, sparse.OWN):
+        monkeypatch.setattr(sparse, "OWN", own)
+        found = [
+            (w, torch.autograd.grad(divergence(student, x, 1.0).sum(), student)[0])
+            for w, x in every_draw(teacher, 3, 1.0)
+        ]
+        noise[own] = sum(weight * float((gradient - right).square().sum()) for weight, gradient in found)
+    assert noise[sparse.OWN] < 0.4 * noise[0.0]

@@ -48,8 +48,7 @@ def cache_of(keeping: Keeping, rows: Rows, work: Path, device: torch.device, pro
     """
     folder, teacher = keeping.folder or work / FOLDER, keeping.teacher
     if teacher is not None and not (folder / FACTS).is_file():
-        needed = _check_room(keeping.kind, rows, folder)
-        with disk_faults(folder, needed):
+        with disk_faults(folder, check_room(keeping, rows, work)):
             _make(StreamedModel(teacher, device), keeping.facts(rows.fingerprint), rows, folder, progress)
     cache = Cache(folder)
     if cache.kind != keeping.kind:
@@ -78,9 +77,14 @@ def _check_same(cache: Cache, folder: Path, work: Path) -> None:
     write_bytes(begun, now)
 
 
-def _check_room(kind: Kind, rows: Rows, folder: Path) -> int:
-    """Refuse what has no room; returns the bytes of the whole."""
-    needed = kind.bytes(len(rows.tokens), rows.count - len(rows.tokens))
+def check_room(keeping: Keeping, rows: Rows, work: Path) -> int:
+    """Refuse what has no room; returns the bytes of the whole. What a plan says is a bound: it has not read the text.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    folder = keeping.folder or work / FOLDER
+    needed = 0 if (folder / FACTS).is_file() else keeping.kind.bytes(len(rows.tokens), rows.count - len(rows.tokens))
     free = disk_usage(nearest(folder)).free + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if needed > free:
         raise ResourceError(
@@ -137,7 +141,7 @@ class _Making:
             "shards": shards,
         }
         write_json(self._folder / FACTS, {**self._facts, **told})
-        (self._folder / JOURNAL).unlink()
+        (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _held(self) -> list[dict[str, Any]]:
         """Shards that an earlier run made, up to the first that is not whole.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,17 @@ def test_what_does_not_fit_is_refused(
         made(asked(teacher, tmp_path / "next"), rows, work)
     with pytest.raises(InputError, match="another cache in .* meanwhile"):
         made(Keeping(**{**vars(asked(teacher, None)), "folder": folder}), rows, work)
+    facts = json.loads((folder / FACTS).read_text())
+    for changes, why in (
+        ({"tokens": 19}, "00000.safetensors does not hold what cache.json says"),
+        ({"method": "all"}, "of an unknown kind"),
+        ({"vocabulary": 3}, "names tokens that there are not"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        (copy / FACTS).write_text(json.dumps({**facts, "kind": {**facts["kind"], **changes}}))
+        with pytest.raises(InputError, match=why):
+            Cache(copy).row(rows.tokens[0])
+        shutil.rmtree(copy)
     for name, text, why in (
         ("00000.safetensors", b"x", "00000.safetensors is damaged"),
         (FACTS, b"{}", "no description of a cache"),

@@ -81,6 +81,7 @@ from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.caching import FOLDER as CACHE
 from llmshrink.train.caching import cache_of
+from llmshrink.train.caching import check_room as check_cache_room
 from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.lottery import LOTTERY, Lottery, draw
@@ -307,6 +308,8 @@ class Job:
         done: list[dict[str, Any]],
     ) -> tuple[Work, Plan, dict[str, Any]]:
         """Make the student, train it, and plan to write it; also what the report says of that."""
+        if training.keeping is not None:
+            check_cache_room(training.keeping, examples, workspace.work)
         student, cut, events = self.model, None, list(guessed.events)
         if training.cuts is not None:
             folder = workspace.work / STUDENT

@@ -87,7 +87,6 @@ def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Open | No
     work.economy, memory = compress_economy(work, recipe, choices)
     work.events += work.economy.told("compress")
     scratch, evaluation = compress_scratch(work, recipe), 0
-    kept = choices.kept_bytes if isinstance(choices, Training) else 0
     if recipe.evaluation.data:
         length = row_length(recipe.evaluation.length, model, [])
         work.scoring, evaluation = evaluation_economy(model, recipe, length, work.opened_bytes)
@@ -96,5 +95,5 @@ def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Open | No
         scratch = max(scratch, states if work.scoring.on_disk else 0)
     limit = size_limit(recipe, model.source.checkpoint.file_bytes)
     return describe(
-        work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch + kept, max_bytes=limit
+        work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
     )

@@ -156,7 +156,9 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = parse_json(path.read_bytes())
         if found["version"] != VERSION:
             raise InputError(f"{path} is of version {found['version']}, and {VERSION} is known.")
-        Kind(**found["kind"])
+        kind = Kind(**found["kind"])
+        if kind.method not in ("sampled", "topk") or not all(n > 0 for n in (*vars(kind).values(),)[1:]):
+            raise ValueError("of an unknown kind")
         _ = [found[key] for key in ("teacher", "teacher_files", "tokenizer", "covered", "seconds", "positions")]
         _ = [(shard["file"], shard["sha256"]) for shard in found["shards"]]
     except (ValueError, LookupError, TypeError) as error:

@@ -70,7 +70,7 @@ class CachePlan(_Part):
     tokens: int  # kept of each position
     temperature: float  # at which they are chosen
     bytes_per_token: int
-    bytes: int  # of what is made; 0: it is there, or only the text says how much it is
+    bytes: int  # of what is made, at most; 0: it is there, or only the text says how much it is
     found: bool  # it is there already
 
 

@@ -104,7 +104,7 @@ class Training:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes on disk of the words of its teacher that it writes down, where the recipe says how many there are."""
+        """Bytes on disk, at most, of the words of its teacher that it writes down; 0: only the text says how many."""
         keeping = self.keeping
         if keeping is None or keeping.found is not None or self.steps.limit is None:
             return 0

@@ -133,7 +133,7 @@ def _caching(found: CachePlan) -> str:
     kept = f"{found.tokens:,} tokens of each position, {found.method}{at}, {found.bytes_per_token} bytes"
     if found.found:
         return f"what it says was written down before: {kept}"
-    return f"what it says is written down first: {kept}" + (f", {decimal(found.bytes)}" if found.bytes else "")
+    return f"what it says is written down first: {kept}" + (f", at most {decimal(found.bytes)}" if found.bytes else "")
 
 
 def _allocation(found: AllocationPlan, parameters: int) -> list[str]:

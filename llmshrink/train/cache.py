@@ -99,8 +99,12 @@ class Cache:
         return safe_open(self._paths[shard], framework="pt")
 
     def _places(self, shard: int) -> Iterator[tuple[bytes, Place]]:
-        read_header(self._paths[shard])
+        infos, kind = read_header(self._paths[shard]), self.kind
         file, start = self._mapped(shard), 0
+        told = int(file.get_tensor("positions").sum()) if "positions" in infos else 0
+        right = {"tokens": (told, kind.tokens, kind.token_bytes), "logs": (told, kind.tokens)}
+        if any(name not in infos or infos[name].shape != right.get(name, (told,)) for name in names(kind)):
+            raise InputError(f"{self._paths[shard]} does not hold what {FACTS} says.", hint=AGAIN)
         for key, count in zip(file.get_tensor("rows").tolist(), file.get_tensor("positions").tolist(), strict=True):
             yield bytes(key), (shard, start, count)
             start += count
@@ -123,7 +127,10 @@ class Cache:
         """The words of one row of token ids [length]: of its positions but the last."""
         shard, start, count = self._rows[key_of(ids)]
         file = self._open(shard)
-        return unpacked({name: file.get_slice(name)[start : start + count] for name in names(self.kind)}, self.kind)
+        found = unpacked({name: file.get_slice(name)[start : start + count] for name in names(self.kind)}, self.kind)
+        if int(found.tokens.max()) >= self.kind.vocabulary:
+            raise InputError(f"{self._paths[shard]} names tokens that there are not.", hint=AGAIN)
+        return found
 
     def report(self) -> CacheReport:
         """What is told of it."""

@@ -49,8 +49,7 @@ def cache_of(keeping: Keeping, examples: Examples, work: Path, device: torch.dev
     """
     folder, teacher = keeping.folder or work / FOLDER, keeping.teacher
     if teacher is not None and not (folder / FACTS).is_file():
-        needed = _check_room(keeping.kind, examples, folder)
-        with disk_faults(folder, needed):
+        with disk_faults(folder, check_room(keeping, examples, work)):
             _make(StreamedModel(teacher, device), keeping.facts(examples.told.fingerprint), examples, folder, progress)
     cache = Cache(folder)
     if cache.kind != keeping.kind:
@@ -79,9 +78,15 @@ def _check_same(cache: Cache, folder: Path, work: Path) -> None:
     write_bytes(begun, now)
 
 
-def _check_room(kind: Kind, examples: Examples, folder: Path) -> int:
-    """Refuse what has no room; returns the bytes of the whole."""
-    needed = kind.bytes(len(examples), examples.count - len(examples))
+def check_room(keeping: Keeping, examples: Examples, work: Path) -> int:
+    """Refuse what has no room; returns the bytes of the whole. What a plan says is a bound: it has not read the text.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    folder = keeping.folder or work / FOLDER
+    made = (folder / FACTS).is_file()
+    needed = 0 if made else keeping.kind.bytes(len(examples), examples.count - len(examples))
     free = disk_usage(nearest(folder)).free + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if needed > free:
         raise ResourceError(
@@ -138,7 +143,7 @@ class _Making:
             "shards": shards,
         }
         write_json(self._folder / FACTS, {**self._facts, **told})
-        (self._folder / JOURNAL).unlink()
+        (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _held(self) -> list[dict[str, Any]]:
         """Shards that an earlier run made, up to the first that is not whole.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,8 @@ def test_what_is_kept_is_what_the_teacher_says(
         top = softened.topk(20)
         if method == "topk":
             assert words.tokens.tolist() == top.indices.tolist()
-        assert method == "topk" or torch.allclose(words.at(temperature)[1].sum(-1), torch.ones(len(said)), atol=2e-3)
+        logs, stands = words.at(temperature)
+        assert method == "topk" or torch.allclose((stands * logs.exp()).sum(-1), torch.ones(len(said)), atol=2e-3)
         covered.append(softened.gather(-1, words.tokens).exp().sum(-1))
     assert cache.report().covered == pytest.approx(float(torch.cat(covered).mean()), abs=1e-3)
 
@@ -129,7 +131,7 @@ def test_others_can_read_it(teacher: Path, rows: Rows, tmp_path: Path) -> None:
 
 
 def test_rows_are_found_in_any_order_and_behind_padding(teacher: Path, rows: Rows, tmp_path: Path) -> None:
-    cache = made(asked(teacher, None, tokens=20), rows, tmp_path)
+    cache = made(asked(teacher, None, 2.0, tokens=20), rows, tmp_path)
     ids, mask = torch.zeros(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
     places = [(6, 0), (3, 5), (0, 2)]  # padded on the right, on the left, on both sides
     for line, (number, start) in enumerate(places):
@@ -141,8 +143,9 @@ def test_rows_are_found_in_any_order_and_behind_padding(teacher: Path, rows: Row
         found = words(slice(start, start + len(right.tokens)))
         part = slice(line * len(right.tokens), (line + 1) * len(right.tokens))
         assert torch.equal(found.tokens[part], right.tokens) and torch.equal(found.logs[part], right.logs)
-    outside = words(slice(4, 5)).at(1.0)[1][0]
-    assert float(outside.sum()) == 0
+        assert torch.equal(found.shift[part], right.shift) and torch.equal(found.threshold[part], right.threshold)
+    logs, stands = words(slice(4, 5)).at(2.0)
+    assert float((stands * logs.exp())[0].sum()) == 0
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -216,6 +219,17 @@ def test_what_does_not_fit_is_refused(
         made(asked(teacher, tmp_path / "next"), rows, work)
     with pytest.raises(InputError, match="another cache in .* meanwhile"):
         made(Keeping(**{**vars(asked(teacher, None)), "folder": folder}), rows, work)
+    facts = json.loads((folder / FACTS).read_text())
+    for changes, why in (
+        ({"tokens": 19}, "00000.safetensors does not hold what cache.json says"),
+        ({"method": "all"}, "of an unknown kind"),
+        ({"vocabulary": 3}, "names tokens that there are not"),
+    ):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        (copy / FACTS).write_text(json.dumps({**facts, "kind": {**facts["kind"], **changes}}))
+        with pytest.raises(InputError, match=why):
+            Cache(copy).row(rows.tokens[0])
+        shutil.rmtree(copy)
     for name, text, why in (
         ("00000.safetensors", b"x", "00000.safetensors is damaged"),
         (FACTS, b"{}", "no description of a cache"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmshrink.train import sparse
 from llmshrink.train.sparse import Sparse, divergence, drawn, likeliest
 
 WIDTH = 9
@@ -61,7 +62,8 @@ def test_over_all_draws_the_gradient_is_that_of_all_tokens(count: int, temperatu
         gradient += weight * torch.autograd.grad(found, student)[0][0]
         value, total = value + weight * float(found.detach()), total + weight
         assert len(set(words.tokens[0].tolist())) == count
-        assert float(words.at(temperature)[1].sum()) == pytest.approx(1, abs=1e-5)
+        logs, stands = words.at(temperature)
+        assert float((stands * logs.exp()).sum()) == pytest.approx(1, abs=1e-5)
     assert total == pytest.approx(1)
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=2e-5)
     right = [(b - a) / temperature for a, b in zip(p, q, strict=True)]
@@ -75,14 +77,16 @@ def test_what_is_measured_needs_no_other_sample() -> None:
     assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=2e-5)
 
 
+@pytest.mark.parametrize("least", [True, False])
 @pytest.mark.parametrize("count", [1, 4, 8])
-def test_what_is_likely_is_always_kept(count: int) -> None:
-    teacher = logits(3, rows=5, spread=4.0)
-    uniform = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def test_what_is_likely_is_always_kept(count: int, least: bool) -> None:
+    teacher = logits(3, rows=50, spread=4.0)
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (not least)
     words = drawn(teacher, count, 1.0, uniform)
     for row, kept, limit in zip(teacher, words.tokens.tolist(), words.threshold.exp().tolist(), strict=True):
         p = chances(row)
         right = threshold(p, count)
+        assert len(set(kept)) == count
         assert limit == pytest.approx(right, rel=1e-4)
         assert {i for i, x in enumerate(p) if x > right * (1 + 1e-6)} <= set(kept)
 
@@ -118,3 +122,18 @@ def test_a_teacher_who_is_certain_leaves_numbers() -> None:
         found = divergence(student, kept, 1.0)
         assert torch.allclose(found, -student.log_softmax(-1)[:, 3], atol=1e-4)
         assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
+
+
+def test_the_student_s_own_tail_steadies_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = logits(1)
+    student = (teacher + logits(2, spread=0.3)).requires_grad_()
+    right = student.detach().softmax(-1) - teacher.softmax(-1)
+    noise = {}
+    for own in (0.0, sparse.OWN):
+        monkeypatch.setattr(sparse, "OWN", own)
+        found = [
+            (w, torch.autograd.grad(divergence(student, x, 1.0).sum(), student)[0])
+            for w, x in every_draw(teacher, 3, 1.0)
+        ]
+        noise[own] = sum(weight * float((gradient - right).square().sum()) for weight, gradient in found)
+    assert noise[sparse.OWN] < 0.4 * noise[0.0]

@@ -28,8 +28,8 @@ class LossSpec(Section):
     )
     shared: bool = Field(
         True,
-        description="of uld: tokens of the same text are compared with each other, and only the others in order of "
-        "their size; false: all are",
+        description="of uld: tokens that begin with the same piece of text are compared as one, and only the others in "
+        "order of their size; false: all are",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's share of the mixture")
     temperature: float = Field(

@@ -1,4 +1,4 @@
-"""Two tokenizers on one text: where both end a token at the same character, and which of their tokens are the same.
+"""Two tokenizers on one text: where both end a token at the same character, and which of their tokens begin alike.
 
 A teacher that reads other tokens reads the student's text again in its own. Where both have seen the same text so far,
 both say how it goes on, and only there can they be compared (ULD, Boizard et al. 2024, arXiv 2402.12030; by the text
@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"  # what decoders make of bytes that are no character
+BEFORE = ("\n", "a", ".")  # what may stand before a text without becoming one token with it
 
 
 class Alignment:
@@ -62,15 +63,31 @@ class Alignment:
         at = {end: start + i for i, end in enumerate(other_ends) if end is not None and end <= same}
         return others, [-1 if end is None else at.get(end, -1) for end in ends]
 
-    def same(self) -> tuple[list[int], list[int]]:
-        """Tokens that stand for the same text, the student's and the teacher's, in pairs."""
-        others = {text: token for token, text in _texts(self._teacher).items()}
-        pairs = {token: others[text] for token, text in _texts(self._student).items() if text in others}
-        own = _mark(self._student)
-        if own is not None and self._mark is not None:
-            pairs[own] = self._mark
-        one_each = {other: token for token, other in sorted(pairs.items(), reverse=True)}
-        return list(one_each.values()), list(one_each.keys())
+    def classes(self) -> tuple[list[int], list[int]]:
+        """The class of each token of the student and of the teacher, -1 of those that have none.
+
+        One may have a token for what is several to the other, so tokens are compared by how they begin: by the longest
+        piece that both read as one token in front of them. Of one tokenizer each token is a class of its own.
+        """
+        tables = [_texts(tokenizer) for tokenizer in (self._student, self._teacher)]
+        every = sorted({text for table in tables for text in table.values()})
+        one, other = (
+            _beginnings(tokenizer, every, table)
+            for tokenizer, table in zip((self._student, self._teacher), tables, strict=True)
+        )
+        numbers: dict[str, int] = {}
+        found = []
+        for tokenizer, table in zip((self._student, self._teacher), tables, strict=True):
+            classes = [-1] * len(tokenizer)
+            for token, text in table.items():
+                piece = _common(text, one, other)
+                if piece is not None:
+                    classes[token] = numbers.setdefault(piece, len(numbers))
+            found.append(classes)
+        marks = (_mark(self._student), self._mark)
+        if marks[0] is not None and marks[1] is not None:
+            found[0][marks[0]] = found[1][marks[1]] = len(numbers)
+        return found[0], found[1]
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[int | None]]:
@@ -102,3 +119,28 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     rows = tokenizer.batch_decode([[*before, i] for i in ids], clean_up_tokenization_spaces=False)
     texts = {i: row[start:] for i, row in zip(ids, rows, strict=True)}
     return {i: text for i, text in texts.items() if text and BROKEN not in text}
+
+
+def _beginnings(tokenizer: PreTrainedTokenizerBase, texts: list[str], known: dict[int, str]) -> dict[str, str]:
+    """Of texts, read within a text, what the first token stands for, where there is one."""
+    found: dict[str, str] = {}
+    for before in BEFORE:
+        start: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+        left = [text for text in texts if text not in found]
+        if not left:
+            break
+        rows = tokenizer([before + text for text in left], add_special_tokens=False, verbose=False)["input_ids"]
+        for text, row in zip(left, rows, strict=True):
+            if row[: len(start)] == start and len(row) > len(start) and row[len(start)] in known:
+                found[text] = known[row[len(start)]]
+    return found
+
+
+def _common(text: str, one: dict[str, str], other: dict[str, str]) -> str | None:
+    """The longest beginning of a text that both read as one token; None: there is none."""
+    while True:
+        piece = one.get(text)
+        again = None if piece is None else other.get(piece)
+        if again is None or again == text:
+            return again
+        text = again

@@ -81,9 +81,9 @@ class Distillation:
         alignment = Alignment(self._student.source.tokenizer, source.tokenizer)
         teacher = Foreign(model, alignment)
         if self._stage.loss.shared:
-            own, other = torch.tensor(alignment.same(), device=model.device)
-            known = (own < Halves(self.model).vocabulary) & (other < teacher.vocabulary)
-            self._shared = Shared(own[known], other[known])
+            sizes = Halves(self.model).vocabulary, teacher.vocabulary
+            classes = zip(alignment.classes(), sizes, strict=True)
+            self._shared = Shared(*(torch.tensor((found + [-1] * n)[:n], device=model.device) for found, n in classes))
         return teacher
 
     def trainer(self, **given: Any) -> Distiller:

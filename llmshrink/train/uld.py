@@ -1,9 +1,10 @@
 """How far apart distributions over two vocabularies are.
 
 ULD (Boizard et al. 2024, arXiv 2402.12030, equation 3) sorts both and sums the differences: only their shapes are
-compared. Where tokens stand for the same text that gives away what is known, so these are compared with each other, all
-others being one outcome: KL(p || q) over that partition; and what is left is sorted (as in TRL's GOLD, which has a
-Jensen-Shannon divergence there). Of two vocabularies that are one it is KL(p || q).
+compared. What tokens stand for says more. One vocabulary may have a token for what is several to the other, so chances
+are summed over tokens that begin with the same piece of text, and it is KL(p || q) over these sums; only what has no
+such piece is sorted. (TRL's GOLD compares tokens of the same text alone: a letter with the same letter, though the
+other one says the whole word.) Of two vocabularies that are one it is KL(p || q).
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+TINY = 1e-30  # chances of which the logarithm is taken
 SILENT = -torch.inf  # all logits of a position at which a teacher says nothing
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Tokens that stand for the same text.
+    """Which tokens begin with the same piece of text.
 
     Attributes:
-        own: The student's, int64 [pairs].
-        other: The teacher's, in the same order.
+        own: The class of each token of the student's vocabulary, int64 [tokens], -1 of those that have none.
+        other: The same of the teacher's.
     """
 
     own: Tensor
     other: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return int(torch.cat([self.own, self.other]).max()) + 1
 
 
 def uld(student: Tensor, teacher: Tensor, temperature: float, shared: Shared | None) -> Tensor:
@@ -38,7 +45,7 @@ def uld(student: Tensor, teacher: Tensor, temperature: float, shared: Shared | N
         teacher: logits [tokens, its own vocabulary].
         temperature: that divides both. Gradients of KL shrink as its square, those of sorted differences as itself, so
             these multiply them.
-        shared: tokens that are compared with each other; None: all are sorted.
+        shared: tokens that are compared as one; None: all are sorted.
     """
     known = teacher[:, 0] != SILENT
     q = functional.log_softmax(student[known].float() / temperature, dim=-1)
@@ -46,25 +53,22 @@ def uld(student: Tensor, teacher: Tensor, temperature: float, shared: Shared | N
     if shared is None:
         found = temperature * _sorted(p.exp(), q.exp())
     else:
-        one, other = _parted(q, shared.own), _parted(p, shared.other)
-        found = temperature**2 * _partition(other, one) + temperature * _sorted(other[1].exp(), one[1].exp())
+        q, p = q.exp(), p.exp()
+        found = temperature**2 * _kl(_sums(p, shared.other, shared.count), _sums(q, shared.own, shared.count))
+        found = found + temperature * _sorted(p[:, shared.other < 0], q[:, shared.own < 0])
     return torch.zeros(len(student), device=student.device).masked_scatter(known, found)
 
 
-def _parted(logs: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that are named, in their order, and the others."""
-    left = torch.ones(logs.shape[1], dtype=torch.bool, device=logs.device)
-    left[taken] = False
-    return logs[:, taken], logs[:, left]
+def _sums(chances: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Chances of each class, and of all that has none."""
+    places = classes.where(classes >= 0, count)
+    return chances.new_zeros(len(chances), count + 1).index_add(1, places, chances)
 
 
-def _partition(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(p || q) of the first columns and of all others as one; where one of them has no others there is no such."""
-    found = functional.kl_div(q[0], p[0], reduction="none", log_target=True).sum(-1)
-    if p[1].shape[1] and q[1].shape[1]:
-        rest, own = p[1].logsumexp(-1), q[1].logsumexp(-1)
-        found = found + rest.exp() * (rest - own)
-    return found
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) along the last dimension, where the student can say what the teacher does."""
+    possible = (p > 0) & (q > 0)
+    return (p * (p.clamp_min(TINY).log() - q.clamp_min(TINY).log())).where(possible, 0).sum(-1)
 
 
 def _sorted(p: Tensor, q: Tensor) -> Tensor:

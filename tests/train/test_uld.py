@@ -33,17 +33,27 @@ def in_order(p: list[float], q: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(*ranked, strict=True))
 
 
-def brute(student: Tensor, teacher: Tensor, temperature: float, shared: list[tuple[int, int]] | None) -> list[float]:
+Classes = tuple[list[int], list[int]]
+
+
+def brute(student: Tensor, teacher: Tensor, temperature: float, classes: Classes | None) -> list[float]:
     found = []
     for own, other in zip(student.double().tolist(), teacher.double().tolist(), strict=True):
         q, p = chances(own, temperature), chances(other, temperature)
-        if shared is None:
+        if classes is None:
             found.append(temperature * in_order(p, q))
             continue
-        kl = sum(p[b] * math.log(p[b] / q[a]) for a, b in shared)
-        rest_q = [value for i, value in enumerate(q) if i not in {a for a, _ in shared}]
-        rest_p = [value for i, value in enumerate(p) if i not in {b for _, b in shared}]
-        kl += sum(rest_p) * math.log(sum(rest_p) / sum(rest_q)) if rest_p else 0.0
+        kl = 0.0
+        for name in {*classes[0], *classes[1]}:
+            one, two = (
+                sum(value for value, where in zip(row, of, strict=True) if where == name)
+                for row, of in ((q, classes[0]), (p, classes[1]))
+            )
+            kl += two * math.log(two / one)
+        rest_q, rest_p = (
+            [value for value, where in zip(row, of, strict=True) if where < 0]
+            for row, of in ((q, classes[0]), (p, classes[1]))
+        )
         found.append(temperature**2 * kl + temperature * in_order(rest_p, rest_q))
     return found
 
@@ -53,14 +63,14 @@ def logits(seed: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("pairs", [None, [(0, 4), (3, 1), (8, 12)]])
-def test_the_distance_is_its_sum(temperature: float, pairs: list[tuple[int, int]] | None) -> None:
+@pytest.mark.parametrize("classes", [None, ([0, 1, 1, 2, -1, 0, -1, 2, 1], [2, 2, -1, 0, 1, 1, 0, 0, -1, -1, 2, 0, 1])])
+def test_the_distance_is_its_sum(temperature: float, classes: Classes | None) -> None:
     student, teacher = logits(0, 9), logits(1, 13)
     teacher[2] = SILENT
-    shared = None if pairs is None else Shared(*torch.tensor(pairs).T)
+    shared = None if classes is None else Shared(*map(torch.tensor, classes))
     found = uld(student, teacher, temperature, shared)
     known = [0, 1, 3, 4, 5]
-    assert found[known].tolist() == pytest.approx(brute(student[known], teacher[known], temperature, pairs), rel=1e-4)
+    assert found[known].tolist() == pytest.approx(brute(student[known], teacher[known], temperature, classes), rel=1e-4)
     assert found[2] == 0
     leaf = student.clone().requires_grad_()
     uld(leaf, teacher, temperature, shared).sum().backward()
@@ -68,7 +78,7 @@ def test_the_distance_is_its_sum(temperature: float, pairs: list[tuple[int, int]
 
 
 def test_where_nothing_is_said_nothing_is_learned() -> None:
-    shared, leaf = Shared(torch.tensor([1]), torch.tensor([2])), logits(0, 9).requires_grad_()
+    shared, leaf = Shared(torch.zeros(9).long(), torch.zeros(13).long()), logits(0, 9).requires_grad_()
     found = uld(leaf, torch.full((6, 13), SILENT), 1.0, shared)
     (gradient,) = torch.autograd.grad(found.sum(), leaf)
     assert not found.any() and not gradient.any()
@@ -77,7 +87,9 @@ def test_where_nothing_is_said_nothing_is_learned() -> None:
 def test_of_one_vocabulary_it_is_the_divergence() -> None:
     student, teacher, every = logits(0, 9), logits(1, 9), torch.arange(9)
     spec = LossSpec(temperature=2.0)
-    assert torch.allclose(uld(student, teacher, 2.0, Shared(every, every)), divergence(student, teacher, spec))
+    assert torch.allclose(
+        uld(student, teacher, 2.0, Shared(every, every)), divergence(student, teacher, spec), rtol=1e-4
+    )
 
 
 def byte_level(size: int) -> PreTrainedTokenizerFast:
@@ -142,14 +154,36 @@ def test_a_row_may_begin_and_end_within_a_character() -> None:
     assert places[-1] == places[-2] == -1 and "fox" in teacher.decode(made)
 
 
-def test_tokens_of_the_same_text_are_pairs() -> None:
+def test_tokens_are_compared_by_the_pieces_that_both_have() -> None:
+    """Against the longest beginning that is one token to both, found letter by letter."""
     student, teacher = byte_level(330), like_llama(420)
-    pairs = dict(zip(*Alignment(student, teacher).same(), strict=True))
-    names = {student.convert_ids_to_tokens(a): teacher.convert_ids_to_tokens(b) for a, b in pairs.items()}
-    assert names["Ġthe"] == "▁the" and names["e"] == "e" and names["<s>"] == "<s>" and names["Ċ"] == "<0x0A>"
-    letters = {one: other for one, other in names.items() if other[0] != "<"}
-    assert all(one.replace("Ġ", "▁") == other for one, other in letters.items()) and len(letters) > 60
-    assert len(set(pairs.values())) == len(pairs)
+    own, other = Alignment(student, teacher).classes()
+    assert own[student.bos_token_id] == other[teacher.bos_token_id] >= 0
+    assert own[student.convert_tokens_to_ids("Ċ")] == other[teacher.convert_tokens_to_ids("<0x0A>")] >= 0
+    names: dict[int, str] = {}
+    for tokenizer, classes in ((student, own), (teacher, other)):
+        for token, name in zip(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), classes, strict=True):
+            text = token.replace("Ġ", " ").replace("▁", " ")
+            if name >= 0 and text.isascii() and "<" not in text:
+                known = names.get(name, text)
+                names[name] = known if len(known) < len(text) else text
+                assert text.startswith(names[name])
+    both = [{t.replace("Ġ", " ").replace("▁", " ") for t in one.get_vocab()} for one in (student, teacher)]
+    both[1] |= {chr(i) for i in range(128)}  # as bytes
+    assert set(names.values()) <= both[0] & both[1] and len(names) > 50 and " the" in names.values()
+    longer = teacher.convert_tokens_to_ids("▁counted")
+    first = student("a counted", add_special_tokens=False)["input_ids"][1]
+    assert longer != teacher.unk_token_id and other[longer] == own[first]
+
+
+def test_of_one_tokenizer_each_token_is_a_class() -> None:
+    for tokenizer in (byte_level(330), like_llama(420)):
+        own, other = Alignment(tokenizer, tokenizer).classes()
+        texts: dict[int, set[str]] = {}
+        for token, name in enumerate(own):
+            texts.setdefault(name, set()).add(tokenizer.decode([token]))
+        assert own == other and all(len(same) == 1 for name, same in texts.items() if name >= 0)
+        assert len(texts) > 100
 
 
 def model(seed: int, size: int) -> PreTrainedModel:

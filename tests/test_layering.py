@@ -127,7 +127,8 @@ ALLOWED = {
         "statistics",
         "summary",
     },
-    "train": {"calibration", "engine", "errors", "io", "model", "plan", "progress", "recipe", "report"},
+    "train": {"calibration", "engine", "errors", "evaluate", "io", "model", "plan", "progress", "recipe", "report"},
+    "adapting": None,  # the story of a run that ends in an adapter
     "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},

@@ -208,6 +208,26 @@ def distill(
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
+def lora(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.AdapterKind = None,
+    rank: opt.AdapterRank = None,
+    target: opt.Target = None,
+    merge: opt.Merge = None,
+    data: opt.Data = None,
+    batch: opt.Batch = None,
+    rate: opt.Rate = None,
+    max_steps: opt.MaxSteps = None,
+    max_tokens: opt.MaxTokens = None,
+    max_minutes: opt.MaxMinutes = None,
+) -> None:
+    """Learn a text by a small adapter beside a model, verify it, and measure what it gained."""
+
+
+@app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,

@@ -82,10 +82,20 @@ class Training:
 
     def work(self, model: StreamedModel) -> Work:
         """The work of writing a student as it is."""
-        matrices = [m for block in model.anatomy.blocks for m in block.matrices]
-        output = self._recipe.output or str(default_output(self.model.source.id, "distilled"))
-        recipe = self._recipe.model_copy(update={"output": output})
-        methods = {matrix: Trained(CutConfig()) for matrix in matrices}
-        work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
-        work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
-        return work
+        return trained_work(self._recipe, model, str(default_output(self.model.source.id, "distilled")))
+
+
+def trained_work(recipe: Recipe, model: StreamedModel, output: str) -> Work:
+    """The work of writing a model as training left it.
+
+    Args:
+        recipe: may name the output.
+        model: what is written.
+        output: its folder, where the recipe names none.
+    """
+    matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+    recipe = recipe.model_copy(update={"output": recipe.output or output})
+    methods = {matrix: Trained(CutConfig()) for matrix in matrices}
+    work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
+    work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
+    return work

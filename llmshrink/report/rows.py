@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from llmshrink.progress import seconds
 from llmshrink.report.schema import (
+    AdapterReport,
     AllocationReport,
     BlockReport,
     CutReport,
@@ -30,6 +31,7 @@ from llmshrink.report.schema import (
 )
 
 NOT_MEASURED = "not measured"
+TARGETS = 8  # names of linears in one line
 NOTHING = "-"  # where a number makes no sense, such as the original's divergence from itself
 
 
@@ -225,7 +227,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         what = f" with {stage.method['name']}"
     lines = [f"{stage.task}{what}, {stage.format}" + (f" {stage.type}" if stage.type else "")]
     if stage.trained is not None:
-        lines = ["distill"]
+        lines = [stage.task if stage.adapter is None else f"{stage.task} with {stage.adapter.name}"]
     if stage.cut is not None:
         lines = _cut(stage.cut)
     elif weights and stage.trained is None:
@@ -245,6 +247,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_learned(stage.blocks, fitted=stage.cut is not None))
     if stage.tuned is not None:
         lines.append(_tuned(stage.tuned))
+    if stage.adapter is not None:
+        lines.append(_adapter(stage.adapter))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
     fallbacks = sum(layer.fallback for layer in stage.layers)
@@ -347,6 +351,15 @@ def _trained(found: TrainReport) -> str:
         held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')} in {count(found.steps, 'step')} of gradient"
     return f"learned from {found.teacher or 'text'}, {text}, {seconds(found.seconds)}: {held}"
+
+
+def _adapter(found: AdapterReport) -> str:
+    """How little learned."""
+    size = f", {decimal(found.bytes)}" if found.bytes else ""
+    beside = f" beside {', '.join(found.targets[:TARGETS])}" if found.targets else ""
+    more = ", ..." if len(found.targets) > TARGETS else ""
+    base = "; the model is held in 4 bits" if found.four_bits else ""
+    return f"{found.learns:,} numbers learn, {share(found.share)} of the model{size}{beside}{more}{base}"
 
 
 def _tuned(tuned: TuneReport) -> str:

@@ -221,6 +221,17 @@ class TrainReport(Record):
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")
 
 
+class AdapterReport(Record):
+    """What learned beside a model, or within it."""
+
+    name: str = Field(description="the kind")
+    learns: int = Field(description="numbers that learned")
+    share: float = Field(description="of the numbers of the model")
+    bytes: int = Field(description="of all tensors of the adapter; 0: it is part of the model")
+    targets: list[str] = Field(description="ends of the names of the linears that have it; empty: it is beside none")
+    four_bits: bool = Field(default=False, description="the model was held as NF4 while the adapter learned")
+
+
 class TextScore(Record):
     """Quality on one text. The rows allow a paired comparison with another model on the same text."""
 
@@ -310,6 +321,7 @@ class StageReport(Record):
     ratios: RatiosReport | None = Field(default=None, description="None: no layer's share was found by measuring")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     trained: TrainReport | None = Field(default=None, description="None: it was not")
+    adapter: AdapterReport | None = Field(default=None, description="None: no adapter learned")
     packed: PackReport | None = Field(default=None, description="None: codes are not entropy-coded")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
@@ -374,6 +386,7 @@ class Report(Record):
 
 
 __all__ = [
+    "AdapterReport",
     "AllocationReport",
     "BY_RULE",
     "BlockReport",

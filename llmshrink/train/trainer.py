@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
-from llmshrink.errors import InputError
 from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.chunks import summed
+from llmshrink.train.finite import check_number
 from llmshrink.train.heads import Halves
 from llmshrink.train.losses import mixed
 from llmshrink.train.teachers import Teacher
@@ -54,12 +53,7 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         given = {key: value for key, value in inputs.items() if key != "labels"}
         labels = inputs["labels"][:, 1:]
         total = self._total(model, given, labels, self._loss if model.training else DIVERGENCE)
-        if not math.isfinite(float(total.detach())):
-            step, rows = self.state.global_step, inputs["input_ids"][:, :8].tolist()
-            raise InputError(
-                f"The loss of step {step} is no number; its rows begin with the tokens {rows}.",
-                hint="Lower train.rate, or train.clip; the last saved state is kept.",
-            )
+        check_number(total, self.state.global_step, inputs)
         if num_items_in_batch is None or not model.training:
             num_items_in_batch = (labels != -100).sum()
         loss = total / num_items_in_batch

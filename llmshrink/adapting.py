@@ -1,0 +1,224 @@
+"""One run that ends in an adapter: learn, read back, measure with and without it, report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from llmshrink.calibration.rows import Rows
+from llmshrink.checks.adapter import check_adapter, check_tensors
+from llmshrink.checks.gates import check_size
+from llmshrink.checks.preflight import check_finite, check_room
+from llmshrink.checks.written import check_hashes, probe_tokens
+from llmshrink.engine.workspace import Workspace
+from llmshrink.errors import GateError, PlanError
+from llmshrink.evaluate.adapted import score_adapted
+from llmshrink.forms import Event
+from llmshrink.io.files import copy_file, disk_faults
+from llmshrink.io.safetensors import Checkpoint, read_header
+from llmshrink.memory import PeakMonitor, release
+from llmshrink.output import write_report
+from llmshrink.plan.adapting import Adapting
+from llmshrink.plan.describe_adapter import FORMAT
+from llmshrink.plan.layout import row_length
+from llmshrink.plan.schema import Plan
+from llmshrink.planning import adapter_plan
+from llmshrink.recipe.lora import LoraStage
+from llmshrink.report.schema import (
+    AdapterReport,
+    Check,
+    MemoryReport,
+    ModelMeasure,
+    Report,
+    StageReport,
+    TextScore,
+    TrainReport,
+)
+from llmshrink.train.adaptation import ADAPTER, PROBE, SETTINGS, Adaptation, load_adapted
+from llmshrink.train.run import STATES, TRAINED, finished, train
+
+if TYPE_CHECKING:
+    from llmshrink.job import Job
+
+ROWS = "rows.json"  # in the folder of work: what is learned from
+
+
+def adapt(job: Job, stage: LoraStage, overwrite: bool) -> Report:
+    """Learn an adapter, verify, measure, commit.
+
+    Raises:
+        GateError: what was written does not verify; it is kept, unfinished.
+    """
+    return _Run(job, Adapting(job.recipe, stage, job.model)).write(overwrite)
+
+
+class _Run:
+    def __init__(self, job: Job, adapting: Adapting) -> None:
+        self.job, self.adapting = job, adapting
+        self.recipe, self.model, self.device = job.recipe, job.model, job.facts.device
+
+    def write(self, overwrite: bool) -> Report:
+        if self.recipe.evaluation.baseline is not None:
+            raise PlanError("evaluation.baseline is for `llmshrink eval`: this command compares with the original.")
+        job, adapting, output = self.job, self.adapting, self.adapting.output
+        plan = adapter_plan(self.recipe, adapting)
+        check_size(plan)
+        check_room(plan, output, job.facts.source, self.recipe.run)
+        with disk_faults(output, plan.disk_bytes), Workspace(output, overwrite=overwrite) as workspace:
+            check_finite(self.model, job.progress)
+            rows = self._rows(workspace)
+            happened = list(job.loader.events)
+            length = row_length(self.recipe.evaluation.length, self.model, adapting.events)
+            texts = job.loader.evaluation(self.recipe.evaluation, adapting.shorter(length), rows)
+            done = workspace.begin(job.facts.identity(rows), resume=self.recipe.run.resume, folders=(STATES, TRAINED))
+            rows.save(workspace.work / ROWS, self._key(), happened)
+            with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
+                trained, report = self._train(rows, workspace, done)
+            job._tell(workspace.events, adapting.events, job.loader.events)
+            files = self._files(workspace, trained)
+            checks = self._verify(workspace, trained, files, plan)
+            measures, seconds = self._measure(workspace.folder, texts)
+            done_so = self._stage(plan, workspace.folder, report, checks, memory, seconds)
+            found = job.facts.report(
+                stages=job._judged([done_so], {"before": self.model}, measures),
+                calibration=rows,
+                measures=measures,
+                events=[*workspace.events, *adapting.events, *job.loader.events],
+                output=str(output),
+                seconds=time.perf_counter() - job.start,
+            )
+            write_report(workspace.folder, found, self.recipe)
+            workspace.commit()
+        return found
+
+    def _key(self) -> dict[str, Any]:
+        """What the rows depend on, but for what `auto` means today."""
+        steps = self.adapting.steps
+        data = {key: getattr(steps.spec, key) for key in ("data", "split", "column", "seed")}
+        return {"model": self.job.facts.source.hashes, **data, "length": steps.length, "rows": steps.rows}
+
+    def _rows(self, workspace: Workspace) -> Rows:
+        """What is learned from: rows that an unfinished run began with, or new ones."""
+        kept = Rows.load(workspace.work / ROWS, self._key()) if self.recipe.run.resume else None
+        steps = self.adapting.steps
+        if kept is None:
+            return self.job.loader.training(steps.spec, steps.rows, steps.length)
+        self.job.loader.events += kept[1]
+        return kept[0]
+
+    def _train(self, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, TrainReport]:
+        if (before := finished(workspace, done)) is not None:
+            return before
+        steps = self.adapting.steps
+        count = steps.count(len(rows.tokens) - steps.held(len(rows.tokens)))
+        lesson = Adaptation(self.adapting, self.device, steps=count, probe=probe_tokens(self.model))
+        return train(
+            lesson,
+            steps,
+            rows,
+            workspace=workspace,
+            done=done,
+            device=self.device,
+            progress=self.job.progress,
+        )
+
+    def _files(self, workspace: Workspace, trained: Path) -> dict[str, str]:
+        """Copy what was learned, and the tokenizer, into the result; returns the SHA-256 of each file."""
+        source = self.model.source
+        found = {name: path for name, path in source.companions.items() if "/" not in name}
+        found |= {name: trained / name for name in (ADAPTER, SETTINGS)}
+        return {name: copy_file(path, workspace.folder / name) for name, path in found.items()}
+
+    def _verify(self, workspace: Workspace, trained: Path, files: dict[str, str], plan: Plan) -> list[Check]:
+        job, folder = self.job, workspace.folder
+        job.progress.start("verify", 0)
+        assert plan.adapter is not None
+        checks = [
+            check_hashes(folder, files),
+            check_tensors(_tensors(folder), plan.adapter.bytes, at_most=plan.adapter.at_most),
+            check_adapter(
+                self.model,
+                folder,
+                probe_tokens(self.model),
+                load_file(trained / PROBE)["logits"],
+                nested=self.adapting.nested,
+            ),
+        ]
+        if checks[-1].passed is None:
+            job.loader.events.append(Event("not_verified", f"no foreign reader: {checks[-1].detail}"))
+        job.progress.finish()
+        if failed := [check for check in checks if check.passed is False]:
+            shown = "\n".join(f"  - {check.name}: {check.detail}" for check in failed)
+            raise GateError(f"What was written does not verify; it stays in {folder}:\n{shown}")
+        return checks
+
+    def _measure(self, folder: Path, texts: list[Rows]) -> tuple[dict[str, ModelMeasure], float]:
+        """The model without what it learned, and with it, in memory once."""
+        clock = time.perf_counter()
+        scores: tuple[list[TextScore], list[TextScore]] = ([], [])
+        if texts:
+            model = load_adapted(self.adapting, folder, self.device)
+            scores = score_adapted(
+                model,
+                model.disable_adapter,
+                texts,
+                packed=self.recipe.evaluation.packed,
+                progress=self.job.progress,
+            )
+            del model
+            release(self.device)
+        base, own = self.model.source.checkpoint.bytes, _tensors(folder)
+        numbers = sum(info.numel for info in own.infos.values())
+        sizes = {"before": (0, 0), "after": (numbers, own.bytes)}
+        measures = {
+            label: ModelMeasure(
+                label=label,
+                parameters=self.model.parameters + more,
+                tensor_bytes=base + size,
+                bits_per_weight=8 * (base + size) / self.model.parameters,
+                scores=found,
+            )
+            for (label, (more, size)), found in zip(sizes.items(), scores, strict=True)
+        }
+        return measures, time.perf_counter() - clock
+
+    def _stage(
+        self, plan: Plan, folder: Path, trained: TrainReport, checks: list[Check], memory: PeakMonitor, seconds: float
+    ) -> StageReport:
+        adapting, own = self.adapting, _tensors(folder).bytes
+        adapter = AdapterReport(
+            name=adapting.name,
+            learns=trained.parameters,
+            share=trained.parameters / self.model.parameters,
+            bytes=own,
+            targets=list(adapting.targets),
+            four_bits=adapting.in_four_bits,
+        )
+        return StageReport(
+            task="lora",
+            method=adapting.stage.method.model_dump(mode="json", exclude_none=True),
+            format=FORMAT,
+            trained=trained,
+            adapter=adapter,
+            bytes_before=plan.bytes_before,
+            bytes_after=plan.bytes_before + own,
+            planned_bytes_after=plan.bytes_after,
+            bits_per_weight=8 * (plan.bytes_before + own) / plan.parameters,
+            seconds={"learn": trained.seconds, "evaluate": seconds},
+            memory=MemoryReport(
+                planned_bytes=plan.memory_bytes,
+                measured_bytes=memory.above_base_bytes,
+                device_bytes=memory.device_bytes,
+            ),
+            checks=checks,
+        )
+
+
+def _tensors(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, read_header(folder / ADAPTER))
+
+
+__all__ = ["adapt"]

@@ -1,0 +1,164 @@
+"""From a stage that adapts a model to what learns of it, how much that is, and what is refused before anything does."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from peft import PeftConfig
+
+from llmshrink.errors import PlanError
+from llmshrink.forms import Event
+from llmshrink.model.anatomy import Matrix
+from llmshrink.model.skeleton import build
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, peft_config
+from llmshrink.plan.layout import default_output
+from llmshrink.plan.linears import find_linears, writers
+from llmshrink.plan.steps import Steps
+from llmshrink.plan.training import trained_work
+from llmshrink.plan.work import Work
+from llmshrink.recipe.adapter import WRITES_MODEL
+from llmshrink.recipe.lora import LoraStage
+from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.train import TrainSpec
+
+TRAINED_AS_STORED = ("dense", "bnb")  # formats whose models learn as they are
+SOME_STEPS = 1000  # where the text decides how many there are
+LARGE = 64  # a rank from which on the usual factor of LoRA lets it learn too little
+
+
+class Adapting:
+    """What a stage adapts.
+
+    Attributes:
+        stage: What the recipe says.
+        model: That comes in.
+        steps: Of gradient.
+        linears: Beside which an adapter stands.
+        events: What people should know of that.
+    """
+
+    needs_data = True
+
+    def __init__(self, recipe: Recipe, stage: LoraStage, model: StreamedModel) -> None:
+        """Find what learns.
+
+        Raises:
+            PlanError: the model cannot be adapted so.
+        """
+        self.stage, self.model, self._recipe = stage, model, recipe
+        self.events: list[Event] = []
+        self._refuse()
+        self.steps = Steps(self._shorter(), model)
+        self.linears: Linears = find_linears(model, stage.target)
+        self._tell()
+
+    @property
+    def name(self) -> str:
+        """Of the kind of adapter."""
+        return self.stage.method.name
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether the model is in memory as NF4 while its adapter learns."""
+        return self.name in IN_FOUR_BITS
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Ends of the names of the linears that an adapter stands beside."""
+        return () if self.name in (*PROMPTS, *WRITES_MODEL) else self.linears.names
+
+    def beside(self, matrix: Matrix) -> bool:
+        """Whether an adapter stands beside a linear."""
+        return matrix.kind != "experts" and any(
+            matrix.module == end or matrix.module.endswith(f".{end}") for end in self.targets
+        )
+
+    @property
+    def output(self) -> Path:
+        """The folder of the result."""
+        default = default_output(self.model.source.id, self.name)
+        return Path(self._recipe.output).expanduser() if self._recipe.output else default
+
+    @property
+    def nested(self) -> bool | None:
+        """Whether scales of the four bits are in 8 bits too; None: the model is as it is stored."""
+        return self.name == "qlora" if self.in_four_bits else None
+
+    def shorter(self, length: int) -> int:
+        """So many tokens, or fewer, to leave room for what stands before a row."""
+        if self.name not in PROMPTS or self.model.positions is None:
+            return length
+        return min(length, self.model.positions - (self.stage.method.tokens or 0))
+
+    def _refuse(self) -> None:
+        model, name = self.model, self.name
+        stored = model.weights.format.name
+        if not model.task.causal:
+            raise PlanError(
+                f"{model.source.id}: only models that predict the next token learn from text.",
+                hint="A model of classes learns from rows with a class: name its column with --label.",
+            )
+        if model.source.gguf or stored not in TRAINED_AS_STORED:
+            raise PlanError(
+                f"{model.source.id} is stored as {stored}, through which no gradients are found here.",
+                hint="`llmshrink export --to dense` writes it without codes; adapt that, and quantize the result.",
+            )
+        if stored != "dense" and self.stage.method.name in ("full", "freeze"):
+            raise PlanError(
+                f"{model.source.id} is stored as {stored}: codes do not learn, adapters beside them do.",
+                hint="Take --method lora, or `llmshrink export --to dense` first.",
+            )
+        if stored != "dense" and self.in_four_bits:
+            raise PlanError(
+                f"{model.source.id} is quantized already: {name} quantizes it first.", hint="Take --method lora."
+            )
+
+    def _shorter(self) -> TrainSpec:
+        """How it learns, with room in each row for what stands before it."""
+        spec = self.stage.train
+        if self.name not in PROMPTS or self.model.positions is None:
+            return spec
+        room = self.shorter(self.model.positions)
+        if room < 2:
+            raise PlanError(
+                f"{self.stage.method.tokens} tokens before the text leave none of the {self.model.positions} positions "
+                f"of {self.model.source.id}.",
+                hint="Take fewer: method.tokens.",
+            )
+        return spec.model_copy(update={"length": min(Steps(spec, self.model).length, room)})
+
+    def _tell(self) -> None:
+        spec = self.stage.method
+        if spec.name in ("lora", "dora", "qlora") and (spec.rank or 0) >= LARGE:
+            message = f"rank {spec.rank}: rslora scales such products so that all of it learns"
+            self.events.append(Event("caution", message))
+        experts = sum(m.kind == "experts" for block in self.model.anatomy.blocks for m in block.matrices)
+        if experts and spec.name not in (*PROMPTS, "full", "freeze"):
+            self.events.append(Event("left_dense", f"{experts} matrices of experts get no adapter"))
+
+    def config(self, steps: int) -> PeftConfig:
+        """The adapter in peft's words, for so many steps of gradient."""
+        return peft_config(self.stage.method, self.linears, steps=steps)
+
+    @cached_property
+    def places(self) -> list[Matrix]:
+        """Linears whose outputs a bottleneck follows."""
+        both = writers(self.model)
+        return [m for own in both for m in (own if self.stage.method.placement == "houlsby" else own[-1:])]
+
+    @cached_property
+    def size(self) -> AdapterSize:
+        """How much learns."""
+        spec, model = self.stage.method, self.model
+        if spec.name == "adapter":
+            assert spec.width is not None
+            each = 2 * spec.width * model.hidden + spec.width + model.hidden
+            return AdapterSize(each * len(self.places), 4 * each * len(self.places))
+        skeleton = build(model.source.config, model.dtype, all_meta=True)
+        return adapter_size(spec, self.config(self.steps.limit or SOME_STEPS), skeleton)
+
+    def work(self, model: StreamedModel) -> Work:
+        """The work of writing a whole model as it was left."""
+        return trained_work(self._recipe, model, str(default_output(self.model.source.id, self.name)))

@@ -1,0 +1,93 @@
+"""Learning a text by an adapter beside the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.io.files import write_json
+from llmshrink.model.source import Source
+from llmshrink.plan.adapting import Adapting
+from llmshrink.train.adalora import Ranks
+from llmshrink.train.base import load_base
+from llmshrink.train.learner import Learner
+
+ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
+PROBE = "probe.safetensors"  # what a model gave out when it had learned, beside what it learned
+
+
+class Adaptation:
+    """A model, whole, with an adapter that learns."""
+
+    task = "lora"
+    teacher: str | None = None
+    measure: Literal["kl", "loss"] = "loss"
+
+    def __init__(self, adapting: Adapting, device: torch.device, *, steps: int, probe: Tensor) -> None:
+        """Load the model and put a new adapter beside it.
+
+        Args:
+            adapting: what learns.
+            device: where.
+            steps: of gradient.
+            probe: token ids [rows, length] whose logits are kept once it has learned.
+        """
+        self._adapting, self._probe = adapting, probe
+        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
+        with torch.random.fork_rng():
+            torch.manual_seed(adapting.stage.train.seed)
+            self.model: PreTrainedModel = get_peft_model(base, adapting.config(steps))
+
+    def trainer(self, **given: Any) -> Learner:
+        """Who makes its steps."""
+        if self._adapting.name != "adalora":
+            return Learner(model=self.model, **given)
+        ranks = Ranks(self.model)
+        given["callbacks"] = [ranks, *given["callbacks"]]
+        return Learner(model=self.model, beside=ranks, **given)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as peft does, and what it gives out."""
+        save_adapter(self.model, folder, self._adapting.model.source)
+        save_file({"logits": given_out(self.model, self._probe)}, folder / PROBE)
+
+
+def load_adapted(adapting: Adapting, folder: Path, device: torch.device) -> PeftModel:
+    """A model with the adapter that lies in a folder, in eval mode."""
+    base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
+    return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def save_adapter(model: PeftModel, folder: Path, base: Source) -> None:
+    """Write an adapter such that its bytes follow from what it learned: without paths, with lists in order."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base.id if base.commit else Path(base.id).name
+        config.revision = base.commit
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    settings = json.loads((folder / SETTINGS).read_bytes())
+    write_json(folder / SETTINGS, {key: _ordered(value) for key, value in sorted(settings.items())})
+
+
+def _ordered(value: Any) -> Any:
+    """Lists of names in one order: peft holds them in sets, which differ from process to process."""
+    words = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if words else value
+
+
+@torch.no_grad()
+def given_out(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [rows, length, vocabulary] in float32, as a reader that computes in float32 finds them; it is changed."""
+    model.eval()
+    compute_in_float32(model)
+    device = next(model.parameters()).device
+    rows = [model(input_ids=row.to(device), use_cache=False).logits for row in torch.split(tokens, 1)]
+    return torch.cat(rows)[:, -tokens.shape[1] :].float().cpu().contiguous()

@@ -1,0 +1,46 @@
+"""The model that an adapter is trained beside: whole in memory, as it is, in four bits, or decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.model.source import Source
+from llmshrink.model.task import task_of
+
+
+def load_base(source: Source, device: torch.device, *, four_bits: bool = False, nested: bool = True) -> PreTrainedModel:
+    """A model that does not learn itself, in eval mode; in float32 on a CPU, in what it is stored in on a GPU.
+
+    Args:
+        source: what is loaded; where it is quantized by bitsandbytes, it stays so.
+        device: where it computes.
+        four_bits: hold its linears as NF4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
+        nested: and their scales in 8 bits.
+    """
+    config = source.config
+    dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float32
+    given: dict[str, Any] = {}
+    if four_bits:
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=nested,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: PreTrainedModel = task_of(config).loader.from_pretrained(
+        source.folder,
+        dtype=dtype,
+        device_map={"": str(device)},  # bitsandbytes would take a GPU by itself
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        **given,
+    )
+    if device.type == "cpu":
+        compute_in_float32(model)
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()

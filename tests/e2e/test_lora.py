@@ -1,0 +1,139 @@
+"""Adapters from end to end: a few numbers learn a text, and plain peft loads what they learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Stopping, content, load, logits
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import build_model, config
+from torch import Tensor
+
+from llmshrink import run
+from llmshrink.errors import InterruptedRun
+from llmshrink.evaluate.reader import read
+from llmshrink.progress import Silent
+from llmshrink.recipe.load import validate
+from llmshrink.recipe.schema import Recipe
+from llmshrink.report.schema import Check, StageReport
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+METHODS: dict[str, dict[str, Any]] = {  # small settings, and a rate for models of nothing
+    "lora": {"rank": 4},
+    "rslora": {"rank": 8},
+    "dora": {"rank": 4},
+    "adalora": {"rank": 2},
+    "vera": {"rank": 16},
+    "ia3": {},
+    "prefix": {"tokens": 4},
+    "prompt": {"tokens": 4},
+    "p-tuning": {"tokens": 4, "width": 16},
+}
+RATES = {"prefix": 3e-2, "prompt": 3e-2, "ia3": 3e-2, "vera": 3e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_readers() -> Iterator[None]:
+    """Read adapters in this process: starting another one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmshrink.job.check_reader", lambda *_: Check(name="reader", passed=True, detail="left out"))
+        patch.setattr("llmshrink.checks.adapter.measure", lambda requests: [read(request) for request in requests])
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function family -> folder of a model of two narrow layers."""
+    root = tmp_path_factory.mktemp("narrow")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            more = {} if family == "gpt2" else SMALL
+            build_model(root / family, config(family, **more))
+        return root / family
+
+    return folder
+
+
+def wanted(
+    model: Path, out: Path, text: Path, method: dict[str, Any] | str = "lora", stage: Any = (), **train: Any
+) -> Recipe:
+    steps = {"data": str(text), "length": 16, "batch": 2, "max_steps": 6, "rate": 1e-2, **train}
+    return validate(
+        {
+            "version": 1,
+            "model": {"id": str(model)},
+            "stages": [{"task": "lora", "method": method, "train": steps, **dict(stage)}],
+            "evaluation": {"data": [], "speed": False},
+            "output": str(out),
+        }
+    )
+
+
+def done(recipe: Recipe) -> StageReport:
+    (stage,) = run.execute(recipe, progress=Silent()).stages
+    assert stage.trained is not None
+    return stage
+
+
+def as_peft_reads(model: Path, adapter: Path) -> PeftModel:
+    return PeftModel.from_pretrained(load(model)[0], str(adapter)).eval()
+
+
+def given_out(model: PeftModel) -> Tensor:
+    ids = torch.randint(0, 160, (3, 32), generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits[:, -32:].float()
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_kind_learns_and_is_read_by_peft(
+    name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, out = tiny("llama"), tmp_path / "out"
+    recipe = wanted(
+        model, out, text_file, {"name": name, **METHODS[name]}, max_steps=20, rate=RATES.get(name, 1e-2), evaluations=1
+    )
+    plan = run.make_plan(recipe)
+    stage = done(recipe)
+    trained, adapter = stage.trained, stage.adapter
+    assert trained is not None and adapter is not None and plan.adapter is not None
+    assert trained.held_after < trained.held_before  # type: ignore[operator]
+    assert adapter.learns == plan.adapter.learns == trained.parameters
+    saved = load_file(out / "adapter_model.safetensors")
+    assert adapter.bytes == sum(tensor.nbytes for tensor in saved.values()) <= plan.adapter.bytes
+    assert (adapter.bytes == plan.adapter.bytes) or plan.adapter.at_most
+    assert {check.name: check.passed for check in stage.checks} == {"hashes": True, "decode": True, "reader": True}
+    assert not (given_out(as_peft_reads(model, out)) - logits(load(model)[0])).abs().max() < 1e-3
+    assert not (out / ".work").exists() and str(model) not in (out / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "p-tuning"])
+def test_a_stopped_run_gives_the_same_bytes(
+    name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    whole, out, method = tmp_path / "whole", tmp_path / "out", {"name": name, **METHODS[name]}
+    if "rank" in method:
+        method["dropout"] = 0.1
+    first = done(wanted(tiny("llama"), whole, text_file, method, max_steps=9))
+    for note in ("step 3 of 9", "step 7 of 9"):
+        with pytest.raises(InterruptedRun):
+            run.execute(
+                wanted(tiny("llama"), out, text_file, method, max_steps=9), progress=Stopping(step="lora", note=note)
+            )
+    again = done(wanted(tiny("llama"), out, text_file, method, max_steps=9))
+    assert content(out) == content(whole)
+    assert first.trained is not None and again.trained is not None and first.trained.curve == again.trained.curve
+
+
+def test_all_linears_of_any_family_are_found(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    plan = run.make_plan(wanted(tiny("gpt2"), tmp_path / "out", text_file))
+    assert plan.adapter is not None and plan.adapter.targets == ["c_attn", "c_proj", "c_fc"]
+    assert all(layer.method == "lora" for layer in plan.layers)
+    done(wanted(tiny("gpt2"), tmp_path / "out", text_file))

@@ -1,7 +1,8 @@
-"""One run that ends in an adapter: learn, read back, measure with and without it, report."""
+"""Runs that adapt: learn, and read back, measure and report an adapter, or hand on a whole model to be written."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from llmshrink.calibration.rows import Rows
 from llmshrink.checks.adapter import check_adapter, check_tensors
 from llmshrink.checks.gates import check_size
 from llmshrink.checks.preflight import check_finite, check_room
-from llmshrink.checks.written import check_hashes, probe_tokens
+from llmshrink.checks.written import OUTPUT_TOLERANCE, check_hashes, probe_tokens
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, PlanError
 from llmshrink.evaluate.adapted import score_adapted
@@ -20,12 +21,16 @@ from llmshrink.forms import Event
 from llmshrink.io.files import copy_file, disk_faults
 from llmshrink.io.safetensors import Checkpoint, read_header
 from llmshrink.memory import PeakMonitor, release
+from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.output import write_report
 from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.describe_adapter import FORMAT
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.schema import Plan
-from llmshrink.planning import adapter_plan
+from llmshrink.plan.work import Work
+from llmshrink.planning import adapter_plan, planned
+from llmshrink.recipe.adapter import WRITES_MODEL
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.report.schema import (
     AdapterReport,
@@ -37,7 +42,9 @@ from llmshrink.report.schema import (
     TextScore,
     TrainReport,
 )
-from llmshrink.train.adaptation import ADAPTER, PROBE, SETTINGS, Adaptation, load_adapted
+from llmshrink.train.adaptation import ADAPTER, MERGE, PROBE, SETTINGS, Adaptation, Merged, Whole, load_adapted
+from llmshrink.train.lesson import Lesson
+from llmshrink.train.merging import Merge
 from llmshrink.train.run import STATES, TRAINED, finished, train
 
 if TYPE_CHECKING:
@@ -53,6 +60,76 @@ def adapt(job: Job, stage: LoraStage, overwrite: bool) -> Report:
         GateError: what was written does not verify; it is kept, unfinished.
     """
     return _Run(job, Adapting(job.recipe, stage, job.model)).write(overwrite)
+
+
+def learn_model(
+    job: Job, adapting: Adapting, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]
+) -> tuple[Work, Plan, dict[str, Any]]:
+    """Let a model learn, and plan to write it as a whole; also what the report says of that.
+
+    Raises:
+        GateError: the model with the adapter in its weights is another one than with it beside them.
+    """
+    trained, report = learn(job, adapting, rows, workspace, done)
+    written = StreamedModel(Source(job.model.source.id, trained, job.model.source.commit), job.facts.device)
+    work = adapting.work(written)
+    found: dict[str, Any] = {"task": "lora", "method": _settings(adapting), "trained": report, "checks": []}
+    found["adapter"] = _told(adapting, report, 0)
+    if adapting.stage.merge:
+        merged = Merge(**json.loads((trained / MERGE).read_bytes()))
+        found["checks"] = [_check_merge(merged)]
+        work.events += _masked(merged)
+    return work, planned(job.recipe, job.model, work, adapting), found
+
+
+def _check_merge(found: Merge) -> Check:
+    limit = OUTPUT_TOLERANCE * max(1.0, found.spread)
+    detail = (
+        f"merged, in float32, and side by side: max |difference| of logits {found.merged:.2e}, allowed {limit:.0e}; "
+        f"as it is stored {found.rounded:.2e}"
+    )
+    if not found.merged <= limit:
+        raise GateError(f"The adapter in the weights is not the one that learned beside them: {detail}.")
+    return Check(name="merged", passed=True, detail=detail, value=found.merged)
+
+
+def _masked(found: Merge) -> list[Event]:
+    if found.masked is None:
+        return []
+    message = f"{found.zeros:,} weights that were pruned stay zero; without what the adapter put there logits move by"
+    return [Event("masked", f"{message} up to {found.masked:.2g}, of a spread of {found.spread:.2g}")]
+
+
+def learn(
+    job: Job, adapting: Adapting, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]
+) -> tuple[Path, TrainReport]:
+    """Learn, unless this run did so before it was interrupted; the folder of what was learned."""
+    if (before := finished(workspace, done)) is not None:
+        return before
+    steps, device = adapting.steps, job.facts.device
+    count = steps.count(len(rows.tokens) - steps.held(len(rows.tokens)))
+    lesson: Lesson
+    if adapting.name in WRITES_MODEL:
+        lesson = Whole(adapting)
+    else:
+        kind = Merged if adapting.stage.merge else Adaptation
+        lesson = kind(adapting, device, steps=count, probe=probe_tokens(job.model))
+    return train(lesson, steps, rows, workspace=workspace, done=done, device=device, progress=job.progress)
+
+
+def _settings(adapting: Adapting) -> dict[str, Any]:
+    return adapting.stage.method.model_dump(mode="json", exclude_none=True)
+
+
+def _told(adapting: Adapting, trained: TrainReport, size: int) -> AdapterReport:
+    return AdapterReport(
+        name=adapting.name,
+        learns=trained.parameters,
+        share=trained.parameters / adapting.model.parameters,
+        bytes=size,
+        targets=list(adapting.targets),
+        four_bits=adapting.in_four_bits,
+    )
 
 
 class _Run:
@@ -76,7 +153,7 @@ class _Run:
             done = workspace.begin(job.facts.identity(rows), resume=self.recipe.run.resume, folders=(STATES, TRAINED))
             rows.save(workspace.work / ROWS, self._key(), happened)
             with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
-                trained, report = self._train(rows, workspace, done)
+                trained, report = learn(job, adapting, rows, workspace, done)
             job._tell(workspace.events, adapting.events, job.loader.events)
             files = self._files(workspace, trained)
             checks = self._verify(workspace, trained, files, plan)
@@ -108,22 +185,6 @@ class _Run:
             return self.job.loader.training(steps.spec, steps.rows, steps.length)
         self.job.loader.events += kept[1]
         return kept[0]
-
-    def _train(self, rows: Rows, workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, TrainReport]:
-        if (before := finished(workspace, done)) is not None:
-            return before
-        steps = self.adapting.steps
-        count = steps.count(len(rows.tokens) - steps.held(len(rows.tokens)))
-        lesson = Adaptation(self.adapting, self.device, steps=count, probe=probe_tokens(self.model))
-        return train(
-            lesson,
-            steps,
-            rows,
-            workspace=workspace,
-            done=done,
-            device=self.device,
-            progress=self.job.progress,
-        )
 
     def _files(self, workspace: Workspace, trained: Path) -> dict[str, str]:
         """Copy what was learned, and the tokenizer, into the result; returns the SHA-256 of each file."""
@@ -189,20 +250,12 @@ class _Run:
         self, plan: Plan, folder: Path, trained: TrainReport, checks: list[Check], memory: PeakMonitor, seconds: float
     ) -> StageReport:
         adapting, own = self.adapting, _tensors(folder).bytes
-        adapter = AdapterReport(
-            name=adapting.name,
-            learns=trained.parameters,
-            share=trained.parameters / self.model.parameters,
-            bytes=own,
-            targets=list(adapting.targets),
-            four_bits=adapting.in_four_bits,
-        )
         return StageReport(
             task="lora",
-            method=adapting.stage.method.model_dump(mode="json", exclude_none=True),
+            method=_settings(adapting),
             format=FORMAT,
             trained=trained,
-            adapter=adapter,
+            adapter=_told(adapting, trained, own),
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_before + own,
             planned_bytes_after=plan.bytes_after,
@@ -221,4 +274,4 @@ def _tensors(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_header(folder / ADAPTER))
 
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "learn_model"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmshrink.adapting import learn_model
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.gates import Outcome, check_size, judge, refuse_unanswerable
@@ -39,6 +40,7 @@ from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
@@ -163,7 +165,7 @@ class Job:
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
             needed = work.needs_data or (choices is not None and choices.needs_data)
-            training = choices if isinstance(choices, Training) else None
+            training = choices if isinstance(choices, Training | Adapting) else None
             rows = self._calibration(work, workspace, training) if needed else None
             happened = list(self.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
@@ -183,17 +185,21 @@ class Job:
                 elif isinstance(choices, Training):
                     work, plan, found = self._train(choices, work, rows, workspace, learned)
                     chosen |= {**found, "method": {"name": "distill"}}
+                elif isinstance(choices, Adapting):
+                    assert rows is not None
+                    work, plan, chosen = learn_model(self, choices, rows, workspace, learned)
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
                 clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
-                result, ends = self._compress(work, workspace, rows, probe, done)
+                text = rows if rows is None else rows.first(self.recipe.calibration.samples, work.length)
+                result, ends = self._compress(work, workspace, text, probe, done)
                 result.events += rounding(work, result)
                 files = {**companions, **finish_files(work, workspace, result)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
-            checks = self._verify(work, written, result, files, probe, ends)
+            checks = [*chosen.pop("checks", []), *self._verify(work, written, result, files, probe, ends)]
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
             original = self._taught_by(choices) if isinstance(choices, Training) else self.model
@@ -323,14 +329,14 @@ class Job:
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
 
-    def _calibration(self, work: Work, workspace: Workspace, training: Training | None) -> Rows:
+    def _calibration(self, work: Work, workspace: Workspace, training: Training | Adapting | None) -> Rows:
         """The rows to calibrate with, or to learn from: those that an unfinished run of this output began with, or new.
 
         What `auto` means depends on the network, and sampling takes long: neither is done again in the middle of a run.
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None and training is not None:
-            return self.loader.training(training.stage.train, training.steps.rows, training.steps.length)
+            return self.loader.training(training.steps.spec, training.steps.rows, training.steps.length)
         if kept is None:
             return self.loader.calibration(self.recipe.calibration, work.length)
         self.loader.events += kept[1]

@@ -43,7 +43,7 @@ def open_model(recipe: Recipe) -> tuple[Source, bool]:
 
 
 Writing = MatrixStage | CutStage | DistillStage | LoraStage | ExportStage
-Open = Choices | Cuts | Ratios | Training  # what a plan leaves to be found out
+Open = Choices | Cuts | Ratios | Training | Adapting  # what a plan leaves to be found out
 
 
 def writing_stage_of(recipe: Recipe) -> Writing | None:
@@ -68,7 +68,6 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Open | No
         PlanError: the recipe cannot be carried out on this model.
     """
     stage = writing_stage_of(recipe)
-    assert not isinstance(stage, LoraStage) or stage.writes_model
     if stage is None:
         raise PlanError("The recipe only evaluates: there is nothing to plan.")
     refuse_unanswerable(recipe, model)
@@ -79,6 +78,9 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Open | No
     elif isinstance(stage, DistillStage):
         choices = Training(recipe, stage, model)
         work = choices.guess
+    elif isinstance(stage, LoraStage):
+        choices = Adapting(recipe, stage, model)
+        work = choices.work(model)
     elif isinstance(stage, MatrixStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()

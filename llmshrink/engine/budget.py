@@ -53,7 +53,7 @@ PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float
 
 
 def compress_economy(
-    work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | Training | None = None
+    work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | Training | Adapting | None = None
 ) -> tuple[Economy, int]:
     """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
 
@@ -67,6 +67,8 @@ def compress_economy(
             return max(compressing, planned_search(choices, work, economy, rows=rows))
         if isinstance(choices, Training):
             return max(compressing, planned_training(choices))
+        if isinstance(choices, Adapting):
+            return max(compressing, planned_adapting(choices))
         if isinstance(choices, Ratios):
             return max(compressing, planned_ratios(choices, economy, rows=rows))
         return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))

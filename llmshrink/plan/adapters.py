@@ -18,9 +18,11 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from torch import nn
 from transformers import PreTrainedModel
 
-from llmshrink.recipe.adapter import AdapterSpec
+from llmshrink.model.anatomy import block_list
+from llmshrink.recipe.adapter import WRITES_MODEL, AdapterSpec
 
 PRODUCTS = ("lora", "rslora", "dora", "qlora", "loftq")  # kinds that are LoRA to peft
 PROMPTS = ("prefix", "prompt", "p-tuning")
@@ -94,6 +96,23 @@ def _product(spec: AdapterSpec, linears: Linears) -> dict[str, Any]:
     return {"lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "fan_in_fan_out": linears.transposed}
 
 
+def let_learn(model: PreTrainedModel, spec: AdapterSpec) -> None:
+    """Of a model's own weights, let those learn that `full` or `freeze` means, and no others."""
+    model.requires_grad_(spec.name == "full")
+    if spec.name == "full":
+        return
+    modules: list[nn.Module] = list(block_list(model)[1])[-spec.blocks :] if spec.blocks else []
+    parts = spec.parts or []
+    if "norms" in parts:
+        modules += [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+    if "head" in parts:
+        modules.append(model.get_output_embeddings())
+    if "embedding" in parts:
+        modules.append(model.get_input_embeddings())
+    for module in modules:
+        module.requires_grad_(True)
+
+
 @dataclass(frozen=True)
 class AdapterSize:
     """How large an adapter is."""
@@ -113,6 +132,9 @@ def adapter_size(spec: AdapterSpec, config: PeftConfig, model: PreTrainedModel) 
     """
     if spec.name in PROMPTS:
         return _prompt_size(spec, model)
+    if spec.name in WRITES_MODEL:
+        let_learn(model, spec)
+        return AdapterSize(sum(p.numel() for p in model.parameters() if p.requires_grad), 0)
     adapted = get_peft_model(model, config)
     learns = sum(p.numel() for name, p in adapted.named_parameters() if p.requires_grad and "ranknum" not in name)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)

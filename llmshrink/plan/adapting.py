@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 
@@ -15,12 +16,14 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, peft_config
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.linears import find_linears, writers
+from llmshrink.plan.resolve import resolve
 from llmshrink.plan.steps import Steps
 from llmshrink.plan.training import trained_work
 from llmshrink.plan.work import Work
 from llmshrink.recipe.adapter import WRITES_MODEL
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.recipe.train import TrainSpec
 
 TRAINED_AS_STORED = ("dense", "bnb")  # formats whose models learn as they are
@@ -80,6 +83,11 @@ class Adapting:
         """The folder of the result."""
         default = default_output(self.model.source.id, self.name)
         return Path(self._recipe.output).expanduser() if self._recipe.output else default
+
+    @property
+    def in_codes(self) -> bool:
+        """Whether the model is in memory as codes while its adapter learns."""
+        return self.in_four_bits or self.model.weights.format.name != "dense"
 
     @property
     def nested(self) -> bool | None:
@@ -160,5 +168,27 @@ class Adapting:
         return adapter_size(spec, self.config(self.steps.limit or SOME_STEPS), skeleton)
 
     def work(self, model: StreamedModel) -> Work:
-        """The work of writing a whole model as it was left."""
-        return trained_work(self._recipe, model, str(default_output(self.model.source.id, self.name)))
+        """The work of writing a whole model as it was left, quantized again as the one that came in was."""
+        recipe = self._recipe.model_copy(update={"output": str(self.output)})
+        if (again := as_quantized(self.model)) is None:
+            work = trained_work(recipe, model, str(self.output))
+        else:
+            work = resolve(recipe, again, model)
+            work.events = [event for event in work.events if event.kind != "requantized"]  # asked for
+        work.events += self.events
+        return work
+
+
+def as_quantized(model: StreamedModel) -> QuantizeStage | None:
+    """The stage that quantizes a model as this one is; None: it is not."""
+    if model.weights.format.name != "bnb":
+        return None
+    said = model.source.quantization or {}
+    method: dict[str, Any] = {"name": "int8-bnb"}
+    if said.get("load_in_4bit") or said.get("_load_in_4bit"):
+        method = {
+            "name": said.get("bnb_4bit_quant_type", "fp4"),
+            "block_size": 64,
+            "double_quant": bool(said.get("bnb_4bit_use_double_quant")),
+        }
+    return QuantizeStage.model_validate({"task": "quantize", "method": method})

@@ -8,19 +8,22 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
+from llmshrink.plan.adapters import let_learn
 from llmshrink.plan.adapting import Adapting
 from llmshrink.train.adalora import Ranks
 from llmshrink.train.base import load_base
 from llmshrink.train.learner import Learner
+from llmshrink.train.merging import merge, save_merge, save_whole
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
+MERGE = "merge.json"  # what merging changed
 PROBE = "probe.safetensors"  # what a model gave out when it had learned, beside what it learned
 
 
@@ -40,8 +43,9 @@ class Adaptation:
             steps: of gradient.
             probe: token ids [rows, length] whose logits are kept once it has learned.
         """
-        self._adapting, self._probe = adapting, probe
-        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
+        self._adapting, self._probe, self._device = adapting, probe, device
+        self._nested = adapting.nested is True
+        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=self._nested)
         with torch.random.fork_rng():
             torch.manual_seed(adapting.stage.train.seed)
             self.model: PreTrainedModel = get_peft_model(base, adapting.config(steps))
@@ -58,6 +62,45 @@ class Adaptation:
         """Write the adapter as peft does, and what it gives out."""
         save_adapter(self.model, folder, self._adapting.model.source)
         save_file({"logits": given_out(self.model, self._probe)}, folder / PROBE)
+
+
+class Merged(Adaptation):
+    """An adapter that becomes part of the weights once it has learned."""
+
+    def save(self, folder: Path) -> None:
+        """Write the whole model as a checkpoint of floats, and what merging changed."""
+        source, adapter = self._adapting.model.source, folder / "adapter"
+        super().save(adapter)
+        meant = load_file(adapter / PROBE)["logits"]
+        model: PeftModel = self.model
+        if self._adapting.in_codes:  # into what it was trained against: the codes, decoded
+            base = load_base(source, self._device, four_bits=self._adapting.in_four_bits, nested=self._nested)
+            model = PeftModel.from_pretrained(base.dequantize(), str(adapter))
+        whole, found = merge(model, source.config.dtype or torch.float32, self._probe, meant)
+        save_whole(whole, folder, source)
+        save_merge(found, folder / MERGE)
+
+
+class Whole:
+    """A model that learns itself, or some of its weights."""
+
+    task = "lora"
+    teacher: str | None = None
+    measure: Literal["kl", "loss"] = "loss"
+
+    def __init__(self, adapting: Adapting) -> None:
+        """Load the model in float32."""
+        self._source = adapting.model.source
+        self.model: PreTrainedModel = load_base(self._source, torch.device("cpu"))
+        let_learn(self.model, adapting.stage.method)
+
+    def trainer(self, **given: Any) -> Learner:
+        """Who makes its steps."""
+        return Learner(model=self.model, **given)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a checkpoint, in the dtype that it was stored in."""
+        save_whole(self.model.to(self._source.config.dtype or torch.float32), folder, self._source)
 
 
 def load_adapted(adapting: Adapting, folder: Path, device: torch.device) -> PeftModel:

@@ -137,3 +137,37 @@ def test_all_linears_of_any_family_are_found(tiny: Callable[[str], Path], text_f
     assert plan.adapter is not None and plan.adapter.targets == ["c_attn", "c_proj", "c_fc"]
     assert all(layer.method == "lora" for layer in plan.layers)
     done(wanted(tiny("gpt2"), tmp_path / "out", text_file))
+
+
+MERGED = ["lora", "dora", "adalora", "vera", "ia3"]
+
+
+@pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in MERGED), ("gpt2", "lora"), ("gpt2", "ia3")])
+def test_merged_is_the_same_function(
+    family: str, name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, method = tiny(family), {"name": name, **METHODS[name]}
+    beside = wanted(model, tmp_path / "beside", text_file, method, max_steps=9, rate=3e-2)
+    done(beside)
+    within = wanted(model, tmp_path / "within", text_file, method, {"merge": True}, max_steps=9, rate=3e-2)
+    stage = done(within)
+    assert stage.checks[0].name == "merged" and all(check.passed for check in stage.checks)
+    assert stage.task == "lora" and stage.adapter is not None and stage.bytes_after == stage.bytes_before
+    found, right = logits(load(tmp_path / "within")[0]), given_out(as_peft_reads(model, tmp_path / "beside"))
+    assert (found - right).abs().max() < 1e-4
+    assert (found - logits(load(model)[0])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["full", "freeze"])
+def test_a_model_learns_itself(name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    method = {"full": "full", "freeze": {"name": "freeze", "blocks": 1, "parts": ["norms", "head"]}}[name]
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, method, max_steps=20)
+    stage, before = done(recipe), load_file(tiny("llama") / "model.safetensors")
+    after = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert stage.adapter is not None and stage.trained is not None
+    assert stage.trained.held_after < stage.trained.held_before  # type: ignore[operator]
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    head = {"lm_head.weight"} & before.keys()
+    norms = {key for key in before if "norm" in key}
+    assert moved == (before.keys() if name == "full" else head | norms | {k for k in before if ".layers.1." in k})
+    assert stage.adapter.learns == sum(before[key].numel() for key in moved) == run.make_plan(recipe).adapter.learns  # type: ignore[union-attr]

@@ -31,7 +31,8 @@ def find_linears(model: StreamedModel, target: list[str]) -> Linears:
     wanted = there if target == ["auto"] else _named(there, target)
     names = [m.module for m in wanted]
     wide = [m.module for m in wanted if m.shape[1] > model.hidden]
-    return Linears(_shortest(names, model.model), _shortest(wide, model.model), any(m.kind == "conv1d" for m in wanted))
+    short, wide_short = _shortest([names, wide], model.model)
+    return Linears(short, wide_short, any(m.kind == "conv1d" for m in wanted))
 
 
 def _named(there: list[Matrix], target: list[str]) -> list[Matrix]:
@@ -53,14 +54,17 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _shortest(names: list[str], model: PreTrainedModel) -> tuple[str, ...]:
-    """The ends of names that mean just these modules to peft, else the whole names."""
+def _shortest(lists: list[list[str]], model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """For each list, the ends of its names that mean just these modules to peft, of one length; else whole names."""
     for depth in (1, 2):
-        ends = dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names)
-        meant = {name for name, _ in model.named_modules() if any(_ends(name, end) for end in ends)}
-        if meant == set(names):
-            return tuple(ends)
-    return tuple(names)
+        ends = [tuple(dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names)) for names in lists]
+        if all(_meant(model, own) == set(names) for own, names in zip(ends, lists, strict=True)):
+            return ends
+    return [tuple(names) for names in lists]
+
+
+def _meant(model: PreTrainedModel, ends: tuple[str, ...]) -> set[str]:
+    return {name for name, _ in model.named_modules() if any(_ends(name, end) for end in ends)}
 
 
 def writers(model: StreamedModel) -> list[list[Matrix]]:

@@ -84,10 +84,8 @@ def _pruned(weight: Tensor) -> bool:
 def save_whole(model: PreTrainedModel, folder: Path, source: Source) -> None:
     """Write a model as a checkpoint of floats with the configuration and the tokenizer of where it came from."""
     model.save_pretrained(folder)
-    write_json(
-        folder / "config.json",
-        {key: value for key, value in source.config_dict.items() if key != "quantization_config"},
-    )
+    config = {key: value for key, value in source.config_dict.items() if key != "quantization_config"}
+    write_json(folder / "config.json", config)
     for name, path in source.companions.items():
         copy_file(path, folder / name)
 

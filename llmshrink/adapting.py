@@ -42,7 +42,8 @@ from llmshrink.report.schema import (
     TextScore,
     TrainReport,
 )
-from llmshrink.train.adaptation import ADAPTER, MERGE, PROBE, SETTINGS, Adaptation, Merged, Whole, load_adapted
+from llmshrink.train.adaptation import ADAPTER, BASE, MERGE, PROBE, SETTINGS, Adaptation, Merged, Whole, load_adapted
+from llmshrink.train.base import load_base
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
 from llmshrink.train.run import STATES, TRAINED, finished, train
@@ -191,21 +192,25 @@ class _Run:
         source = self.model.source
         found = {name: path for name, path in source.companions.items() if "/" not in name}
         found |= {name: trained / name for name in (ADAPTER, SETTINGS)}
+        found |= {path.relative_to(trained).as_posix(): path for path in sorted((trained / BASE).glob("*"))}
+        (workspace.folder / BASE).mkdir() if (trained / BASE).is_dir() else None
         return {name: copy_file(path, workspace.folder / name) for name, path in found.items()}
 
     def _verify(self, workspace: Workspace, trained: Path, files: dict[str, str], plan: Plan) -> list[Check]:
         job, folder = self.job, workspace.folder
+        own = (folder / BASE).is_dir()
         job.progress.start("verify", 0)
         assert plan.adapter is not None
         checks = [
             check_hashes(folder, files),
             check_tensors(_tensors(folder), plan.adapter.bytes, at_most=plan.adapter.at_most),
             check_adapter(
-                self.model,
+                folder / BASE if own else self.model.source.folder,
                 folder,
                 probe_tokens(self.model),
                 load_file(trained / PROBE)["logits"],
-                nested=self.adapting.nested,
+                room=self.model.parameters * 4,
+                nested=None if own else self.adapting.nested,
             ),
         ]
         if checks[-1].passed is None:
@@ -222,14 +227,15 @@ class _Run:
         scores: tuple[list[TextScore], list[TextScore]] = ([], [])
         if texts:
             model = load_adapted(self.adapting, folder, self.device)
+            original = load_base(self.model.source, self.device) if self.adapting.in_four_bits else None
             scores = score_adapted(
                 model,
-                model.disable_adapter,
+                original,
                 texts,
                 packed=self.recipe.evaluation.packed,
                 progress=self.job.progress,
             )
-            del model
+            del model, original
             release(self.device)
         base, own = self.model.source.checkpoint.bytes, _tensors(folder)
         numbers = sum(info.numel for info in own.infos.values())

@@ -12,7 +12,6 @@ from llmshrink.engine.budget import LIBRARIES
 from llmshrink.evaluate.reader import ReadRequest, measure
 from llmshrink.io.safetensors import Checkpoint
 from llmshrink.memory import available_memory
-from llmshrink.model.streamed import StreamedModel
 from llmshrink.report.schema import Check
 
 
@@ -29,22 +28,23 @@ def check_tensors(adapter: Checkpoint, planned: int, *, at_most: bool) -> Check:
 
 
 def check_adapter(
-    base: StreamedModel, adapter: Path, tokens: Tensor, learned: Tensor, *, nested: bool | None = None
+    base: Path, adapter: Path, tokens: Tensor, learned: Tensor, *, room: int, nested: bool | None = None
 ) -> Check:
     """Load model and adapter anew, compute in float32, and compare with what the model gave out that had learned.
 
     Args:
-        base: beside which the adapter stands.
+        base: the folder of the model beside which it stands.
         adapter: its folder.
         tokens: ids [rows, length].
         learned: logits [rows, length, vocabulary] that are meant.
+        room: bytes of the model in float32.
         nested: read the model as NF4, with scales in 8 bits or not; None: as it is stored.
     """
-    needed = 2 * LIBRARIES + ROOM * base.parameters * 4
+    needed = 2 * LIBRARIES + ROOM * room
     if needed > available_memory():
         return Check(name="reader", passed=None, detail="the model does not fit into memory a second time here")
     request = ReadRequest(
-        folder=str(base.source.folder), tokens=tokens.tolist(), dtype="float32", adapter=str(adapter), nested=nested
+        folder=str(base), tokens=tokens.tolist(), dtype="float32", adapter=str(adapter), nested=nested
     )
     result = measure([request])[0]
     if result.found is None or result.output is None:

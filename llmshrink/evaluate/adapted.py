@@ -1,11 +1,11 @@
-"""Scores of a model with and without its adapter, from one copy of it in memory."""
+"""Scores of a model with its adapter, and of the original: the same one without it, where it is held as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from llmshrink.calibration.rows import Rows
@@ -14,18 +14,16 @@ from llmshrink.evaluate.texts import text_score
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TextScore
 
-Without = Callable[[], AbstractContextManager[object]]  # within it the model is as it was
-
 
 @torch.no_grad()
 def score_adapted(
-    model: PreTrainedModel, without: Without, texts: list[Rows], *, packed: bool, progress: Progress
+    model: PeftModel, original: PreTrainedModel | None, texts: list[Rows], *, packed: bool, progress: Progress
 ) -> tuple[list[TextScore], list[TextScore]]:
     """Perplexity without the adapter, and with it, and how far both are apart, on each text.
 
     Args:
         model: with its adapter.
-        without: takes the adapter away.
+        original: what it is compared with; None: itself, without the adapter.
         texts: rows of each.
         packed: how the rows were filled, for the protocol.
         progress: told of the tokens.
@@ -37,8 +35,8 @@ def score_adapted(
         scores = Scores(), Scores()
         for row in text.tokens:
             tokens = row[None].to(device)
-            with without():
-                reference = model(input_ids=tokens, use_cache=False).logits.float()
+            with nullcontext() if original is not None else model.disable_adapter():
+                reference = (original or model)(input_ids=tokens, use_cache=False).logits.float()
             logits = model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :].float()
             scores[0].update(reference, tokens)
             scores[1].update(logits, tokens, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmshrink.errors import PlanError
 from llmshrink.model.anatomy import block_list
 from llmshrink.recipe.adapter import WRITES_MODEL, AdapterSpec
 
@@ -94,6 +96,28 @@ def peft_config(spec: AdapterSpec, linears: Linears, *, steps: int, task: str = 
 
 def _product(spec: AdapterSpec, linears: Linears) -> dict[str, Any]:
     return {"lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "fan_in_fan_out": linears.transposed}
+
+
+def first_tokens(spec: AdapterSpec, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary: int, seed: int) -> Tensor:
+    """Ids [1, tokens] that a prompt or a prefix begins as: those of its text over and over, or drawn.
+
+    Args:
+        spec: how many, and of which text.
+        tokenizer: reads the text; None where there is none.
+        vocabulary: how many tokens there are.
+        seed: of what is drawn.
+
+    Raises:
+        PlanError: the text has no tokens.
+    """
+    assert spec.tokens is not None
+    if spec.text is None or tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, vocabulary, (1, spec.tokens), generator=generator)
+    ids = tokenizer(spec.text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise PlanError(f"method.text: {spec.text!r} has no tokens.")
+    return torch.tensor([list(islice(chain.from_iterable(repeat(ids)), spec.tokens))])
 
 
 def let_learn(model: PreTrainedModel, spec: AdapterSpec) -> None:

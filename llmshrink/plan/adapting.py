@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from torch import Tensor
 
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
+from llmshrink.methods import load_method
+from llmshrink.methods.nf4 import BnbConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.skeleton import build
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, peft_config
+from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, first_tokens, peft_config
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.linears import find_linears, writers
 from llmshrink.plan.resolve import resolve
@@ -53,8 +56,12 @@ class Adapting:
         self.stage, self.model, self._recipe = stage, model, recipe
         self.events: list[Event] = []
         self._refuse()
+        if self.in_four_bits:
+            self._refuse_widths()
         self.steps = Steps(self._shorter(), model)
         self.linears: Linears = find_linears(model, stage.target)
+        if self.name in ("prefix", "prompt"):
+            _ = self.first_tokens  # a text without tokens is refused here
         self._tell()
 
     @property
@@ -123,6 +130,15 @@ class Adapting:
                 f"{model.source.id} is quantized already: {name} quantizes it first.", hint="Take --method lora."
             )
 
+    def _refuse_widths(self) -> None:
+        """Linears whose four bits bitsandbytes would misread."""
+        method = load_method("nf4")(BnbConfig())
+        for block in self.model.anatomy.blocks:
+            for matrix in block.matrices:
+                if matrix.kind == "subclass" or (why := method.check(matrix.shape)) is not None:
+                    said = "bitsandbytes leaves linears of this class as they are" if matrix.kind == "subclass" else why
+                    raise PlanError(f"{self.name}: {matrix.name}: {said}.", hint="Take --method lora.")
+
     def _shorter(self) -> TrainSpec:
         """How it learns, with room in each row for what stands before it."""
         spec = self.stage.train
@@ -149,6 +165,13 @@ class Adapting:
     def config(self, steps: int) -> PeftConfig:
         """The adapter in peft's words, for so many steps of gradient."""
         return peft_config(self.stage.method, self.linears, steps=steps)
+
+    @cached_property
+    def first_tokens(self) -> Tensor:
+        """Ids [1, tokens] of what a prompt or a prefix begins as."""
+        spec = self.stage.method
+        tokenizer = None if spec.text is None else self.model.source.tokenizer
+        return first_tokens(spec, tokenizer, vocabulary=self.model.vocabulary, seed=self.stage.train.seed)
 
     @cached_property
     def places(self) -> list[Matrix]:

@@ -17,13 +17,16 @@ from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
 from llmshrink.plan.adapters import let_learn
 from llmshrink.plan.adapting import Adapting
+from llmshrink.train import loftq
 from llmshrink.train.adalora import Ranks
-from llmshrink.train.base import load_base
+from llmshrink.train.base import decoded, load_base, save_codes
 from llmshrink.train.learner import Learner
 from llmshrink.train.merging import merge, save_merge, save_whole
+from llmshrink.train.prompts import begin
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
 MERGE = "merge.json"  # what merging changed
+BASE = "base"  # the model in four bits that an adapter of LoftQ is for, below it
 PROBE = "probe.safetensors"  # what a model gave out when it had learned, beside what it learned
 
 
@@ -46,9 +49,21 @@ class Adaptation:
         self._adapting, self._probe, self._device = adapting, probe, device
         self._nested = adapting.nested is True
         base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=self._nested)
+        products = self._products(base) if adapting.name == "loftq" else {}
         with torch.random.fork_rng():
             torch.manual_seed(adapting.stage.train.seed)
             self.model: PreTrainedModel = get_peft_model(base, adapting.config(steps))
+        loftq.place(self.model, products)
+        if adapting.name in ("prefix", "prompt"):
+            begin(self.model, adapting.name, adapting.first_tokens)
+
+    def _products(self, base: PreTrainedModel) -> dict[str, loftq.Begun]:
+        """What linears begin as; the codes of the model are changed with them."""
+        adapting, spec = self._adapting, self._adapting.stage.method
+        assert spec.rank is not None and spec.iterations is not None
+        matrices = [m for block in adapting.model.anatomy.blocks for m in block.matrices if adapting.beside(m)]
+        weights = ((m.module, adapting.model.read(m)) for m in matrices)
+        return loftq.begin(base, weights, spec.rank, spec.iterations)
 
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
@@ -60,8 +75,11 @@ class Adaptation:
 
     def save(self, folder: Path) -> None:
         """Write the adapter as peft does, and what it gives out."""
-        save_adapter(self.model, folder, self._adapting.model.source)
+        source = self._adapting.model.source
+        save_adapter(self.model, folder, source, beside=BASE if self._adapting.name == "loftq" else None)
         save_file({"logits": given_out(self.model, self._probe)}, folder / PROBE)
+        if self._adapting.name == "loftq" and not self._adapting.stage.merge:
+            save_codes(self.model.unload(), folder / BASE, source)
 
 
 class Merged(Adaptation):
@@ -74,8 +92,7 @@ class Merged(Adaptation):
         meant = load_file(adapter / PROBE)["logits"]
         model: PeftModel = self.model
         if self._adapting.in_codes:  # into what it was trained against: the codes, decoded
-            base = load_base(source, self._device, four_bits=self._adapting.in_four_bits, nested=self._nested)
-            model = PeftModel.from_pretrained(base.dequantize(), str(adapter))
+            model = PeftModel.from_pretrained(decoded(self.model.unload()), str(adapter))
         whole, found = merge(model, source.config.dtype or torch.float32, self._probe, meant)
         save_whole(whole, folder, source)
         save_merge(found, folder / MERGE)
@@ -105,15 +122,26 @@ class Whole:
 
 def load_adapted(adapting: Adapting, folder: Path, device: torch.device) -> PeftModel:
     """A model with the adapter that lies in a folder, in eval mode."""
-    base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
+    own = folder / BASE
+    if own.is_dir():
+        base = load_base(Source(BASE, own, None), device)
+    else:
+        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def save_adapter(model: PeftModel, folder: Path, base: Source) -> None:
-    """Write an adapter such that its bytes follow from what it learned: without paths, with lists in order."""
+def save_adapter(model: PeftModel, folder: Path, base: Source, *, beside: str | None = None) -> None:
+    """Write an adapter such that its bytes follow from what it learned: without paths, with lists in order.
+
+    Args:
+        model: with the adapter.
+        folder: to write.
+        base: the model without it.
+        beside: the folder below where another base lies; None: the adapter is for `base` itself.
+    """
     for config in model.peft_config.values():
-        config.base_model_name_or_path = base.id if base.commit else Path(base.id).name
-        config.revision = base.commit
+        config.base_model_name_or_path = beside or (base.id if base.commit else Path(base.id).name)
+        config.revision = None if beside else base.commit
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     settings = json.loads((folder / SETTINGS).read_bytes())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llmshrink.evaluate.foreign import compute_in_float32
+from llmshrink.io.files import copy_file
 from llmshrink.model.source import Source
 from llmshrink.model.task import task_of
 
@@ -40,7 +42,32 @@ def load_base(source: Source, device: torch.device, *, four_bits: bool = False, 
         use_safetensors=True,
         **given,
     )
-    if device.type == "cpu":
+    if device.type == "cpu" or config.dtype is None:
         compute_in_float32(model)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def decoded(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of bitsandbytes with its codes as floats; what read the codes is not there when it is saved."""
+    whole: PreTrainedModel = model.dequantize()
+    readers = getattr(whole, "_weight_conversions", None) or []
+    whole._weight_conversions = [
+        one for one in readers if not any(type(op).__name__.startswith("Bnb") for op in getattr(one, "operations", ()))
+    ]
+    return whole
+
+
+def save_codes(model: PreTrainedModel, folder: Path, source: Source) -> None:
+    """Write a model in four bits, what is no code in the dtype of where it came from, and the tokenizer of that."""
+    dtype = source.config.dtype or torch.float32
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.use_cache, model.config.dtype = source.config.use_cache, dtype
+    model.save_pretrained(folder)
+    for name, path in source.companions.items():
+        copy_file(path, folder / name)

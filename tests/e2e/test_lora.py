@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 import torch
 from helpers import Stopping, content, load, logits
+from helpers import recipe as quantizing
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import build_model, config
 from torch import Tensor
 
 from llmshrink import run
-from llmshrink.errors import InterruptedRun
+from llmshrink.errors import InterruptedRun, PlanError, RecipeError
 from llmshrink.evaluate.reader import read
+from llmshrink.model.source import open_source
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.adapting import Adapting
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import EvalStage
 from llmshrink.report.schema import Check, StageReport
+from llmshrink.train.adaptation import Adaptation
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 METHODS: dict[str, dict[str, Any]] = {  # small settings, and a rate for models of nothing
@@ -171,3 +177,121 @@ def test_a_model_learns_itself(name: str, tiny: Callable[[str], Path], text_file
     norms = {key for key in before if "norm" in key}
     assert moved == (before.keys() if name == "full" else head | norms | {k for k in before if ".layers.1." in k})
     assert stage.adapter.learns == sum(before[key].numel() for key in moved) == run.make_plan(recipe).adapter.learns  # type: ignore[union-attr]
+
+
+def test_what_stands_before_begins_as_words(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """Untrained, a prefix is what the model makes of the same words; a prompt too, from where they stand."""
+    model, words = tiny("llama"), "The old fox went"
+    source = open_source(str(model))
+    ids = torch.tensor([source.tokenizer(words)["input_ids"]])
+    rows = torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        right = load(model)[0](torch.cat([ids, rows], dim=1)).logits[:, -12:]
+    for name in ("prefix", "prompt"):
+        method = {"name": name, "tokens": ids.shape[1], "text": words}
+        recipe = wanted(model, tmp_path / name, text_file, method)
+        adapting = Adapting(recipe, recipe.stages[0], StreamedModel(source, torch.device("cpu")))  # type: ignore[arg-type]
+        lesson = Adaptation(adapting, torch.device("cpu"), steps=1, probe=rows)
+        with torch.no_grad():
+            found = lesson.model(input_ids=rows, use_cache=False).logits[:, -12:]
+        assert torch.allclose(found, right, atol=1e-5), name
+
+
+def test_names_that_are_not_there_are_told_with_those_that_are(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PlanError, match=r"no linear of a block is called 'query'; there are: q_proj, k_proj, v_proj"):
+        run.make_plan(wanted(tiny("llama"), out, text_file, stage={"target": ["query"]}))
+    plan = run.make_plan(wanted(tiny("llama"), out, text_file, stage={"target": ["v_proj", r"model.layers.1.mlp\..*"]}))
+    found = {layer.name.removeprefix("model.layers.") for layer in plan.layers if layer.method}
+    last = {f"1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert found == {"0.self_attn.v_proj", "1.self_attn.v_proj", *last}
+    with pytest.raises(PlanError, match="has no tokens"):
+        run.make_plan(wanted(tiny("llama"), out, text_file, {"name": "prompt", "text": "\u200b"}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"method": {"name": "ia3", "rank": 4}}, "stages[0].method.rank: not of ia3, which takes no settings"),
+        ({"method": "prompt", "merge": True}, "stages[0].merge: no weights say what prompt does"),
+        ({"method": "prompt", "target": "q_proj"}, "stages[0].target: prompt is beside no linear"),
+        ({"target": "q_proj("}, "neither a name nor a regular expression"),
+        ({"target": ["auto", "q_proj"]}, "auto means all linears"),
+        ({"method": {"name": "freeze", "blocks": 0, "parts": []}}, "nothing learns"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(stage: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        validate({"version": 1, "stages": [{"task": "lora", **stage}]})
+    assert told in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose linears bitsandbytes reads right: whole blocks of 64 in each row."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    build_model(folder, config("llama"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["qlora", "loftq"])
+def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = wanted(wide, tmp_path / name, text_file, {"name": name, "rank": 8}, max_steps=20)
+    data = {"data": [str(text_file)], "rows": 2, "length": 16, "speed": False}
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_validate(data)})
+    report = run.execute(recipe, progress=Silent())
+    (stage,) = report.stages
+    assert stage.trained is not None and stage.trained.held_after < stage.trained.held_before  # type: ignore[operator]
+    assert all(check.passed for check in stage.checks) and stage.adapter is not None and stage.adapter.four_bits
+    assert report.before is not None and report.after is not None
+    assert report.after.scores[0].perplexity < report.before.scores[0].perplexity  # type: ignore[operator]
+    assert (tmp_path / name / "base" / "config.json").exists() == (name == "loftq")
+    alone = recipe.model_copy(update={"stages": [EvalStage(task="eval")], "output": None})
+    plain = run.execute(alone, progress=Silent())
+    assert plain.before is not None  # the original itself was measured, not its four bits
+    assert plain.before.scores[0].perplexity == pytest.approx(report.before.scores[0].perplexity, rel=1e-5)
+    merged = wanted(wide, tmp_path / "merged", text_file, {"name": name, "rank": 8}, {"merge": True}, max_steps=20)
+    stage = done(merged)
+    assert stage.checks[0].name == "merged" and all(check.passed for check in stage.checks)
+
+
+def test_a_quantized_model_learns_and_is_quantized_again(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    nf4 = tmp_path / "nf4"
+    run.execute(quantizing(wide, nf4, text_file, {"name": "nf4", "double_quant": True}), progress=Silent())
+    done(wanted(nf4, tmp_path / "beside", text_file, {"name": "lora", "rank": 8}, max_steps=20))
+    stage = done(wanted(nf4, tmp_path / "out", text_file, {"name": "lora", "rank": 8}, {"merge": True}, max_steps=20))
+    assert stage.checks[0].name == "merged" and all(check.passed for check in stage.checks)
+    assert {layer.method for layer in stage.layers} == {"nf4"} and stage.bytes_after == stage.bytes_before
+    right = given_out(as_peft_reads(nf4, tmp_path / "beside"))
+    far, near = ((logits(load(folder)[0]) - right).norm() for folder in (nf4, tmp_path / "out"))
+    assert near < 0.7 * far
+    for method, why in (("full", "codes do not learn"), ("qlora", "is quantized already")):
+        with pytest.raises(PlanError, match=why):
+            run.make_plan(wanted(nf4, tmp_path / "other", text_file, method))
+    with pytest.raises(PlanError, match="bitsandbytes misreads rows of 32"):
+        run.make_plan(wanted(smaller(tmp_path), tmp_path / "other", text_file, "qlora"))
+
+
+def smaller(tmp_path: Path) -> Path:
+    build_model(tmp_path / "smaller", config("llama", **SMALL))
+    return tmp_path / "smaller"
+
+
+def test_what_was_pruned_stays_pruned(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    half = {"name": "magnitude", "sparsity": 0.5}
+    run.execute(
+        quantizing(tiny("llama"), pruned, text_file, half, stage={"format": {"name": "dense"}}), progress=Silent()
+    )
+    merging = wanted(pruned, out, text_file, {"name": "lora", "rank": 4}, {"merge": True})
+    report = run.execute(merging, progress=Silent())
+    before, after = (
+        {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in (pruned, out)
+    )
+    zeros = {key: weight == 0 for key, weight in before.items() if (weight == 0).any()}
+    assert len(zeros) == 14 and not any(after[key][mask].any() for key, mask in zeros.items())
+    assert all(not torch.equal(before[key], after[key]) for key in zeros)
+    (masked,) = [event for event in report.events if event.kind == "masked"]
+    assert f"{sum(int(mask.sum()) for mask in zeros.values()):,} weights that were pruned stay zero" in masked.message

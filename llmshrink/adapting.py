@@ -160,8 +160,9 @@ class _Run:
             checks = self._verify(workspace, trained, files, plan)
             measures, seconds = self._measure(workspace.folder, texts)
             done_so = self._stage(plan, workspace.folder, report, checks, memory, seconds)
+            size = (workspace.folder / ADAPTER).stat().st_size
             found = job.facts.report(
-                stages=job._judged([done_so], {"before": self.model}, measures),
+                stages=job._judged([done_so], {"before": self.model}, measures, size),
                 calibration=rows,
                 measures=measures,
                 events=[*workspace.events, *adapting.events, *job.loader.events],

@@ -51,6 +51,7 @@ from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
@@ -319,12 +320,21 @@ class Job:
         return measures, time.perf_counter() - clock
 
     def _judged(
-        self, stages: list[StageReport], models: dict[str, StreamedModel], measures: dict[str, ModelMeasure]
+        self,
+        stages: list[StageReport],
+        models: dict[str, StreamedModel],
+        measures: dict[str, ModelMeasure],
+        beside: int = 0,
     ) -> list[StageReport]:
-        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first."""
+        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first.
+
+        `beside`: bytes of files that hold tensors beside the last model.
+        """
         missing = [event.message for event in self.loader.events if event.kind == "not_measured"]
         sizes = [model.source.checkpoint.file_bytes for model in models.values()]
-        outcome = Outcome(measures, sizes[0], sizes[-1], "; ".join(m for m in missing if m.startswith("quality")))
+        why = "; ".join(m for m in missing if m.startswith("quality"))
+        learned = any(isinstance(stage, LoraStage) for stage in self.recipe.stages)
+        outcome = Outcome(measures, sizes[0], sizes[-1] + beside, why, learned)
         wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]

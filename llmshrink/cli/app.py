@@ -215,7 +215,7 @@ def lora(
     recipe: opt.RecipeName = None,
     method: opt.AdapterKind = None,
     rank: opt.AdapterRank = None,
-    target: opt.Target = None,
+    linears: opt.AdapterTarget = None,
     merge: opt.Merge = None,
     data: opt.Data = None,
     batch: opt.Batch = None,

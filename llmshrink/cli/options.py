@@ -30,7 +30,7 @@ RECIPE_KEYS = {
     "layers": "cut.layers",
     "target_params": "cut.params",
     "teacher": "teacher",
-    "target": "target",
+    "linears": "target",
     "merge": "merge",
     "loss": "loss.name",
     "temperature": "loss.temperature",
@@ -268,9 +268,10 @@ AdapterKind = Annotated[
     ),
 ]
 AdapterRank = Annotated[int | None, typer.Option("--rank", help="Of the products: 16.", rich_help_panel=_WHAT)]
-Target = Annotated[
+AdapterTarget = Annotated[
     str | None,
     typer.Option(
+        "--target",
         help="Linears beside which it stands, with commas between; all without it.",
         metavar="q_proj,v_proj",
         rich_help_panel=_WHAT,
@@ -419,7 +420,7 @@ def _plain(flag: str, value: Any) -> Any:
     """A flag's value as a recipe has it."""
     if flag == "layers" and "," in value and all(part.strip().isdecimal() for part in value.split(",")):
         return [int(part) for part in value.split(",")]
-    if flag in ("targets", "target"):
+    if flag in ("targets", "linears"):
         return [part.strip() for part in value.split(",")]
     return list(value) if isinstance(value, tuple) else value
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 from transformers.models.auto import modeling_auto
 from transformers.models.llama import modeling_llama
 
+from llmshrink.bottleneck import BottleneckModel, is_bottleneck
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
 from llmshrink.gguf.checkpoint import SINGLE as GGUF
@@ -93,7 +94,9 @@ def _in_four_bits(request: ReadRequest) -> dict[str, Any]:
 
 
 def _adapted(model: PreTrainedModel, adapter: str) -> nn.Module:
-    """With an adapter beside it, by plain peft."""
+    """With an adapter beside it, by plain peft; by llmshrink where peft has no such kind."""
+    if is_bottleneck(Path(adapter)):
+        return BottleneckModel.from_pretrained(model, adapter)
     from peft import PeftModel  # seconds, which only readers of adapters should pay for
 
     found: nn.Module = PeftModel.from_pretrained(model, adapter)

@@ -18,7 +18,7 @@ from llmshrink.model.skeleton import build
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, first_tokens, peft_config
 from llmshrink.plan.layout import default_output
-from llmshrink.plan.linears import find_linears, writers
+from llmshrink.plan.linears import find_linears, shortest, writers
 from llmshrink.plan.resolve import resolve
 from llmshrink.plan.steps import Steps
 from llmshrink.plan.training import trained_work
@@ -77,6 +77,8 @@ class Adapting:
     @property
     def targets(self) -> tuple[str, ...]:
         """Ends of the names of the linears that an adapter stands beside."""
+        if self.name == "adapter":
+            return shortest([[matrix.module for matrix in self.places]], self.model.model)[0]
         return () if self.name in (*PROMPTS, *WRITES_MODEL) else self.linears.names
 
     def beside(self, matrix: Matrix) -> bool:

@@ -31,7 +31,7 @@ def find_linears(model: StreamedModel, target: list[str]) -> Linears:
     wanted = there if target == ["auto"] else _named(there, target)
     names = [m.module for m in wanted]
     wide = [m.module for m in wanted if m.shape[1] > model.hidden]
-    short, wide_short = _shortest([names, wide], model.model)
+    short, wide_short = shortest([names, wide], model.model)
     return Linears(short, wide_short, any(m.kind == "conv1d" for m in wanted))
 
 
@@ -54,7 +54,7 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _shortest(lists: list[list[str]], model: PreTrainedModel) -> list[tuple[str, ...]]:
+def shortest(lists: list[list[str]], model: PreTrainedModel) -> list[tuple[str, ...]]:
     """For each list, the ends of its names that mean just these modules to peft, of one length; else whole names."""
     for depth in (1, 2):
         ends = [tuple(dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names)) for names in lists]

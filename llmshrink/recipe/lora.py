@@ -68,8 +68,8 @@ class LoraStage(Section):
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         name = self.method.name
-        if self.target != ["auto"] and name in ("prefix", "prompt", "p-tuning", *WRITES_MODEL):
-            raise refuse([fault(("target",), f"{name} is beside no linear", self.target)])
+        if self.target != ["auto"] and name in ("prefix", "prompt", "p-tuning", "adapter", *WRITES_MODEL):
+            raise refuse([fault(("target",), f"{name} chooses no linears", self.target)])
         if self.merge and name in ("prefix", "prompt", "p-tuning", "adapter"):
             raise refuse([fault(("merge",), f"no weights say what {name} does: it stays an adapter", self.merge)])
         return self

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmshrink.bottleneck import BottleneckModel, is_bottleneck
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
@@ -52,10 +53,17 @@ class Adaptation:
         products = self._products(base) if adapting.name == "loftq" else {}
         with torch.random.fork_rng():
             torch.manual_seed(adapting.stage.train.seed)
-            self.model: PreTrainedModel = get_peft_model(base, adapting.config(steps))
+            self.model: PreTrainedModel = self._with_adapter(base, steps)
         loftq.place(self.model, products)
         if adapting.name in ("prefix", "prompt"):
             begin(self.model, adapting.name, adapting.first_tokens)
+
+    def _with_adapter(self, base: PreTrainedModel, steps: int) -> Any:
+        spec = self._adapting.stage.method
+        if spec.name != "adapter":
+            return get_peft_model(base, self._adapting.config(steps))
+        assert spec.width is not None
+        return BottleneckModel(base, [matrix.module for matrix in self._adapting.places], spec.width)
 
     def _products(self, base: PreTrainedModel) -> dict[str, loftq.Begun]:
         """What linears begin as; the codes of the model are changed with them."""
@@ -127,7 +135,8 @@ def load_adapted(adapting: Adapting, folder: Path, device: torch.device) -> Peft
         base = load_base(Source(BASE, own, None), device)
     else:
         base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    kind = BottleneckModel if is_bottleneck(folder) else PeftModel
+    return kind.from_pretrained(base, str(folder)).eval()
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Source, *, beside: str | None = None) -> None:
@@ -139,6 +148,9 @@ def save_adapter(model: PeftModel, folder: Path, base: Source, *, beside: str | 
         base: the model without it.
         beside: the folder below where another base lies; None: the adapter is for `base` itself.
     """
+    if isinstance(model, BottleneckModel):
+        model.save_pretrained(folder, base.id if base.commit else Path(base.id).name)
+        return
     for config in model.peft_config.values():
         config.base_model_name_or_path = beside or (base.id if base.commit else Path(base.id).name)
         config.revision = None if beside else base.commit

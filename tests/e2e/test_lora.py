@@ -16,7 +16,9 @@ from tiny import build_model, config
 from torch import Tensor
 
 from llmshrink import run
-from llmshrink.errors import InterruptedRun, PlanError, RecipeError
+from llmshrink.bottleneck import BottleneckModel, is_bottleneck
+from llmshrink.cli import main
+from llmshrink.errors import InputError, InterruptedRun, PlanError, RecipeError
 from llmshrink.evaluate.reader import read
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -25,7 +27,7 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage
-from llmshrink.report.schema import Check, StageReport
+from llmshrink.report.schema import Check, Report, StageReport
 from llmshrink.train.adaptation import Adaptation
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -39,7 +41,10 @@ METHODS: dict[str, dict[str, Any]] = {  # small settings, and a rate for models 
     "prefix": {"tokens": 4},
     "prompt": {"tokens": 4},
     "p-tuning": {"tokens": 4, "width": 16},
+    "adapter": {"width": 8, "placement": "houlsby"},
 }
+SLOW = pytest.mark.slow
+OFTEN = ("lora", "rslora", "dora", "prompt", "vera")  # others of their kind are tried in the default suite
 RATES = {"prefix": 3e-2, "prompt": 3e-2, "ia3": 3e-2, "vera": 3e-2}
 
 
@@ -88,7 +93,8 @@ def done(recipe: Recipe) -> StageReport:
 
 
 def as_peft_reads(model: Path, adapter: Path) -> PeftModel:
-    return PeftModel.from_pretrained(load(model)[0], str(adapter)).eval()
+    kind = BottleneckModel if is_bottleneck(adapter) else PeftModel
+    return kind.from_pretrained(load(model)[0], str(adapter)).eval()
 
 
 def given_out(model: PeftModel) -> Tensor:
@@ -98,7 +104,7 @@ def given_out(model: PeftModel) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n in OFTEN else ()) for n in METHODS])
 def test_each_kind_learns_and_is_read_by_peft(
     name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +126,7 @@ def test_each_kind_learns_and_is_read_by_peft(
     assert not (out / ".work").exists() and str(model) not in (out / "adapter_config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "p-tuning"])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=SLOW), "adalora", pytest.param("p-tuning", marks=SLOW)])
 def test_a_stopped_run_gives_the_same_bytes(
     name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -145,10 +151,15 @@ def test_all_linears_of_any_family_are_found(tiny: Callable[[str], Path], text_f
     done(wanted(tiny("gpt2"), tmp_path / "out", text_file))
 
 
-MERGED = ["lora", "dora", "adalora", "vera", "ia3"]
-
-
-@pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in MERGED), ("gpt2", "lora"), ("gpt2", "ia3")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "dora"),
+        ("gpt2", "lora"),
+        *(pytest.param("llama", name, marks=SLOW) for name in ("lora", "adalora", "vera", "ia3")),
+        pytest.param("gpt2", "ia3", marks=SLOW),
+    ],
+)
 def test_merged_is_the_same_function(
     family: str, name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +175,7 @@ def test_merged_is_the_same_function(
     assert (found - logits(load(model)[0])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["full", "freeze"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=SLOW), "freeze"])
 def test_a_model_learns_itself(name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
     method = {"full": "full", "freeze": {"name": "freeze", "blocks": 1, "parts": ["norms", "head"]}}[name]
     recipe = wanted(tiny("llama"), tmp_path / "out", text_file, method, max_steps=20)
@@ -216,7 +227,7 @@ def test_names_that_are_not_there_are_told_with_those_that_are(
     [
         ({"method": {"name": "ia3", "rank": 4}}, "stages[0].method.rank: not of ia3, which takes no settings"),
         ({"method": "prompt", "merge": True}, "stages[0].merge: no weights say what prompt does"),
-        ({"method": "prompt", "target": "q_proj"}, "stages[0].target: prompt is beside no linear"),
+        ({"method": "prompt", "target": "q_proj"}, "stages[0].target: prompt chooses no linears"),
         ({"target": "q_proj("}, "neither a name nor a regular expression"),
         ({"target": ["auto", "q_proj"]}, "auto means all linears"),
         ({"method": {"name": "freeze", "blocks": 0, "parts": []}}, "nothing learns"),
@@ -236,7 +247,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["qlora", "loftq"])
+@pytest.mark.parametrize("name", ["qlora", pytest.param("loftq", marks=SLOW)])
 def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = wanted(wide, tmp_path / name, text_file, {"name": name, "rank": 8}, max_steps=20)
     data = {"data": [str(text_file)], "rows": 2, "length": 16, "speed": False}
@@ -295,3 +306,62 @@ def test_what_was_pruned_stays_pruned(tiny: Callable[[str], Path], text_file: Pa
     assert all(not torch.equal(before[key], after[key]) for key in zeros)
     (masked,) = [event for event in report.events if event.kind == "masked"]
     assert f"{sum(int(mask.sum()) for mask in zeros.values()):,} weights that were pruned stay zero" in masked.message
+
+
+def test_bottlenecks_stand_where_they_should(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """x + up(gelu(down(x))) behind the MLP, written out; where peft knows nothing of it, it says so."""
+    out = tmp_path / "out"
+    done(wanted(tiny("llama"), out, text_file, {"name": "adapter", "width": 8}, max_steps=20))
+    found, state = given_out(as_peft_reads(tiny("llama"), out)), load_file(out / "adapter_model.safetensors")
+    plain = load(tiny("llama"))[0]
+
+    def behind(index: int) -> Callable[..., Tensor]:
+        def follow(_: object, __: object, x: Tensor) -> Tensor:
+            own = {key: state[f"model.layers.{index}.mlp.down_proj.{key}"] for key in KEYS}
+            inner = torch.nn.functional.gelu(x @ own["down.weight"].T + own["down.bias"])
+            return x + inner @ own["up.weight"].T + own["up.bias"]
+
+        return follow
+
+    for index, layer in enumerate(plain.model.layers):
+        layer.mlp.register_forward_hook(behind(index))
+    assert torch.allclose(logits(plain), found, atol=1e-5)
+    with pytest.raises(Exception, match="peft_type|adapter_type|places|NoneType"):
+        PeftModel.from_pretrained(load(tiny("llama"))[0], str(out))
+    with pytest.raises(InputError, match="is for another model: GPT2LMHeadModel has no model.layers.0.mlp.down_proj"):
+        BottleneckModel.from_pretrained(load(tiny("gpt2"))[0], out)
+
+
+KEYS = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+def test_what_was_learned_is_judged(
+    tiny: Callable[[str], Path], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A perplexity that falls is what was asked for; the card's own words load the adapter."""
+    out = tmp_path / "out"
+    given = ["lora", str(tiny("llama")), "--rank", "4", "--rate", "0.01", "--data", str(text_file), "--max-steps", "20"]
+    small = ["--set", "train.length=16", "--set", "evaluation.length=16", "--set", "evaluation.rows=2", "-o", str(out)]
+    judged = [
+        "--evaluation",
+        str(text_file),
+        "--max-ppl-increase",
+        "1%",
+        "--max-size",
+        "200%",
+        "--target",
+        "q_proj,v_proj",
+    ]
+    assert main([*given, *small, *judged]) == 0
+    said = capsys.readouterr().out
+    assert "numbers learn" in said and "q_proj, v_proj" in said and "max_ppl_increase" in said
+    report = Report.model_validate_json((out / "report.json").read_bytes())
+    assert {gate.name: gate.passed for gate in report.stages[0].gates} == {"max_ppl_increase": True, "max_size": True}
+    assert main(["verify", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    code = card.partition("```python")[2].partition("```")[0]
+    code = code.replace('"model"', repr(str(tiny("llama")))).replace(
+        f'"{tiny("llama").name}"', repr(str(tiny("llama")))
+    )
+    exec(code.replace('"path/to/this/folder"', repr(str(out))), {})
+    assert main([*given, *small, *judged, "--overwrite", "--max-kl", "0"]) == 9

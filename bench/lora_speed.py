@@ -1,6 +1,6 @@
 """Seconds of `llmshrink lora`'s steps beside those of plain peft and Trainer: interleaved, medians.
 
-python bench/lora_speed.py MODEL TEXT.json [STEPS] [ROUNDS]
+python -m bench.lora_speed MODEL TEXT.json [STEPS] [ROUNDS]
 """
 
 from __future__ import annotations

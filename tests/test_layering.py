@@ -109,7 +109,8 @@ ALLOWED = {
         "recipe",
         "report",
     },
-    "cli": {"errors", "progress", "recipe", "redact", "report", "run", "forms", "plan"},
+    "adapters": None,  # a story of its own: several of them
+    "cli": {"adapters", "errors", "progress", "recipe", "redact", "report", "run", "forms", "plan"},
     "sensitivity": {
         "allocate",
         "calibration",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmshrink import __version__
-from llmshrink.cli import console, recipes
+from llmshrink.cli import adapters, console, recipes
 from llmshrink.cli import options as opt
 from llmshrink.cli.progress import listener
 from llmshrink.errors import GateError, LlmshrinkError, UsageError
@@ -406,6 +406,7 @@ def env(json: opt.Json = False) -> None:
             print(f"{name}: {value}")
 
 
+app.add_typer(adapters.app, name="adapters", rich_help_panel="Work")
 app.add_typer(recipes.app, name="recipes", rich_help_panel="Look")
 
 

@@ -525,6 +525,10 @@ FLAGS_ELSEWHERE = {
     "version": f"{APP}::test_version_and_no_arguments",
     "save": "tests/e2e/test_allocate.py::test_measure",
     "folder": f"what is verified: {APP}::test_smoke_and_verify",
+    **{
+        f"adapters {name}": "tests/e2e/test_adapters.py::test_adapters_are_listed_compared_and_merged"
+        for name in ("ls folders", "compare folders", "compare model", "merge parts", "merge how", "merge into")
+    },
     "recipes ls as_json": f"{APP}::test_json_alone_on_stdout",
     "recipes show name": "tests/cli/test_recipes.py::test_show",
     "recipes show full": "tests/cli/test_recipes.py::test_show",
@@ -546,7 +550,8 @@ def flags(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 FLAGS = list(flags(typer.main.get_command(cli.app.app)))
-FOR_RECIPES = [(name, p) for name, p in FLAGS if p.name in RECIPE_KEYS]
+OWN = ("adapters", "recipes")  # commands without a recipe
+FOR_RECIPES = [(name, p) for name, p in FLAGS if p.name in RECIPE_KEYS and name.partition(" ")[0] not in OWN]
 
 
 def test_every_flag_is_a_key_or_is_shown_elsewhere() -> None:

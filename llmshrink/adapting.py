@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from llmshrink.calibration.labelled import Labelled, read_labelled
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.adapter import check_adapter, check_tensors
 from llmshrink.checks.gates import check_size
@@ -28,6 +29,7 @@ from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.describe_adapter import FORMAT
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.schema import Plan
+from llmshrink.plan.steps import Steps
 from llmshrink.plan.work import Work
 from llmshrink.planning import adapter_plan, planned
 from llmshrink.recipe.adapter import WRITES_MODEL
@@ -42,7 +44,18 @@ from llmshrink.report.schema import (
     TextScore,
     TrainReport,
 )
-from llmshrink.train.adaptation import ADAPTER, BASE, MERGE, PROBE, SETTINGS, Adaptation, Merged, Whole, load_adapted
+from llmshrink.train.adaptation import (
+    ADAPTER,
+    BASE,
+    MERGE,
+    PROBE,
+    SETTINGS,
+    Adaptation,
+    Merged,
+    Whole,
+    accuracy,
+    load_adapted,
+)
 from llmshrink.train.base import load_base
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
@@ -60,7 +73,29 @@ def adapt(job: Job, stage: LoraStage, overwrite: bool) -> Report:
     Raises:
         GateError: what was written does not verify; it is kept, unfinished.
     """
-    return _Run(job, Adapting(job.recipe, stage, job.model)).write(overwrite)
+    rows = labelled(stage, job.model)
+    classes = () if rows is None else rows.classes
+    return _Run(job, Adapting(job.recipe, stage, job.model, classes), rows).write(overwrite)
+
+
+def labelled(stage: LoraStage, model: StreamedModel) -> Labelled | None:
+    """Rows with classes, where a stage learns these."""
+    if stage.label is None:
+        return None
+    spec = stage.train
+    if spec.data in ("auto", "self", "generator"):
+        raise PlanError(f"train.data: {spec.data} has no classes.", hint="Name a file or a dataset that has: --data.")
+    known = tuple(model.source.config.id2label.values()) if model.task.by_row else ()
+    return read_labelled(
+        spec.data,
+        model.source.tokenizer,
+        label=stage.label,
+        text=spec.column,
+        length=Steps(spec, model).length,
+        split=spec.split,
+        seed=spec.seed,
+        known=known,
+    )
 
 
 def learn_model(
@@ -134,8 +169,8 @@ def _told(adapting: Adapting, trained: TrainReport, size: int) -> AdapterReport:
 
 
 class _Run:
-    def __init__(self, job: Job, adapting: Adapting) -> None:
-        self.job, self.adapting = job, adapting
+    def __init__(self, job: Job, adapting: Adapting, rows: Labelled | None) -> None:
+        self.job, self.adapting, self._labelled = job, adapting, rows
         self.recipe, self.model, self.device = job.recipe, job.model, job.facts.device
 
     def write(self, overwrite: bool) -> Report:
@@ -150,9 +185,11 @@ class _Run:
             rows = self._rows(workspace)
             happened = list(job.loader.events)
             length = row_length(self.recipe.evaluation.length, self.model, adapting.events)
-            texts = job.loader.evaluation(self.recipe.evaluation, adapting.shorter(length), rows)
+            spec = self.recipe.evaluation.model_copy(update={"data": []} if adapting.classes else {})
+            texts = job.loader.evaluation(spec, adapting.shorter(length), rows)
             done = workspace.begin(job.facts.identity(rows), resume=self.recipe.run.resume, folders=(STATES, TRAINED))
-            rows.save(workspace.work / ROWS, self._key(), happened)
+            if self._labelled is None:
+                rows.save(workspace.work / ROWS, self._key(), happened)
             with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
                 trained, report = learn(job, adapting, rows, workspace, done)
             job._tell(workspace.events, adapting.events, job.loader.events)
@@ -181,6 +218,8 @@ class _Run:
 
     def _rows(self, workspace: Workspace) -> Rows:
         """What is learned from: rows that an unfinished run began with, or new ones."""
+        if self._labelled is not None:
+            return self._labelled
         kept = Rows.load(workspace.work / ROWS, self._key()) if self.recipe.run.resume else None
         steps = self.adapting.steps
         if kept is None:
@@ -212,6 +251,7 @@ class _Run:
                 load_file(trained / PROBE)["logits"],
                 room=self.model.parameters * 4,
                 nested=None if own else self.adapting.nested,
+                classes=len(self.adapting.classes) or None,
             ),
         ]
         if checks[-1].passed is None:
@@ -253,6 +293,17 @@ class _Run:
         }
         return measures, time.perf_counter() - clock
 
+    def _classes(self, folder: Path) -> dict[str, Any]:
+        """What the report says of classes: how many of the rows held back it finds."""
+        rows = self._labelled
+        if rows is None:
+            return {}
+        held = self.adapting.steps.held(len(rows.tokens))
+        model = load_adapted(self.adapting, folder, self.device)
+        last = rows.labels[-held:] if held else ()
+        most = max((last.count(one) / held for one in set(last)), default=None)
+        return {"classes": list(rows.classes), "accuracy": accuracy(model, rows, held), "most": most}
+
     def _stage(
         self, plan: Plan, folder: Path, trained: TrainReport, checks: list[Check], memory: PeakMonitor, seconds: float
     ) -> StageReport:
@@ -262,7 +313,7 @@ class _Run:
             method=_settings(adapting),
             format=FORMAT,
             trained=trained,
-            adapter=_told(adapting, trained, own),
+            adapter=_told(adapting, trained, own).model_copy(update=self._classes(folder)),
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_before + own,
             planned_bytes_after=plan.bytes_after,
@@ -281,4 +332,4 @@ def _tensors(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_header(folder / ADAPTER))
 
 
-__all__ = ["adapt", "learn_model"]
+__all__ = ["adapt", "labelled", "learn_model"]

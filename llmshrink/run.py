@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llmshrink.adapting import adapt
+from llmshrink.adapting import adapt, labelled
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
 from llmshrink.errors import UsageError
@@ -45,7 +45,8 @@ def make_plan(recipe: Recipe) -> Plan:
         source, _ = open_model(recipe)
         model, stage = StreamedModel(source, pick_device(recipe.run.device)), writing_stage_of(recipe)
         if isinstance(stage, LoraStage) and not stage.writes_model:
-            return adapter_plan(recipe, Adapting(recipe, stage, model))
+            rows = labelled(stage, model)
+            return adapter_plan(recipe, Adapting(recipe, stage, model, () if rows is None else rows.classes))
         return plan_of(recipe, model)[1]
 
 

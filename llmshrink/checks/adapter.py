@@ -28,7 +28,14 @@ def check_tensors(adapter: Checkpoint, planned: int, *, at_most: bool) -> Check:
 
 
 def check_adapter(
-    base: Path, adapter: Path, tokens: Tensor, learned: Tensor, *, room: int, nested: bool | None = None
+    base: Path,
+    adapter: Path,
+    tokens: Tensor,
+    learned: Tensor,
+    *,
+    room: int,
+    nested: bool | None = None,
+    classes: int | None = None,
 ) -> Check:
     """Load model and adapter anew, compute in float32, and compare with what the model gave out that had learned.
 
@@ -38,13 +45,14 @@ def check_adapter(
         tokens: ids [rows, length].
         learned: logits [rows, length, vocabulary] that are meant.
         room: bytes of the model in float32.
+        classes: how many it tells apart; None: it predicts tokens.
         nested: read the model as NF4, with scales in 8 bits or not; None: as it is stored.
     """
     needed = 2 * LIBRARIES + ROOM * room
     if needed > available_memory():
         return Check(name="reader", passed=None, detail="the model does not fit into memory a second time here")
     request = ReadRequest(
-        folder=str(base), tokens=tokens.tolist(), dtype="float32", adapter=str(adapter), nested=nested
+        folder=str(base), tokens=tokens.tolist(), dtype="float32", adapter=str(adapter), nested=nested, classes=classes
     )
     result = measure([request])[0]
     if result.found is None or result.output is None:

@@ -217,6 +217,7 @@ def lora(
     rank: opt.AdapterRank = None,
     linears: opt.AdapterTarget = None,
     merge: opt.Merge = None,
+    label: opt.Label = None,
     data: opt.Data = None,
     batch: opt.Batch = None,
     rate: opt.Rate = None,

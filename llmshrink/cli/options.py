@@ -31,6 +31,7 @@ RECIPE_KEYS = {
     "target_params": "cut.params",
     "teacher": "teacher",
     "linears": "target",
+    "label": "label",
     "merge": "merge",
     "loss": "loss.name",
     "temperature": "loss.temperature",
@@ -276,6 +277,10 @@ AdapterTarget = Annotated[
         metavar="q_proj,v_proj",
         rich_help_panel=_WHAT,
     ),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(help="Learn classes: the column of each row's.", metavar="COLUMN", rich_help_panel=_LEARN),
 ]
 Merge = Annotated[
     bool | None, typer.Option("--merge", help="Write a whole model with it in the weights.", rich_help_panel=_WHAT)

@@ -21,7 +21,7 @@ from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
 from llmshrink.gguf.checkpoint import SINGLE as GGUF
 from llmshrink.memory import PeakMonitor, resident_bytes
 from llmshrink.model.source import Source, forget_kernels
-from llmshrink.model.task import Task, positions, task_of
+from llmshrink.model.task import SEQUENCES, Task, positions, task_of
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
 IMPORTED = (modeling_auto, modeling_llama)
@@ -38,6 +38,8 @@ def read(request: ReadRequest) -> ReadResult:
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
     config, task = _prepare(request.folder)
+    if request.classes is not None:
+        task, config.num_labels = SEQUENCES, request.classes
     # With the configuration that stands beside a GGUF file: from the file itself it takes only a part of it.
     given = {"gguf_file": GGUF} if Source(request.folder, Path(request.folder), None).gguf else {}
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
@@ -170,7 +172,8 @@ def _output(model: nn.Module, task: Task, rows: list[list[int]] | None) -> Tenso
     if rows is None:
         return None
     device = next(model.parameters()).device
-    results = (model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows)
+    given = {} if task.by_row else {"use_cache": False}
+    results = (model(input_ids=torch.tensor([row], device=device), **given) for row in rows)
     # Where something stands before the text, it gives something out too.
     return torch.cat([task.output(result)[:, -len(rows[0]) :].float().cpu() for result in results])
 

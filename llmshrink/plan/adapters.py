@@ -49,7 +49,9 @@ class Linears:
     transposed: bool
 
 
-def peft_config(spec: AdapterSpec, linears: Linears, *, steps: int, task: str = "CAUSAL_LM") -> PeftConfig:
+def peft_config(
+    spec: AdapterSpec, linears: Linears, *, steps: int, task: str = "CAUSAL_LM", heads: list[str] | None = None
+) -> PeftConfig:
     """What peft calls an adapter.
 
     Args:
@@ -57,9 +59,10 @@ def peft_config(spec: AdapterSpec, linears: Linears, *, steps: int, task: str = 
         linears: beside which it stands.
         steps: of gradient, over which AdaLoRA moves its ranks.
         task: in peft's words.
+        heads: modules that are not of the model that comes in: they learn as a whole.
     """
     common: dict[str, Any] = {"task_type": task}
-    beside = {**common, "target_modules": list(linears.names)}
+    beside = {**common, "target_modules": list(linears.names), "modules_to_save": heads}
     if spec.name in PRODUCTS:
         return LoraConfig(
             **beside,

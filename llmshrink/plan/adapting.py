@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
@@ -47,13 +50,13 @@ class Adapting:
 
     needs_data = True
 
-    def __init__(self, recipe: Recipe, stage: LoraStage, model: StreamedModel) -> None:
-        """Find what learns.
+    def __init__(self, recipe: Recipe, stage: LoraStage, model: StreamedModel, classes: tuple[str, ...] = ()) -> None:
+        """Find what learns; `classes`: names of those that are told apart.
 
         Raises:
             PlanError: the model cannot be adapted so.
         """
-        self.stage, self.model, self._recipe = stage, model, recipe
+        self.stage, self.model, self._recipe, self.classes = stage, model, recipe, classes
         self.events: list[Event] = []
         self._refuse()
         if self.in_four_bits:
@@ -112,7 +115,7 @@ class Adapting:
     def _refuse(self) -> None:
         model, name = self.model, self.name
         stored = model.weights.format.name
-        if not model.task.causal:
+        if not model.task.causal and self.stage.label is None:
             raise PlanError(
                 f"{model.source.id}: only models that predict the next token learn from text.",
                 hint="A model of classes learns from rows with a class: name its column with --label.",
@@ -166,7 +169,27 @@ class Adapting:
 
     def config(self, steps: int) -> PeftConfig:
         """The adapter in peft's words, for so many steps of gradient."""
-        return peft_config(self.stage.method, self.linears, steps=steps)
+        if not self.classes:
+            return peft_config(self.stage.method, self.linears, steps=steps)
+        return peft_config(self.stage.method, self.linears, steps=steps, task="SEQ_CLS", heads=self._heads)
+
+    @property
+    def _sorter(self) -> PreTrainedModel:
+        """A new model, on `meta`, that tells classes apart."""
+        config = with_classes(self.model.source.config, self.classes)
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, dtype=self.model.dtype)
+
+    @cached_property
+    def _heads(self) -> list[str]:
+        """What of that the model that comes in has not, besides its head a pooler: it is drawn, learns, and is kept."""
+        sorter = self._sorter
+        prefix = f"{sorter.base_model_prefix}."
+        known = {name.removeprefix(prefix) for name, _ in self.model.model.named_parameters()}
+        new = [name.removeprefix(prefix) for name, _ in sorter.named_parameters()]
+        own = self.model.task.by_row  # a head of its own learns on
+        found = dict.fromkeys(name.partition(".")[0] for name in new if name not in known)
+        return list(found) or [name for name in ("score", "classifier") if own and hasattr(sorter, name)]
 
     @cached_property
     def first_tokens(self) -> Tensor:
@@ -189,7 +212,7 @@ class Adapting:
             assert spec.width is not None
             each = 2 * spec.width * model.hidden + spec.width + model.hidden
             return AdapterSize(each * len(self.places), 4 * each * len(self.places))
-        skeleton = build(model.source.config, model.dtype, all_meta=True)
+        skeleton = self._sorter if self.classes else build(model.source.config, model.dtype, all_meta=True)
         return adapter_size(spec, self.config(self.steps.limit or SOME_STEPS), skeleton)
 
     def work(self, model: StreamedModel) -> Work:
@@ -202,6 +225,17 @@ class Adapting:
             work.events = [event for event in work.events if event.kind != "requantized"]  # asked for
         work.events += self.events
         return work
+
+
+def with_classes(config: PretrainedConfig, classes: tuple[str, ...]) -> PretrainedConfig:
+    """A copy of a configuration for a model that tells these apart."""
+    found = deepcopy(config)
+    found.id2label = dict(enumerate(classes))
+    found.label2id = {name: number for number, name in enumerate(classes)}
+    if found.pad_token_id is None:  # where a row ends is seen by it
+        ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+        found.pad_token_id = ends[0] if ends[0] is not None else 0
+    return found
 
 
 def as_quantized(model: StreamedModel) -> QuantizeStage | None:

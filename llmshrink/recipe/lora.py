@@ -24,6 +24,11 @@ class LoraStage(Section):
         description="which linears get an adapter: ends of their names (q_proj) or regular expressions over whole "
         "names; auto: all linears of all blocks",
     )
+    label: str | None = Field(
+        None,
+        min_length=1,
+        description="the column or key of the class of each row: learn to tell classes apart; null: learn the text",
+    )
     merge: bool = Field(
         False,
         description="write a whole model with the adapter in its weights: zeros of a pruned model stay, a quantized "
@@ -70,6 +75,13 @@ class LoraStage(Section):
         name = self.method.name
         if self.target != ["auto"] and name in ("prefix", "prompt", "p-tuning", "adapter", *WRITES_MODEL):
             raise refuse([fault(("target",), f"{name} chooses no linears", self.target)])
+        beside_linears = name not in ("prefix", "prompt", "p-tuning", "adapter", "qlora", "loftq", *WRITES_MODEL)
+        if self.label is not None and (self.merge or not beside_linears):
+            what = "`merge`" if self.merge else name
+            message = f"classes are learned by an adapter beside linears and a head of its own, not by {what}"
+            raise refuse([fault(("label",), message, self.label)])
+        if self.label is not None and self.gate.quality:
+            raise refuse([fault(("gate",), f"{self.gate.quality[0]} is asked of text, and here rows have classes")])
         if self.merge and name in ("prefix", "prompt", "p-tuning", "adapter"):
             raise refuse([fault(("merge",), f"no weights say what {name} does: it stays an adapter", self.merge)])
         return self

@@ -359,6 +359,9 @@ def _adapter(found: AdapterReport) -> str:
     beside = f" beside {', '.join(found.targets[:TARGETS])}" if found.targets else ""
     more = ", ..." if len(found.targets) > TARGETS else ""
     base = "; the model is held in 4 bits" if found.four_bits else ""
+    if found.accuracy is not None and found.most is not None:
+        base += f"; {len(found.classes)} classes, {share(found.accuracy)} of rows held back right"
+        base += f" (always the same one: {share(found.most)})"
     return f"{found.learns:,} numbers learn, {share(found.share)} of the model{size}{beside}{more}{base}"
 
 

@@ -229,6 +229,9 @@ class AdapterReport(Record):
     share: float = Field(description="of the numbers of the model")
     bytes: int = Field(description="of all tensors of the adapter; 0: it is part of the model")
     targets: list[str] = Field(description="ends of the names of the linears that have it; empty: it is beside none")
+    classes: list[str] = Field(default_factory=list, description="that it tells apart; empty: it predicts tokens")
+    accuracy: float | None = Field(default=None, description="share of the rows held back whose class it finds")
+    most: float | None = Field(default=None, description="share of these that are of one class: what guessing gives")
     four_bits: bool = Field(default=False, description="the model was held as NF4 while the adapter learned")
 
 

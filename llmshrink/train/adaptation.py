@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
+from llmshrink.calibration.labelled import Labelled
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
@@ -49,7 +52,15 @@ class Adaptation:
         """
         self._adapting, self._probe, self._device = adapting, probe, device
         self._nested = adapting.nested is True
-        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=self._nested)
+        with torch.random.fork_rng():
+            torch.manual_seed(adapting.stage.train.seed)  # a head may be drawn
+            base = load_base(
+                adapting.model.source,
+                device,
+                four_bits=adapting.in_four_bits,
+                nested=self._nested,
+                classes=adapting.classes,
+            )
         products = self._products(base) if adapting.name == "loftq" else {}
         with torch.random.fork_rng():
             torch.manual_seed(adapting.stage.train.seed)
@@ -75,6 +86,8 @@ class Adaptation:
 
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
+        if self._adapting.classes:
+            given["data_collator"] = Padded(self.model.config.pad_token_id)
         if self._adapting.name != "adalora":
             return Learner(model=self.model, **given)
         ranks = Ranks(self.model)
@@ -134,7 +147,13 @@ def load_adapted(adapting: Adapting, folder: Path, device: torch.device) -> Peft
     if own.is_dir():
         base = load_base(Source(BASE, own, None), device)
     else:
-        base = load_base(adapting.model.source, device, four_bits=adapting.in_four_bits, nested=adapting.nested is True)
+        base = load_base(
+            adapting.model.source,
+            device,
+            four_bits=adapting.in_four_bits,
+            nested=adapting.nested is True,
+            classes=adapting.classes,
+        )
     kind = BottleneckModel if is_bottleneck(folder) else PeftModel
     return kind.from_pretrained(base, str(folder)).eval()
 
@@ -166,11 +185,40 @@ def _ordered(value: Any) -> Any:
     return sorted(value) if words else value
 
 
+def _by_place(logits: Tensor) -> Tensor:
+    """Logits [rows, places, width]: those of classes are of one place."""
+    return logits if logits.ndim == 3 else logits[:, None]
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, rows: Labelled, held: int) -> float | None:
+    """Share of the last rows whose class it finds; None: there are none."""
+    if not held:
+        return None
+    device = next(model.parameters()).device
+    found = [int(model(input_ids=row[None].to(device)).logits[0].argmax()) for row in rows.tokens[-held:]]
+    return sum(a == b for a, b in zip(found, rows.labels[-held:], strict=True)) / held
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Makes one batch of rows of several lengths, with a class each."""
+
+    padding: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Ids and what of them counts [rows, longest], classes [rows]."""
+        rows = [example["input_ids"] for example in examples]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.padding)
+        counts = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": counts, "labels": torch.tensor([e["labels"] for e in examples])}
+
+
 @torch.no_grad()
 def given_out(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [rows, length, vocabulary] in float32, as a reader that computes in float32 finds them; it is changed."""
     model.eval()
     compute_in_float32(model)
     device = next(model.parameters()).device
-    rows = [model(input_ids=row.to(device), use_cache=False).logits for row in torch.split(tokens, 1)]
+    rows = [_by_place(model(input_ids=row.to(device)).logits) for row in torch.split(tokens, 1)]
     return torch.cat(rows)[:, -tokens.shape[1] :].float().cpu().contiguous()

@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import copy_file
 from llmshrink.model.source import Source
 from llmshrink.model.task import task_of
+from llmshrink.plan.adapting import with_classes
 
 
-def load_base(source: Source, device: torch.device, *, four_bits: bool = False, nested: bool = True) -> PreTrainedModel:
+def load_base(
+    source: Source,
+    device: torch.device,
+    *,
+    four_bits: bool = False,
+    nested: bool = True,
+    classes: tuple[str, ...] = (),
+) -> PreTrainedModel:
     """A model that does not learn itself, in eval mode; in float32 on a CPU, in what it is stored in on a GPU.
 
     Args:
@@ -22,10 +30,14 @@ def load_base(source: Source, device: torch.device, *, four_bits: bool = False, 
         device: where it computes.
         four_bits: hold its linears as NF4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
         nested: and their scales in 8 bits.
+        classes: that it is to tell apart, by a head that is drawn where it has none; empty: it stays what it is.
     """
     config = source.config
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float32
     given: dict[str, Any] = {}
+    loader = task_of(config).loader
+    if classes:
+        loader, given["config"] = AutoModelForSequenceClassification, with_classes(config, classes)
     if four_bits:
         given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -33,7 +45,7 @@ def load_base(source: Source, device: torch.device, *, four_bits: bool = False, 
             bnb_4bit_use_double_quant=nested,
             bnb_4bit_compute_dtype=dtype,
         )
-    model: PreTrainedModel = task_of(config).loader.from_pretrained(
+    model: PreTrainedModel = loader.from_pretrained(
         source.folder,
         dtype=dtype,
         device_map={"": str(device)},  # bitsandbytes would take a GPU by itself

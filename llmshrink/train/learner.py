@@ -53,7 +53,9 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
         else:
             given = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**given)
-            loss = surprise(outputs.logits, inputs["labels"])
+            by_row = inputs["labels"].ndim == 1  # a class
+            measure = functional.cross_entropy if by_row else surprise
+            loss = measure(outputs.logits.float() if by_row else outputs.logits, inputs["labels"])
         check_number(loss, self.state.global_step, inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 

@@ -67,14 +67,15 @@ def train(
     """
     spec, held = steps.spec, steps.held(len(rows.tokens))
     learned, seen = rows.tokens[: len(rows.tokens) - held], rows.tokens[len(rows.tokens) - held :]
+    examples = rows.examples()
     count = steps.count(len(learned))
     if spec.checkpointing:
         _keep_less(lesson.model)
     journal = _Journal(workspace, progress, count, spec.save_minutes, spec.max_minutes)
     trainer = lesson.trainer(
         args=_arguments(spec, count, workspace.work / STATES, device),
-        train_dataset=[{"input_ids": row, "labels": row} for row in learned],
-        eval_dataset=[{"input_ids": row, "labels": row} for row in seen],
+        train_dataset=examples[: len(learned)],
+        eval_dataset=examples[len(learned) :],
         callbacks=[journal, *([] if spec.patience is None else [EarlyStoppingCallback(spec.patience)])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints where results belong

@@ -325,6 +325,7 @@ ELSEWHERE = {
     "stages.distill.train.save_minutes": "tests/e2e/test_distill.py::test_a_killed_run_goes_on_from_what_was_saved",
     "stages.lora.method.iterations": "tests/train/test_loftq.py::test_codes_and_product_are_nearer_in_each_turn",
     "stages.lora.method.text": "tests/e2e/test_lora.py::test_what_stands_before_begins_as_words",
+    "stages.lora.label": "tests/e2e/test_lora.py::test_classes_are_told_apart",
     "stages.lora.merge": "tests/e2e/test_lora.py::test_merged_is_the_same_function",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import build_model, config
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
@@ -29,6 +31,7 @@ from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage
 from llmshrink.report.schema import Check, Report, StageReport
 from llmshrink.train.adaptation import Adaptation
+from llmshrink.train.learner import Learner
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
 METHODS: dict[str, dict[str, Any]] = {  # small settings, and a rate for models of nothing
@@ -365,3 +368,77 @@ def test_what_was_learned_is_judged(
     )
     exec(code.replace('"path/to/this/folder"', repr(str(out))), {})
     assert main([*given, *small, *judged, "--overwrite", "--max-kl", "0"]) == 9
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert-masked", marks=SLOW), "bert-classes"])
+def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Foxes and herons, by words in the text; a model of classes keeps its head and their names."""
+    model, out, data = models_folder(family), tmp_path / "out", tmp_path / "rows.jsonl"
+    names = ("LABEL_0", "LABEL_3") if family == "bert-classes" else ("fox", "heron")
+    kinds = [(f"The old {('fox', 'heron')[n % 2]} saw {n} lamps by the river.", names[n % 2]) for n in range(60)]
+    data.write_text("\n".join(json.dumps({"text": text, "kind": kind}) for text, kind in kinds))
+    recipe = wanted(
+        model, out, data, {"name": "lora", "rank": 4}, {"label": "kind"}, max_steps=40, hold="20%", batch=6, rate=3e-3
+    )
+    plan, stage = run.make_plan(recipe), done(recipe)
+    assert plan.adapter is not None and stage.adapter is not None and stage.trained is not None
+    assert stage.adapter.learns == plan.adapter.learns and all(check.passed for check in stage.checks)
+    assert stage.adapter.accuracy is not None and stage.adapter.most is not None
+    assert stage.trained.held_after < stage.trained.held_before  # type: ignore[operator]
+    if family != "llama":  # which alone learns it in so few steps
+        return
+    assert stage.adapter.accuracy > max(0.9, stage.adapter.most)
+    count = len(stage.adapter.classes)
+    assert stage.adapter.classes == (["fox", "heron"] if count == 2 else [f"LABEL_{n}" for n in range(5)])
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=count, dtype=torch.float32)
+    found, tokenizer = PeftModel.from_pretrained(base, str(out)).eval(), AutoTokenizer.from_pretrained(out)
+    for kind in (0, 1):
+        tokens = tokenizer(kinds[kind][0], return_tensors="pt")
+        assert stage.adapter.classes[int(found(tokens["input_ids"]).logits.argmax())] == names[kind]
+
+
+def test_rows_without_a_class_are_named(models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    good = '{"text": "a fox", "kind": "a"}\n'
+    for family, text, told in (
+        ("llama", good + "\n" + '{"text": "a heron"}', "line 3 has no column 'kind'; it has: text"),
+        ("llama", good + '{"text": " ", "kind": "b"}', "line 2: column 'text' holds no text"),
+        ("llama", good + '{"text": "a", "kind": null}', "line 2: column 'kind' holds no class, but None"),
+        ("llama", good, "holds one class"),
+        ("bert-classes", good, "the model has no class 'a'; it has LABEL_0, LABEL_1"),
+    ):
+        data.write_text(text)
+        with pytest.raises(InputError, match=told):
+            run.make_plan(wanted(models_folder(family), out, data, stage={"label": "kind"}))
+    with pytest.raises(PlanError, match="only models that predict the next token learn from text"):
+        run.make_plan(wanted(models_folder("bert-masked"), out, data))
+    with pytest.raises(RecipeError, match="an adapter beside linears and a head of its own, not by prompt"):
+        wanted(models_folder("llama"), out, data, "prompt", {"label": "kind"})
+
+
+@pytest.mark.parametrize("stage", [{"merge": True}, pytest.param({"method": "freeze"}, marks=SLOW)])
+def test_a_stopped_run_writes_the_same_model(
+    stage: dict[str, Any], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done(wanted(tiny("llama"), whole, text_file, stage=stage))
+    for step, note in (("lora", "step 3 of 6"), ("compress", "")):
+        with pytest.raises(InterruptedRun):
+            run.execute(wanted(tiny("llama"), out, text_file, stage=stage), progress=Stopping(step=step, note=note))
+    done(wanted(tiny("llama"), out, text_file, stage=stage))
+    assert content(out) == content(whole)
+
+
+def test_what_is_no_number_ends_it(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, rate=0.99, schedule="constant", max_steps=400, clip=1e9)
+    with pytest.raises(InputError, match=r"The loss of step \d+ is no number; its rows begin with the tokens \[\["):
+        broken = Learner.training_step
+
+        def once(self: Learner, model: torch.nn.Module, *given: Any) -> Tensor:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+            return broken(self, model, *given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Learner, "training_step", once)
+            done(recipe)

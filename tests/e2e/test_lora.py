@@ -384,12 +384,13 @@ def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path
     assert plan.adapter is not None and stage.adapter is not None and stage.trained is not None
     assert stage.adapter.learns == plan.adapter.learns and all(check.passed for check in stage.checks)
     assert stage.adapter.accuracy is not None and stage.adapter.most is not None
-    assert stage.trained.held_after < stage.trained.held_before  # type: ignore[operator]
+    first, *_, last = [point.value for point in stage.trained.curve if point.kind == "loss"]
+    assert last < first
     if family != "llama":  # which alone learns it in so few steps
         return
     assert stage.adapter.accuracy > max(0.9, stage.adapter.most)
     count = len(stage.adapter.classes)
-    assert stage.adapter.classes == (["fox", "heron"] if count == 2 else [f"LABEL_{n}" for n in range(5)])
+    assert stage.adapter.classes == ["fox", "heron"]
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=count, dtype=torch.float32)
     found, tokenizer = PeftModel.from_pretrained(base, str(out)).eval(), AutoTokenizer.from_pretrained(out)
     for kind in (0, 1):

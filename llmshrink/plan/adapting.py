@@ -62,7 +62,7 @@ class Adapting:
         if self.in_four_bits:
             self._refuse_widths()
         self.steps = Steps(self._shorter(), model)
-        self.linears: Linears = find_linears(model, stage.target)
+        self.linears: Linears = find_linears(model, stage.target, apart=stage.method.name == "ia3")
         if self.name in ("prefix", "prompt"):
             _ = self.first_tokens  # a text without tokens is refused here
         self._tell()

@@ -15,12 +15,13 @@ from llmshrink.plan.adapters import Linears
 SHOWN = 12  # names in a refusal
 
 
-def find_linears(model: StreamedModel, target: list[str]) -> Linears:
+def find_linears(model: StreamedModel, target: list[str], *, apart: bool) -> Linears:
     """The linears that a recipe means.
 
     Args:
         model: whose they are.
         target: ends of names, or regular expressions over whole names; `auto`: all in the blocks.
+        apart: whether those that narrow what is inside an MLP must be told from others by their names.
 
     Raises:
         PlanError: nothing has such a name (those there are, are listed), or no block has a linear.
@@ -31,8 +32,8 @@ def find_linears(model: StreamedModel, target: list[str]) -> Linears:
     wanted = there if target == ["auto"] else _named(there, target)
     names = [m.module for m in wanted]
     wide = [m.module for m in wanted if m.shape[1] > model.hidden]
-    short, wide_short = shortest([names, wide], model.model)
-    return Linears(short, wide_short, any(m.kind == "conv1d" for m in wanted))
+    short, *more = shortest([names, wide] if apart else [names], model.model)
+    return Linears(short, more[0] if more else (), any(m.kind == "conv1d" for m in wanted))
 
 
 def _named(there: list[Matrix], target: list[str]) -> list[Matrix]:

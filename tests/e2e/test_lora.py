@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {  # small settings, and a rate for models 
     "adapter": {"width": 8, "placement": "houlsby"},
 }
 SLOW = pytest.mark.slow
-OFTEN = ("lora", "rslora", "dora", "prompt", "vera")  # others of their kind are tried in the default suite
+OFTEN = ("lora", "rslora", "dora", "prompt", "vera", "ia3")  # others of their kind are tried in the default suite
 RATES = {"prefix": 3e-2, "prompt": 3e-2, "ia3": 3e-2, "vera": 3e-2}
 
 
@@ -157,9 +157,8 @@ def test_all_linears_of_any_family_are_found(tiny: Callable[[str], Path], text_f
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("llama", "dora"),
         ("gpt2", "lora"),
-        *(pytest.param("llama", name, marks=SLOW) for name in ("lora", "adalora", "vera", "ia3")),
+        *(pytest.param("llama", name, marks=SLOW) for name in ("lora", "dora", "adalora", "vera", "ia3")),
         pytest.param("gpt2", "ia3", marks=SLOW),
     ],
 )
@@ -370,7 +369,9 @@ def test_what_was_learned_is_judged(
     assert main([*given, *small, *judged, "--overwrite", "--max-kl", "0"]) == 9
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert-masked", marks=SLOW), "bert-classes"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("bert-masked", "bert-classes"))]
+)
 def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Foxes and herons, by words in the text; a model of classes keeps its head and their names."""
     model, out, data = models_folder(family), tmp_path / "out", tmp_path / "rows.jsonl"

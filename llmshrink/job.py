@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmshrink import ranks
+from llmshrink.adapting import learn_model
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.gates import Outcome, check_size, judge, refuse_unanswerable
@@ -49,6 +50,7 @@ from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
 from llmshrink.output import finish_files, save_companions, write_report
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.cache import keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
@@ -62,6 +64,7 @@ from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
 from llmshrink.recipe.distill import DistillStage
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
@@ -82,7 +85,7 @@ from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.caching import FOLDER as CACHE
 from llmshrink.train.caching import cache_of
 from llmshrink.train.caching import check_room as check_cache_room
-from llmshrink.train.data import Examples
+from llmshrink.train.data import NEW_TEXT, TEXT, Examples
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.lottery import LOTTERY, Lottery, draw
 from llmshrink.train.overlap import overlaps
@@ -91,7 +94,6 @@ from llmshrink.train.run import STATES, TRAINED, finished, train
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-TEXT, NEW_TEXT = "text", "text.new"  # what is trained on, and before it is known that nobody else works here
 FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED, TEXT, LOTTERY)
 
 
@@ -209,7 +211,7 @@ class Job:
             needed = work.needs_data or (choices is not None and choices.needs_data)
             rows = self._calibration(work, workspace) if needed else None
             happened = list(self.loader.events)
-            examples = self._examples(choices.steps, workspace) if isinstance(choices, Training) else None
+            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             if examples is not None:
@@ -231,6 +233,10 @@ class Job:
                     assert examples is not None
                     work, plan, found = self._train(choices, work, examples, workspace, learned)
                     chosen |= {**found, "method": {"name": "distill"}}
+                elif isinstance(choices, Adapting):
+                    assert examples is not None
+                    examples = examples.moved(workspace.work / TEXT)
+                    work, plan, chosen = learn_model(self, choices, examples, workspace, learned)
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
@@ -241,7 +247,7 @@ class Job:
                 files = {**companions, **finish_files(work, workspace, result)}
                 seconds = time.perf_counter() - clock
             written = StreamedModel(Source(str(work.output), workspace.folder, None), self.facts.device)
-            checks = self._verify(work, written, result, files, probe, ends)
+            checks = [*chosen.pop("checks", []), *self._verify(work, written, result, files, probe, ends)]
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
             original = self._taught_by(choices) if isinstance(choices, Training) else self.model
@@ -391,12 +397,21 @@ class Job:
         return measures, time.perf_counter() - clock
 
     def _judged(
-        self, stages: list[StageReport], models: dict[str, StreamedModel], measures: dict[str, ModelMeasure]
+        self,
+        stages: list[StageReport],
+        models: dict[str, StreamedModel],
+        measures: dict[str, ModelMeasure],
+        beside: int = 0,
     ) -> list[StageReport]:
-        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first."""
+        """What was done, with the verdicts on what the recipe asks of it; a stage that writes comes first.
+
+        `beside`: bytes of files that hold tensors beside the last model.
+        """
         missing = [event.message for event in self.loader.events if event.kind == "not_measured"]
         sizes = [model.source.checkpoint.file_bytes for model in models.values()]
-        outcome = Outcome(measures, sizes[0], sizes[-1], "; ".join(m for m in missing if m.startswith("quality")))
+        why = "; ".join(m for m in missing if m.startswith("quality"))
+        learned = any(isinstance(stage, LoraStage) for stage in self.recipe.stages)
+        outcome = Outcome(measures, sizes[0], sizes[-1] + beside, why, learned)
         wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
@@ -412,7 +427,7 @@ class Job:
         self.loader.events += kept[1]
         return kept[0]
 
-    def _examples(self, steps: Steps, workspace: Workspace) -> Examples:
+    def examples(self, steps: Steps, workspace: Workspace) -> Examples:
         """The rows to learn from, in a file of the folder of work."""
         kept = workspace.work / TEXT if self.recipe.run.resume else None
         new = workspace.work / NEW_TEXT

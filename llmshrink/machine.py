@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,11 @@ def quiet_libraries() -> Iterator[None]:
     datasets_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():  # of peft: it asks transformers by an older name, and AdaLoRA by a wrong one
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            warnings.filterwarnings("ignore", "Adapter .* have invalid shape")  # a linear that AdaLoRA leaves no rank
+            yield
     finally:
         logging.set_verbosity(before)
         if bars:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from llmshrink.checks.gates import refuse_unanswerable, size_limit
 from llmshrink.demo import MODEL_DIR, NAME
-from llmshrink.engine.budget import compress_economy, compress_scratch, evaluation_economy, evaluation_states
+from llmshrink.engine.budget import (
+    adapted_evaluation,
+    compress_economy,
+    compress_scratch,
+    evaluation_economy,
+    evaluation_states,
+    planned_adapting,
+)
 from llmshrink.errors import PlanError
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.describe import describe
+from llmshrink.plan.describe_adapter import describe_adapter
 from llmshrink.plan.export import resolve_export
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.ratios import Ratios
@@ -20,6 +29,7 @@ from llmshrink.plan.training import Training
 from llmshrink.plan.transform import changeable
 from llmshrink.plan.work import Work
 from llmshrink.recipe.distill import DistillStage
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage, ExportStage, FactorizeStage, MatrixStage, PruneStage
 
@@ -32,8 +42,8 @@ def open_model(recipe: Recipe) -> tuple[Source, bool]:
     return open_source(recipe.model.id, recipe.model.revision), False
 
 
-Writing = MatrixStage | CutStage | DistillStage | ExportStage
-Open = Choices | Cuts | Ratios | Training  # what a plan leaves to be found out
+Writing = MatrixStage | CutStage | DistillStage | LoraStage | ExportStage
+Open = Choices | Cuts | Ratios | Training | Adapting  # what a plan leaves to be found out
 
 
 def writing_stage_of(recipe: Recipe) -> Writing | None:
@@ -68,6 +78,9 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Open | No
     elif isinstance(stage, DistillStage):
         choices = Training(recipe, stage, model)
         work = choices.guess
+    elif isinstance(stage, LoraStage):
+        choices = Adapting(recipe, stage, model)
+        work = choices.work(model)
     elif isinstance(stage, MatrixStage) and stage.allocate is not None:
         choices = Choices(recipe, stage, model)
         choices.check()
@@ -80,6 +93,23 @@ def plan_of(recipe: Recipe, model: StreamedModel) -> tuple[Work, Plan, Open | No
     else:
         work = resolve_export(recipe, stage, model)
     return work, planned(recipe, model, work, choices), choices
+
+
+def adapter_plan(recipe: Recipe, adapting: Adapting) -> Plan:
+    """What is learned beside a model that stays as it is.
+
+    Raises:
+        PlanError: a gate asks what this run would not measure.
+    """
+    model = adapting.model
+    refuse_unanswerable(recipe, model)
+    length = row_length(recipe.evaluation.length, model, [])
+    return describe_adapter(
+        adapting,
+        memory_bytes=planned_adapting(adapting),
+        evaluation_bytes=adapted_evaluation(adapting, length) if recipe.evaluation.data else 0,
+        max_bytes=size_limit(recipe, model.source.checkpoint.file_bytes),
+    )
 
 
 def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Open | None) -> Plan:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llmshrink import ranks
+from llmshrink.adapting import adapt, labelled
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
 from llmshrink.errors import InterruptedRun, UsageError
@@ -19,10 +20,12 @@ from llmshrink.memory import anonymous_bytes, fix_malloc, memory_limit
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.schema import Plan
-from llmshrink.planning import open_model, plan_of, writing_stage_of
+from llmshrink.planning import adapter_plan, open_model, plan_of, writing_stage_of
 from llmshrink.progress import Progress, Silent
 from llmshrink.recipe.distill import DistillStage
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import CutStage
 from llmshrink.report.schema import CacheReport, Check, Report, SensitivityReport
@@ -54,7 +57,11 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     with quiet_libraries(), enough_memory(), memory_limit(recipe.run.memory):
         source, _ = open_model(recipe)
-        return plan_of(recipe, StreamedModel(source, pick_device(recipe.run.device)))[1]
+        model, stage = StreamedModel(source, pick_device(recipe.run.device)), writing_stage_of(recipe)
+        if isinstance(stage, LoraStage) and not stage.writes_model:
+            rows = labelled(stage, model)
+            return adapter_plan(recipe, Adapting(recipe, stage, model, () if rows is None else rows.classes))
+        return plan_of(recipe, model)[1]
 
 
 def execute(
@@ -79,9 +86,11 @@ def execute(
         InterruptedRun: a signal came; the same call goes on where it was.
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
-    writes = writing_stage_of(recipe) is not None
-    with _begun(recipe, progress, command, resumable=resumable and writes) as job:
-        return job.write(overwrite) if writes else job.evaluate()
+    stage = writing_stage_of(recipe)
+    with _begun(recipe, progress, command, resumable=resumable and stage is not None) as job:
+        if isinstance(stage, LoraStage) and not stage.writes_model:
+            return adapt(job, stage, overwrite)
+        return job.evaluate() if stage is None else job.write(overwrite)
 
 
 def follow() -> int:
@@ -121,7 +130,7 @@ def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:
     """Compress the first block that the recipe treats in a temporary folder, reload, verify: seconds, not hours."""
     if isinstance(writing_stage_of(recipe), CutStage):
         raise UsageError("--smoke tries a method on one block, and a cut has none: --plan says what is left.")
-    if isinstance(writing_stage_of(recipe), DistillStage):
+    if isinstance(writing_stage_of(recipe), DistillStage | LoraStage):
         raise UsageError("--smoke tries a method on one block, and training has none: try --max-steps 1.")
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="llmshrink-smoke-") as name:
         source, _ = open_model(recipe)

@@ -66,6 +66,7 @@ ALLOWED = {
         "transforms",
     },
     "evaluate": {
+        "bottleneck",
         "calibration",
         "engine",
         "errors",
@@ -112,7 +113,8 @@ ALLOWED = {
         "recipe",
         "report",
     },
-    "cli": {"errors", "progress", "ranks", "recipe", "redact", "report", "run", "forms", "plan"},
+    "adapters": None,  # a story of its own: several of them
+    "cli": {"adapters", "errors", "progress", "ranks", "recipe", "redact", "report", "run", "forms", "plan"},
     "sensitivity": {
         "allocate",
         "calibration",
@@ -131,7 +133,9 @@ ALLOWED = {
         "statistics",
         "summary",
     },
+    "bottleneck": {"errors"},
     "train": {
+        "bottleneck",
         "calibration",
         "engine",
         "errors",
@@ -147,6 +151,7 @@ ALLOWED = {
         "recipe",
         "report",
     },
+    "adapting": None,  # the story of a run that ends in an adapter
     "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},

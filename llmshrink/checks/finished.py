@@ -15,9 +15,10 @@ from llmshrink.engine.workspace import MANIFEST, WORK
 from llmshrink.errors import InputError, PlanError, RecipeError, UnsafeError
 from llmshrink.forms import finite
 from llmshrink.io.files import has_hash
-from llmshrink.io.safetensors import refuse_outside
+from llmshrink.io.safetensors import Checkpoint, read_header, refuse_outside
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.describe_adapter import NAME as ADAPTER
 from llmshrink.progress import Progress
 from llmshrink.recipe import load
 from llmshrink.report.schema import Check, Report
@@ -172,8 +173,19 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, found['loc']))} {found['msg']}".strip()
 
 
+def _check_adapter(folder: Path) -> list[Check]:
+    """Read every tensor of an adapter; without its model nothing can run it."""
+    adapter = Checkpoint(folder, read_header(folder / ADAPTER))
+    broken = [key for key in adapter.infos if not finite(adapter.get(key))]
+    detail = f"{len(adapter.infos)} tensors" if not broken else _some("not finite", broken)
+    reader = Check(name="reader", passed=None, detail="an adapter runs beside its model alone, which is not here")
+    return [Check(name="decode", passed=not broken, detail=detail), reader]
+
+
 def _check_model(folder: Path) -> list[Check]:
     """Decode every tensor, and load the folder with plain transformers."""
+    if (folder / ADAPTER).is_file():
+        return _check_adapter(folder)
     try:
         written = StreamedModel(open_source(str(folder)), torch.device("cpu"))
         broken = [key for key in written.weights.infos if not finite(written.weights.get(key))]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmshrink import __version__, ranks
-from llmshrink.cli import console, recipes
+from llmshrink.cli import adapters, console, recipes
 from llmshrink.cli import options as opt
 from llmshrink.cli.progress import listener
 from llmshrink.errors import GateError, LlmshrinkError, UsageError
@@ -214,6 +214,27 @@ def distill(
 
 
 @app.command(rich_help_panel="Work")
+@_compresses
+def lora(
+    ctx: typer.Context,
+    model: opt.Model = None,
+    recipe: opt.RecipeName = None,
+    method: opt.AdapterKind = None,
+    rank: opt.AdapterRank = None,
+    linears: opt.AdapterTarget = None,
+    merge: opt.Merge = None,
+    label: opt.Label = None,
+    data: opt.Data = None,
+    batch: opt.Batch = None,
+    rate: opt.Rate = None,
+    max_steps: opt.MaxSteps = None,
+    max_tokens: opt.MaxTokens = None,
+    max_minutes: opt.MaxMinutes = None,
+) -> None:
+    """Learn a text by a small adapter beside a model, verify it, and measure what it gained."""
+
+
+@app.command(rich_help_panel="Work")
 def export(
     ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a quantized model.")] = None,
@@ -392,6 +413,7 @@ def env(json: opt.Json = False) -> None:
             print(f"{name}: {value}")
 
 
+app.add_typer(adapters.app, name="adapters", rich_help_panel="Work")
 app.add_typer(recipes.app, name="recipes", rich_help_panel="Look")
 
 

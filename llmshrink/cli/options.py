@@ -30,6 +30,9 @@ RECIPE_KEYS = {
     "layers": "cut.layers",
     "target_params": "cut.params",
     "teacher": "teacher",
+    "linears": "target",
+    "label": "label",
+    "merge": "merge",
     "loss": "loss.name",
     "temperature": "loss.temperature",
     "alpha": "loss.alpha",
@@ -93,7 +96,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
         "factorize": {"reconstruct": {}},
     },
 }
-WRITING = ("quantize", "prune", "cluster", "factorize", "distill", "export")  # commands
+WRITING = ("quantize", "prune", "cluster", "factorize", "distill", "lora", "export")  # commands
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
 _PARTS = "Whole parts: smaller tensors that load everywhere"
@@ -126,6 +129,13 @@ def complete_format(incomplete: str) -> list[str]:
     from llmshrink.recipe.method import format_names
 
     return [name for name in format_names() if name.startswith(incomplete)]
+
+
+def complete_adapter(incomplete: str) -> list[str]:
+    """Names of adapters."""
+    from llmshrink.recipe.adapter import USUAL
+
+    return [name for name in USUAL if name.startswith(incomplete)]
 
 
 def complete_type(incomplete: str) -> list[str]:
@@ -277,6 +287,34 @@ ReportTo = Annotated[
         help="Tell a tracker of losses: tensorboard, wandb, ...; repeatable.", metavar="NAME", rich_help_panel=_LEARN
     ),
 ]
+AdapterKind = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="What learns: lora, rslora, dora, qlora, loftq, adalora, vera, ia3, prefix, prompt, p-tuning, adapter; "
+        "full, freeze change the model itself.",
+        metavar="NAME",
+        autocompletion=complete_adapter,
+        rich_help_panel=_WHAT,
+    ),
+]
+AdapterRank = Annotated[int | None, typer.Option("--rank", help="Of the products: 16.", rich_help_panel=_WHAT)]
+AdapterTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Linears beside which it stands, with commas between; all without it.",
+        metavar="q_proj,v_proj",
+        rich_help_panel=_WHAT,
+    ),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(help="Learn classes: the column of each row's.", metavar="COLUMN", rich_help_panel=_LEARN),
+]
+Merge = Annotated[
+    bool | None, typer.Option("--merge", help="Write a whole model with it in the weights.", rich_help_panel=_WHAT)
+]
 Inputs = Annotated[
     str | None,
     typer.Option(help="Round inputs to 8 bits too: int8 or fp8.", metavar="int8|fp8", rich_help_panel=_WHAT),
@@ -417,7 +455,7 @@ def _plain(flag: str, value: Any) -> Any:
     """A flag's value as a recipe has it."""
     if flag == "layers" and "," in value and all(part.strip().isdecimal() for part in value.split(",")):
         return [int(part) for part in value.split(",")]
-    if flag == "targets":
+    if flag in ("targets", "linears"):
         return [part.strip() for part in value.split(",")]
     return list(value) if isinstance(value, tuple) else value
 

@@ -20,6 +20,7 @@ from llmshrink.methods import basis
 from llmshrink.methods.base import FLOAT, SWEEP
 from llmshrink.model.anatomy import Block, Group, Matrix, Part
 from llmshrink.model.streamed import HEAD_ROWS, StreamedModel
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.cache import SHARD
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
@@ -44,6 +45,8 @@ COMPARED = 6  # stretches of logits: both models', both as logarithms, their dif
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
 LOGIT_COPIES = 8  # while a loss is found, on the way there and back
+LOGITS_WHOLE = 4  # copies of all logits: as they are, in float32, as logarithms, and their gradients
+FOUR_BITS = 0.57  # bytes for a weight in NF4, with its scales
 SHORT = 256  # tokens of a row on which candidates are compared
 WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -52,7 +55,7 @@ PANELS = 8 / 2 + 4 / 2  # bytes per element of a Hessian: half a matrix in float
 
 
 def compress_economy(
-    work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | Training | None = None
+    work: Work, recipe: Recipe, choices: Choices | Cuts | Ratios | Training | Adapting | None = None
 ) -> tuple[Economy, int]:
     """What keeps the compress step within the memory there is, or takes least of it; and the bytes it needs.
 
@@ -66,6 +69,8 @@ def compress_economy(
             return max(compressing, planned_search(choices, work, economy, rows=rows))
         if isinstance(choices, Training):
             return max(compressing, planned_training(choices))
+        if isinstance(choices, Adapting):
+            return max(compressing, planned_adapting(choices))
         if isinstance(choices, Ratios):
             return max(compressing, planned_ratios(choices, economy, rows=rows))
         return compressing if choices is None else max(compressing, planned_measuring(choices, economy, rows=rows))
@@ -116,6 +121,29 @@ def _drawing(training: Training, tokens: int) -> int:
         return 0
     own, other = training.widths
     return FLOAT * pairs * (tokens * (own + 2 * other) + 4 * own * other)
+
+
+def planned_adapting(adapting: Adapting) -> int:
+    """Bytes of learning an adapter: the model, what AdamW remembers of the numbers that learn, a batch on its way.
+
+    The loss is the model's own, so logits of all positions are there, and their gradients.
+    """
+    model, spec = adapting.model, adapting.stage.train
+    tokens = spec.batch * adapting.steps.length
+    weights = FLOAT * model.parameters
+    if adapting.in_four_bits:  # read in full, a tensor at a time
+        inside = sum(m.numel for block in model.anatomy.blocks for m in block.matrices)
+        weights -= int((FLOAT - FOUR_BITS) * inside)
+    learning = FLOAT * 4 * adapting.size.learns
+    kept = sum(_learning(model, block, tokens) for block in model.anatomy.blocks)
+    return FIXED + weights + learning + kept + LOGITS_WHOLE * FLOAT * tokens * model.vocabulary
+
+
+def adapted_evaluation(adapting: Adapting, length: int) -> int:
+    """Bytes of scoring a row of so many tokens with the adapter and without it, the model whole in memory."""
+    model = adapting.model
+    logits = 2 * LOGITS_WHOLE * FLOAT * length * model.vocabulary
+    return LIBRARIES + FIXED + FLOAT * (model.parameters + adapting.size.learns) + logits
 
 
 def teacher_parameters(training: Training) -> int:

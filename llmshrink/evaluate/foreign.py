@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.llama import modeling_llama
 
+from llmshrink.bottleneck import BottleneckModel, is_bottleneck
 from llmshrink.errors import InputError
 from llmshrink.evaluate.reader import Found, ReadRequest, ReadResult
 from llmshrink.gguf.checkpoint import SINGLE as GGUF
 from llmshrink.memory import PeakMonitor, resident_bytes
 from llmshrink.model.source import Source, forget_kernels
-from llmshrink.model.task import Task, positions, task_of
+from llmshrink.model.task import SEQUENCES, Task, positions, task_of
 
 # Naming the modules imports them: transformers is lazy, and the server should pay, not each of its children.
 IMPORTED = (modeling_auto, modeling_llama)
@@ -37,6 +38,8 @@ def read(request: ReadRequest) -> ReadResult:
     if not (Path(request.folder) / "config.json").is_file():
         raise InputError(f"{request.folder} holds no config.json: it is not a model folder")
     config, task = _prepare(request.folder)
+    if request.classes is not None:
+        task, config.num_labels = SEQUENCES, request.classes
     # With the configuration that stands beside a GGUF file: from the file itself it takes only a part of it.
     given = {"gguf_file": GGUF} if Source(request.folder, Path(request.folder), None).gguf else {}
     with PeakMonitor(torch.device(request.device), probe=resident_bytes) as memory, torch.inference_mode():
@@ -51,14 +54,17 @@ def read(request: ReadRequest) -> ReadResult:
             trust_remote_code=False,
             use_safetensors=True,  # never the pickle that may lie beside
             output_loading_info=True,
+            **_in_four_bits(request),
         )
+        if request.adapter is not None:
+            model = _adapted(model, request.adapter)
         model.eval()
         if request.dtype == "float32":
             compute_in_float32(model)
         if not request.round_inputs:
             keep_inputs(model)
         seconds = time.perf_counter() - start
-        model(torch.zeros(1, 1, dtype=torch.long, device=request.device))
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=request.device))
         after = loaded_bytes(model)
         output = _output(model, task, request.tokens)
         sample = _sample(model, request) if task.causal else None
@@ -78,6 +84,25 @@ def read(request: ReadRequest) -> ReadResult:
         sample=sample,
     )
     return ReadResult(found=found, output=output)
+
+
+def _in_four_bits(request: ReadRequest) -> dict[str, Any]:
+    if request.nested is None:
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=request.nested
+    )
+    return {"quantization_config": settings}
+
+
+def _adapted(model: PreTrainedModel, adapter: str) -> nn.Module:
+    """With an adapter beside it, by plain peft; by llmshrink where peft has no such kind."""
+    if is_bottleneck(Path(adapter)):
+        return BottleneckModel.from_pretrained(model, adapter)
+    from peft import PeftModel  # seconds, which only readers of adapters should pay for
+
+    found: nn.Module = PeftModel.from_pretrained(model, adapter)
+    return found
 
 
 def compute_in_float32(model: nn.Module) -> None:
@@ -147,8 +172,10 @@ def _output(model: nn.Module, task: Task, rows: list[list[int]] | None) -> Tenso
     if rows is None:
         return None
     device = next(model.parameters()).device
-    results = (model(torch.tensor([row], device=device), use_cache=False) for row in rows)
-    return torch.cat([task.output(result).float().cpu() for result in results])
+    given = {} if task.by_row else {"use_cache": False}
+    results = (model(input_ids=torch.tensor([row], device=device), **given) for row in rows)
+    # Where something stands before the text, it gives something out too.
+    return torch.cat([task.output(result)[:, -len(rows[0]) :].float().cpu() for result in results])
 
 
 def _sample(model: PreTrainedModel, request: ReadRequest) -> str | None:

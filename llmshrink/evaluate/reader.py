@@ -38,6 +38,9 @@ class ReadRequest(BaseModel):
     max_new_tokens: int = 48
     speed: bool = False
     device: str = "cpu"
+    adapter: str | None = None  # a folder that peft loads beside the model
+    classes: int | None = None  # read it with a head for so many, which the adapter brings
+    nested: bool | None = None  # read the model as NF4, its scales in 8 bits or not; None: as it is stored
 
 
 class Found(BaseModel):

@@ -58,7 +58,7 @@ def score_texts(
             for tokens, *ends in zip(batches, *states, strict=True):
                 score_batch(models, ends, tokens, scores, economy.logits)
             for row, found in zip(made, scores, strict=True):
-                row.append(_perplexity(found, text, packed))
+                row.append(text_score(found, text, packed))
         else:
             agreement = Agreement(distribution=base.distribution)
             for tokens, *ends in zip(batches, *states, strict=True):
@@ -119,7 +119,8 @@ def compare_batch(
         agreement.add(output, reference)
 
 
-def _perplexity(scores: Scores, text: Rows, packed: bool) -> TextScore:
+def text_score(scores: Scores, text: Rows, packed: bool) -> TextScore:
+    """What was found on a text, with its protocol; `packed`: how its rows were filled."""
     rows = "packed rows joined by BOS/EOS" if packed else "one document in each row, BOS first"
     return TextScore(
         dataset=text.data,

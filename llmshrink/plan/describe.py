@@ -12,9 +12,11 @@ from llmshrink.forms import quantized
 from llmshrink.io.files import nearest
 from llmshrink.methods.base import method_name
 from llmshrink.model.anatomy import Matrix
+from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.cache import Keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
+from llmshrink.plan.describe_adapter import adapter_part
 from llmshrink.plan.loading import stored
 from llmshrink.plan.ratios import Ratios
 from llmshrink.plan.schema import (
@@ -36,7 +38,7 @@ from llmshrink.plan.work import Work, main_method
 
 def describe(
     work: Work,
-    choices: Choices | Cuts | Ratios | Training | None = None,
+    choices: Choices | Cuts | Ratios | Training | Adapting | None = None,
     *,
     memory_bytes: int,
     evaluation_bytes: int,
@@ -58,7 +60,7 @@ def describe(
     units = choices.units if isinstance(choices, Choices | Ratios) else []
     open_ = {m for unit in units for m in unit.matrices}
     whole = model if work.original is None else work.original.model
-    if isinstance(choices, Training):
+    if isinstance(choices, Training | Adapting):
         whole = choices.model
     blocks = [
         BlockPlan(index=block.index, layers=[_layer_plan(work, m, m in open_) for m in block.matrices])
@@ -78,7 +80,7 @@ def describe(
     return Plan(
         model=model.source.id,
         architecture=type(model.model).__name__,
-        method="distill" if isinstance(choices, Training) else method_name(first),
+        method=_called(choices) or method_name(first),
         format=work.format.name,
         type=work.mix,
         transforms=None if work.transforms is None else work.transforms.words,
@@ -86,6 +88,7 @@ def describe(
         ratios=_ratios(choices) if isinstance(choices, Ratios) else None,
         cut=_cut(work, choices) if isinstance(choices, Cuts) else _cut_before(choices),
         training=_training(choices) if isinstance(choices, Training) else None,
+        adapter=adapter_part(choices) if isinstance(choices, Adapting) else None,
         learning_steps=0 if work.reconstruct is None else work.reconstruct.steps,
         tuning_steps=0 if work.tune is None else work.tune.steps,
         blocks=blocks,
@@ -129,6 +132,11 @@ def _ratios(ratios: Ratios) -> RatiosPlan:
     return RatiosPlan(name=ratios.spec.name, sparsity=ratios.sparsity, units=len(ratios.units))
 
 
+def _called(choices: object) -> str | None:
+    """What makes the weights, where no method does."""
+    return "distill" if isinstance(choices, Training) else choices.name if isinstance(choices, Adapting) else None
+
+
 def _training(training: Training) -> TrainPlan:
     steps = training.steps
     lottery = training.stage.lottery
@@ -154,7 +162,7 @@ def _caching(keeping: Keeping, size: int) -> CachePlan:
     )
 
 
-def _cut_before(choices: Choices | Ratios | Training | None) -> CutPlan | None:
+def _cut_before(choices: Choices | Ratios | Training | Adapting | None) -> CutPlan | None:
     """What is cut out of the model before it learns."""
     if not isinstance(choices, Training) or choices.cuts is None:
         return None

@@ -85,6 +85,18 @@ class TrainPlan(_Part):
     trainings: int = 1  # one after another, of so many steps; of a lottery
 
 
+class AdapterPlan(_Part):
+    """What learns beside a model, or within it."""
+
+    name: str  # of its kind
+    targets: list[str]  # ends of the names of the linears that have it
+    learns: int  # numbers
+    bytes: int  # of its tensors
+    at_most: bool  # what is left of it is known when it has learned
+    steps: int | None  # of gradient; None: as many as the text gives, which is not read for a plan
+    tokens: int  # of a step
+
+
 class BlockPlan(_Part):
     """One decoder block."""
 
@@ -130,6 +142,7 @@ class Plan(_Part):
     allocation: AllocationPlan | None  # None: every layer's settings are known
     cut: CutPlan | None = None  # None: no part is cut out
     training: TrainPlan | None = None  # None: nothing learns from another model
+    adapter: AdapterPlan | None = None  # None: no adapter learns
     ratios: RatiosPlan | None = None  # None: each layer's sparsity is known
     learning_steps: int  # of gradient for each block after the method; 0: none
     tuning_steps: int  # of gradient through the whole model after that; 0: none

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 from llmshrink import ranks
+from llmshrink.errors import PlanError
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import row_length
+from llmshrink.plan.trackers import check_trackers
 from llmshrink.recipe.train import TrainSpec
 
 LENGTH = 512  # tokens in a row, where nobody says how many
@@ -23,6 +25,16 @@ class Steps:
     spec: TrainSpec
     model: StreamedModel
     processes: int = field(default_factory=ranks.count)  # that share each step
+
+    def check(self) -> None:
+        """Refuse what cannot be trained on, and whom nobody can tell of it.
+
+        Raises:
+            PlanError: a tracker is not installed, or the text has no such entries.
+        """
+        check_trackers(self.spec.report_to)
+        if self.spec.kind in ("prompt", "chat") and self.spec.data in ("generator", "self"):
+            raise PlanError(f"What {self.spec.data} gives is plain text: train.kind cannot be {self.spec.kind}.")
 
     @property
     def length(self) -> int:

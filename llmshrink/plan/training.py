@@ -21,7 +21,6 @@ from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.pairs import layer_pairs
 from llmshrink.plan.steps import ENDLESS, Steps
-from llmshrink.plan.trackers import check_trackers
 from llmshrink.plan.work import Work
 from llmshrink.plan.zeros import drawn_weights, matrices_of, refuse_codes, refuse_without_zeros, sparse_again
 from llmshrink.recipe.distill import DistillStage
@@ -57,9 +56,7 @@ class Training:
             raise PlanError(f"{model.source.id}: only models that predict the next token can be distilled.")
         refuse_codes(model)
         self._check_lottery()
-        check_trackers(stage.train.report_to)
-        if stage.train.kind in ("prompt", "chat") and stage.train.data in ("generator", "self"):
-            raise PlanError(f"What {stage.train.data} gives is plain text: train.kind cannot be {stage.train.kind}.")
+        self.steps.check()
         known = model.source if stage.student or stage.exits or stage.lottery else None
         self.teacher: Source | None = known if stage.teacher is None else open_source(stage.teacher)
         self.keeping = keeping(stage, model.source, self.teacher)
@@ -225,3 +222,19 @@ class Training:
             message = f"nothing says how long to train (--max-steps, --max-tokens): {ENDLESS:,} tokens at most"
             work.events.append(Event("endless_text", message))
         return work
+
+
+def trained_work(recipe: Recipe, model: StreamedModel, output: str) -> Work:
+    """The work of writing a model as training left it.
+
+    Args:
+        recipe: may name the output.
+        model: what is written.
+        output: its folder, where the recipe names none.
+    """
+    matrices = [m for block in model.anatomy.blocks for m in block.matrices]
+    recipe = recipe.model_copy(update={"output": recipe.output or output})
+    methods = {matrix: Trained(CutConfig()) for matrix in matrices}
+    work = lay_out(recipe, model, load_format("dense"), dict(methods), {}, {}, [])
+    work.events = [event for event in work.events if event.kind != "left_dense"]  # here that is no lack
+    return work

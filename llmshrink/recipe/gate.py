@@ -15,7 +15,7 @@ class GateSpec(Section):
         None,
         ge=0,
         description="by how much perplexity may grow on any evaluation text, as a share (3%); if it falls by more than "
-        "that, and by more than 1%, the gate fails too: compression makes no model better",
+        "that, and by more than 1%, the gate fails too: compression makes no model better (learning may)",
     )
     max_kl: float | None = Field(
         None, ge=0, description="largest KL to the original on any text, nats per token or per row classed"

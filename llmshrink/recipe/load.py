@@ -18,6 +18,7 @@ from llmshrink.errors import RecipeError, UnsafeError, UsageError
 from llmshrink.formats.gguf_mix import SAID
 from llmshrink.recipe import text
 from llmshrink.recipe.distill import DistillStage
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.section import KeyPath, did_you_mean, unknown_key
@@ -40,6 +41,7 @@ _STAGE_KEYS = {
     "factorize": set(FactorizeStage.model_fields),
     "cut": set(CutStage.model_fields),
     "distill": set(DistillStage.model_fields),
+    "lora": set(LoraStage.model_fields),
     "export": set(ExportStage.model_fields),
     "eval": set(EvalStage.model_fields),
 }

@@ -24,6 +24,7 @@ from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
@@ -429,6 +430,7 @@ Stage = Annotated[
     | Annotated[ClusterStage, Tag("cluster")]
     | Annotated[FactorizeStage, Tag("factorize")]
     | Annotated[DistillStage, Tag("distill")]
+    | Annotated[LoraStage, Tag("lora")]
     | Annotated[ExportStage, Tag("export")]
     | Annotated[EvalStage, Tag("eval")],
     Discriminator(_kind),

@@ -6,6 +6,7 @@ escaped, so that none of them can become markup, a link or HTML.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ from llmshrink.report.rows import (
     source_name,
     stage_lines,
 )
-from llmshrink.report.schema import Check, Report, RuntimeSupport
+from llmshrink.report.schema import Check, Report, RuntimeSupport, StageReport
 
 TRANSFORMERS = """\
 ```python
@@ -50,6 +51,18 @@ print(model.config.id2label, model(**tokens).logits.argmax(-1))""",
 tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(model(**tokens).last_hidden_state)  # one vector for each token; pool them as the original's users do""",
 }
+FOUR_BITS = """\
+four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+"""
+ADAPTER = """\
+from {package} import {reader}
+from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig
+
+{four}base = {auto}.from_pretrained({base}{more})
+model = {reader}.from_pretrained(base, "path/to/this/folder").eval()
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))"""
 VLLM = """\
 ```sh
 vllm serve path/to/this/folder{file}
@@ -71,6 +84,8 @@ def model_card(report: Report, recipe_yaml: str) -> str:
     name = escape(source_name(report.model))
     exported = next((stage.format for stage in report.stages if stage.task == "export"), None)
     title = f"{name}, stored as {escape(exported)}" if exported else f"{name}, made smaller"
+    if adapter := next((stage.adapter for stage in report.stages if stage.adapter), None):
+        title = f"{name}, adapted by {escape(adapter.name)}"
     parts = [front_matter(report), f"# {title}\n", _introduction(report, name)]
     parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
     for stage in report.stages:
@@ -96,13 +111,14 @@ def front_matter(report: Report) -> str:
     if report.model.source == "hub":
         data["base_model"] = clean(report.model.id)
         if any(stage.format != "dense" for stage in report.stages):
-            data["base_model_relation"] = "quantized"
+            adapters = any(stage.adapter and stage.adapter.bytes for stage in report.stages)
+            data["base_model_relation"] = "adapter" if adapters else "quantized"
     if report.model.licence:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]
     tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
     data |= {
-        "library_name": "gguf" if "gguf" in formats else "transformers",
+        "library_name": next((name for name in ("gguf", "peft") if name in formats), "transformers"),
         "pipeline_tag": report.model.task,
         "tags": list(tags),
     }
@@ -137,7 +153,9 @@ def _introduction(report: Report, name: str) -> str:
     text = [f"Made from {name}{commit} with llmshrink {escape(report.llmshrink_version)} on {report.created:%Y-%m-%d}."]
     if report.calibration is not None:
         data = report.calibration
-        text.append(f"Calibrated on {data.rows} rows of {data.length} tokens: {escape(data.origin)}.")
+        learned = any(stage.trained for stage in report.stages)
+        how = "It learned from" if learned else "Calibrated on"
+        text.append(f"{how} {data.rows} rows of {data.length} tokens: {escape(data.origin)}.")
     if report.model.licence:
         text.append(f"The licence of the original holds: {escape(report.model.licence)}.")
     else:
@@ -161,6 +179,8 @@ def _check(check: Check) -> str:
 
 def _usage(report: Report) -> list[str]:
     """Snippets for the runtimes that load this very format, and a line for each that does not."""
+    if (adapted := next((stage for stage in report.stages if stage.adapter and stage.adapter.bytes), None)) is not None:
+        return _adapter_usage(report, adapted)
     stage = next((stage for stage in reversed(report.stages) if stage.loads_in), None)
     if stage is None:
         return []
@@ -182,6 +202,23 @@ def _usage(report: Report) -> list[str]:
         else:
             parts += [LLAMA_CPP, ""]
     return parts
+
+
+def _adapter_usage(report: Report, stage: StageReport) -> list[str]:
+    """How an adapter is put beside its model."""
+    assert stage.adapter is not None
+    base = source_name(report.model)
+    own = stage.adapter.name == "adapter"
+    reader, package = ("BottleneckModel", "llmshrink.bottleneck") if own else ("PeftModel", "peft")
+    four, more = "", ""
+    if stage.adapter.four_bits and stage.adapter.name == "qlora":
+        four = FOUR_BITS
+        more = ", quantization_config=four_bits"
+    path = '"path/to/this/folder/base"' if stage.adapter.name == "loftq" else json.dumps(base)
+    snippet = ADAPTER.format(
+        package=package, reader=reader, auto=report.model.auto_class, base=path, four=four, more=more
+    )
+    return ["## How to load it\n", fenced(snippet, "python"), ""]
 
 
 def _support(line: RuntimeSupport) -> str:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from llmshrink.progress import seconds
 from llmshrink.report.schema import (
+    AdapterReport,
     AllocationReport,
     BlockReport,
     CacheReport,
@@ -31,6 +32,7 @@ from llmshrink.report.schema import (
 )
 
 NOT_MEASURED = "not measured"
+TARGETS = 8  # names of linears in one line
 NOTHING = "-"  # where a number makes no sense, such as the original's divergence from itself
 
 
@@ -226,7 +228,7 @@ def stage_lines(stage: StageReport) -> list[str]:
         what = f" with {stage.method['name']}"
     lines = [f"{stage.task}{what}, {stage.format}" + (f" {stage.type}" if stage.type else "")]
     if stage.trained is not None:
-        lines = ["distill"]
+        lines = [stage.task if stage.adapter is None else f"{stage.task} with {stage.adapter.name}"]
     if stage.cut is not None:
         lines = _cut(stage.cut)
     elif weights and stage.trained is None:
@@ -246,6 +248,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_learned(stage.blocks, fitted=stage.cut is not None))
     if stage.tuned is not None:
         lines.append(_tuned(stage.tuned))
+    if stage.adapter is not None:
+        lines.append(_adapter(stage.adapter))
     if stage.trained is not None:
         lines.append(_trained(stage.trained))
         lines += [cached(stage.trained.cache)] if stage.trained.cache is not None else []
@@ -384,6 +388,18 @@ def cached(found: CacheReport) -> str:
     kept = f"{found.tokens:,} of {found.vocabulary:,} tokens of each position, {share(found.covered)} of its chances"
     size = f"{decimal(found.bytes)}, {found.bytes_per_token:.1f} bytes a token"
     return f"its words were written down once ({found.method}): {kept}, {size}, made in {seconds(found.seconds)}"
+
+
+def _adapter(found: AdapterReport) -> str:
+    """How little learned."""
+    size = f", {decimal(found.bytes)}" if found.bytes else ""
+    beside = f" beside {', '.join(found.targets[:TARGETS])}" if found.targets else ""
+    more = ", ..." if len(found.targets) > TARGETS else ""
+    base = "; the model is held in 4 bits" if found.four_bits else ""
+    if found.accuracy is not None and found.most is not None:
+        base += f"; {len(found.classes)} classes, {share(found.accuracy)} of rows held back right"
+        base += f" (always the same one: {share(found.most)})"
+    return f"{found.learns:,} numbers learn, {share(found.share)} of the model{size}{beside}{more}{base}"
 
 
 def _tuned(tuned: TuneReport) -> str:

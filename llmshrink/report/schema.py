@@ -209,7 +209,7 @@ class TextReport(Record):
     data: str
     split: str = Field(default="train", description="of a dataset")
     origin: str = Field(description="where the text came from, in words")
-    kind: Literal["text", "prompt", "chat"] = Field(description="what its entries are")
+    kind: Literal["text", "prompt", "chat", "classes"] = Field(description="what its entries are")
     fingerprint: str = Field(default="", description="sha256 of the token ids, and of which are counted")
     rows: int = 0
     length: int = Field(default=0, description="tokens of the longest row")
@@ -282,6 +282,20 @@ class TrainReport(Record):
     curve: list[LossPoint]
     cache: CacheReport | None = Field(default=None, description="None: the teacher was asked at every step")
     seconds: float = Field(description="of this call: those of an interrupted run are not counted")
+
+
+class AdapterReport(Record):
+    """What learned beside a model, or within it."""
+
+    name: str = Field(description="the kind")
+    learns: int = Field(description="numbers that learned")
+    share: float = Field(description="of the numbers of the model")
+    bytes: int = Field(description="of all tensors of the adapter; 0: it is part of the model")
+    targets: list[str] = Field(description="ends of the names of the linears that have it; empty: it is beside none")
+    classes: list[str] = Field(default_factory=list, description="that it tells apart; empty: it predicts tokens")
+    accuracy: float | None = Field(default=None, description="share of the rows held back whose class it finds")
+    most: float | None = Field(default=None, description="share of these that are of one class: what guessing gives")
+    four_bits: bool = Field(default=False, description="the model was held as NF4 while the adapter learned")
 
 
 class TextScore(Record):
@@ -373,6 +387,7 @@ class StageReport(Record):
     ratios: RatiosReport | None = Field(default=None, description="None: no layer's share was found by measuring")
     tuned: TuneReport | None = Field(default=None, description="None: not asked for")
     trained: TrainReport | None = Field(default=None, description="None: it was not")
+    adapter: AdapterReport | None = Field(default=None, description="None: no adapter learned")
     packed: PackReport | None = Field(default=None, description="None: codes are not entropy-coded")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
@@ -437,6 +452,7 @@ class Report(Record):
 
 
 __all__ = [
+    "AdapterReport",
     "AllocationReport",
     "BY_RULE",
     "BlockReport",

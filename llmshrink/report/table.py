@@ -79,6 +79,14 @@ def render_plan(plan: Plan) -> Group:
         f"peak memory about {decimal(max(plan.memory_bytes, plan.evaluation_bytes))}",
         f"disk {decimal(plan.disk_bytes)} needed, {decimal(plan.disk_free)} free",
     ]
+    if plan.adapter is not None:
+        adapter, most = plan.adapter, "at most " if plan.adapter.at_most else ""
+        steps = "as many steps as the text gives" if adapter.steps is None else count(adapter.steps, "step")
+        part = f"{adapter.learns:,} numbers learn, {share(adapter.learns / plan.parameters)} of the model's"
+        beside = f" beside {', '.join(adapter.targets)}" if adapter.targets else ""
+        lines[0] = f"{part}{beside}: {steps} of {adapter.tokens:,} tokens"
+        if adapter.bytes:
+            lines[1] = f"an adapter of {most}{decimal(adapter.bytes)} beside tensors of {decimal(plan.bytes_before)}"
     if plan.training is not None:
         found = plan.training
         lines[0] = lines[0] if plan.cut is not None else f"{plan.parameters:,} parameters"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,38 @@ from llmshrink.io.files import atomic_file, has_hash, sealed, unsealed, write_by
 from llmshrink.report.schema import TextReport
 from llmshrink.train.packing import Row
 
+TEXT, NEW_TEXT = "text", "text.new"  # in the folder of work, and before it is known that nobody else works here
 ARROW, SEAL = "rows.arrow", "rows.json"  # in a folder of their own
 TOGETHER = 1024  # rows that are written at a time
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_())), ("begins", pa.int32())])
 IGNORED = -100  # a label that no loss counts
+
+
+class Held(Protocol):
+    """Some of what there is."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def counted(self) -> int:
+        """Places at which the loss is taken."""
+        ...
+
+
+class Lines(Protocol):
+    """What there is to learn from."""
+
+    @property
+    def told(self) -> TextReport:
+        """What a report says about it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def parts(self, held: int) -> tuple[Held, Held]:
+        """Rows to learn from, and the last `held`, which are measured."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -129,6 +156,11 @@ class Part(Dataset[dict[str, Tensor]]):
     def counted(self) -> int:
         """Tokens on which the loss is taken."""
         return sum(int((self[i]["labels"] != IGNORED).sum()) for i in range(len(self)))
+
+
+def averaged(labels: Tensor, held: Any) -> Tensor | float:
+    """What a measured batch is divided by, so that Trainer's mean over rows of `held` is one over tokens."""
+    return len(labels) * held.counted / len(held) if isinstance(held, Part) else (labels != IGNORED).sum()
 
 
 def collate(entries: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from llmshrink.plan.steps import Steps
 from llmshrink.progress import Progress
 from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
-from llmshrink.train.data import Examples, collate
+from llmshrink.train.data import Lines, collate
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, make_whole, missing_none, wait_for_all
 
@@ -51,7 +51,7 @@ OPTIMIZERS = {
 def train(
     lesson: Lesson,
     steps: Steps,
-    examples: Examples,
+    examples: Lines,
     *,
     workspace: Workspace,
     done: list[dict[str, Any]],
@@ -129,7 +129,7 @@ def _keep_less(model: PreTrainedModel) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def count(steps: Steps, examples: Examples) -> int:
+def count(steps: Steps, examples: Lines) -> int:
     """Steps of gradient on these rows, but for those that are held back."""
     rows = len(examples)
     learned = len(examples.parts(steps.held(rows))[0])

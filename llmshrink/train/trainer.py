@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from llmshrink.errors import InputError
 from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.recipe.modes import PolicySpec
 from llmshrink.train.chunks import summed
-from llmshrink.train.data import Part
+from llmshrink.train.data import averaged
 from llmshrink.train.exits import Exits
+from llmshrink.train.finite import check_number
 from llmshrink.train.heads import Halves
 from llmshrink.train.hidden import Likeness
 from llmshrink.train.losses import mixed
@@ -122,22 +121,12 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         if inputs.get("drawn"):  # nothing is learned from one's own words being one's own
             spec = spec.model_copy(update={"alpha": 1.0})
         total = self._total(model, given, labels, spec)
-        if not math.isfinite(float(total.detach())):
-            step, rows = self.state.global_step, inputs["input_ids"][:, :8].tolist()
-            raise InputError(
-                f"The loss of step {step} is no number; its rows begin with the tokens {rows}.",
-                hint="Lower train.rate, or train.clip; the last saved state is kept.",
-            )
+        check_number(total, self.state.global_step, inputs)
         if model.training and num_items_in_batch is not None:  # of all processes, over which gradients are averaged
             loss = total * self.accelerator.num_processes / num_items_in_batch
         else:
-            loss = total / self._measured(labels)
+            loss = total / averaged(labels, self.eval_dataset)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-    def _measured(self, labels: Tensor) -> Tensor | float:
-        """What a batch that is measured is divided by: Trainer's mean over rows is then one over tokens."""
-        held = self.eval_dataset
-        return len(labels) * held.counted / len(held) if isinstance(held, Part) else (labels != -100).sum()
 
     def _total(self, model: nn.Module, given: dict[str, Any], labels: Tensor, spec: LossSpec) -> Tensor:
         """The loss of all positions but the last, which nothing follows; some positions at a time."""

@@ -31,6 +31,7 @@ from llmshrink.methods import load_method, method_names
 from llmshrink.progress import Silent
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.load import apply_overrides, validate
+from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.method import MethodSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import ClusterStage, CutStage, FactorizeStage, MatrixStage, PruneStage
@@ -129,6 +130,29 @@ TAUGHT = {
 }
 DRAWN = {**DISTILLED, "stages.0.hidden": {}}
 ASKED = {**DISTILLED, "stages.0.policy": {}}
+
+
+ADAPTED: dict[str, Any] = {
+    "stages": [{"task": "lora"}],
+    "stages.0.train": {"data": "{text}", "length": 16, "batch": 2, "max_steps": 2},
+}
+
+
+def adapting(**method: Any) -> dict[str, Any]:
+    return {**ADAPTED, "stages.0.method": method}
+
+
+LEARNS = {
+    "name": Trial("ia3", ADAPTED),
+    "rank": Trial(2, ADAPTED),
+    "alpha": Trial(1.0, ADAPTED),
+    "dropout": Trial(0.5, ADAPTED),
+    "tokens": Trial(3, adapting(name="prompt")),
+    "width": Trial(4, adapting(name="adapter")),
+    "placement": Trial("houlsby", adapting(name="adapter")),
+    "blocks": Trial(1, adapting(name="freeze")),
+    "parts": Trial(["head"], adapting(name="freeze")),
+}
 
 
 TRIALS = {
@@ -271,6 +295,13 @@ TRIALS = {
     "stages.distill.lottery.sparsity": Trial("30%", LOTTERY),
     "stages.distill.lottery.rewind": Trial("50%", LOTTERY),
     "stages.distill.lottery.per": Trial("model", LOTTERY),
+    **{f"stages.lora.method.{key}": trial for key, trial in LEARNS.items()},
+    "stages.lora.target": Trial(["v_proj"], ADAPTED),
+    "stages.lora.train.data": Trial("{other_text}", ADAPTED),
+    "stages.lora.train.batch": Trial(3, ADAPTED),
+    "stages.lora.train.rate": Trial(0.1, ADAPTED),
+    "stages.lora.train.max_steps": Trial(1, ADAPTED),
+    "stages.lora.train.max_tokens": Trial(32, ADAPTED),
     "stages.export.format.name": Trial("dense", EXPORT),
     "calibration.data": Trial("{other_text}"),
     "calibration.split": Trial("test", {"calibration.data": "generator"}),
@@ -321,7 +352,17 @@ ELSEWHERE = {
     "stages.distill.train.max_minutes": "tests/e2e/test_distill.py::test_it_ends_when_its_time_is_up",
     "stages.distill.train.checkpointing": "tests/e2e/test_distill.py::test_less_is_kept_on_the_way",
     "stages.distill.train.save_minutes": "tests/e2e/test_distill.py::test_a_killed_run_goes_on_from_what_was_saved",
+    "stages.lora.method.iterations": "tests/train/test_loftq.py::test_codes_and_product_are_nearer_in_each_turn",
+    "stages.lora.method.text": "tests/e2e/test_lora.py::test_what_stands_before_begins_as_words",
+    "stages.lora.label": "tests/e2e/test_lora.py::test_classes_are_told_apart",
+    "stages.lora.merge": "tests/e2e/test_lora.py::test_merged_is_the_same_function",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
+}
+AS_DISTILLED = ("accumulate", "checkpointing", "clip", "column", "epochs", "evaluations", "hold", "length")
+AS_DISTILLED += ("max_minutes", "optimizer", "patience", "save_minutes", "schedule", "seed", "split", "warmup")
+ELSEWHERE |= {  # the same section, carried out by the same code
+    f"stages.lora.train.{key}": f"{key} of distill: tests/e2e/test_every_leaf.py::test_a_leaf_changes_something"
+    for key in (*AS_DISTILLED, "weight_decay")
 }
 
 
@@ -346,6 +387,8 @@ def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
             "method"
         }:
             continue  # the same as of quantize, and done by the same code
+        if model is LoraStage and name == "gate":
+            continue  # as of others: tests/e2e/test_lora.py::test_what_was_learned_is_judged
         if model is DistillStage and name in ("student", "gate"):
             continue  # the same as `cut` of prune, and the gates of others
         below = list(branches(info.annotation))
@@ -516,6 +559,10 @@ FLAGS_ELSEWHERE = {
     "version": f"{APP}::test_version_and_no_arguments",
     "save": "tests/e2e/test_allocate.py::test_measure",
     "folder": f"what is verified: {APP}::test_smoke_and_verify",
+    **{
+        f"adapters {name}": "tests/e2e/test_adapters.py::test_adapters_are_listed_compared_and_merged"
+        for name in ("ls folders", "compare folders", "compare model", "merge parts", "merge how", "merge into")
+    },
     "recipes ls as_json": f"{APP}::test_json_alone_on_stdout",
     "recipes show name": "tests/cli/test_recipes.py::test_show",
     "recipes show full": "tests/cli/test_recipes.py::test_show",
@@ -537,7 +584,8 @@ def flags(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 FLAGS = list(flags(typer.main.get_command(cli.app.app)))
-FOR_RECIPES = [(name, p) for name, p in FLAGS if p.name in RECIPE_KEYS]
+OWN = ("adapters", "recipes")  # commands without a recipe
+FOR_RECIPES = [(name, p) for name, p in FLAGS if p.name in RECIPE_KEYS and name.partition(" ")[0] not in OWN]
 
 
 def test_every_flag_is_a_key_or_is_shown_elsewhere() -> None:
@@ -560,7 +608,7 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "make_plan", look)
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
-    task = command if command in ("prune", "cluster", "factorize", "distill", "export", "eval") else "quantize"
+    task = command if command in ("prune", "cluster", "factorize", "distill", "lora", "export", "eval") else "quantize"
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]

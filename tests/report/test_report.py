@@ -328,7 +328,8 @@ def plan(blocks: int = 3) -> Any:
     ]  # fmt: skip
     return SimpleNamespace(
         model="someone/moe\x1b[31m", method="gptq", format="compressed-tensors", type=None,
-        transforms=None, allocation=None, cut=None, training=None, ratios=None, learning_steps=0, tuning_steps=0,
+        transforms=None, allocation=None, cut=None, training=None,
+        adapter=None, ratios=None, learning_steps=0, tuning_steps=0,
         blocks=found, layers=[layer for block in found for layer in block.layers],
         others=[
             outside("model.embed_tokens.weight", 2_000_000),

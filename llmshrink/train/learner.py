@@ -1,0 +1,96 @@
+"""Steps of gradient by transformers' Trainer with the loss of the model itself, of which only a part may learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer
+
+from llmshrink.train.data import averaged
+from llmshrink.train.finite import check_number
+
+LEARNED = "learned.safetensors"  # in a saved state
+
+
+class Beside(Protocol):
+    """What a method remembers between steps, beside what learns."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from it."""
+        ...
+
+
+class Learner(Trainer):  # type: ignore[misc] # it has no types
+    """Teaches a model a text. A saved state holds what learns and nothing else, whatever wraps the model."""
+
+    def __init__(self, *, beside: Beside | None = None, **given: Any) -> None:
+        """Begin; `given` as for Trainer, `beside` has a state of its own."""
+        super().__init__(**given)
+        self._beside = beside
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, nats per token of the step; of a model that does not learn that of the text alone.
+
+        Raises:
+            InputError: it is no number.
+        """
+        if model.training:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            given = {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**given)
+            labels = inputs["labels"]
+            if labels.ndim == 1:  # classes
+                loss = functional.cross_entropy(outputs.logits.float(), labels)
+            else:
+                loss = surprise(outputs.logits, labels) / averaged(labels[:, 1:], self.eval_dataset)
+        check_number(loss, self.state.global_step, inputs)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"learned.{name}": p.detach().cpu().contiguous() for name, p in self._learns().items()}
+        if self._beside is not None:
+            state |= {f"beside.{name}": tensor.cpu() for name, tensor in self._beside.state().items()}
+        save_file(state, folder / LEARNED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = load_file(Path(resume_from_checkpoint) / LEARNED)
+        with torch.no_grad():
+            for name, parameter in self._learns().items():
+                parameter.copy_(state[f"learned.{name}"])
+        if self._beside is not None:
+            own = {name: tensor for name, tensor in state.items() if name.startswith("beside.")}
+            self._beside.restore({name.removeprefix("beside."): tensor for name, tensor in own.items()})
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _learns(self) -> dict[str, nn.Parameter]:
+        own = self.accelerator.unwrap_model(self.model)
+        return {name: p for name, p in own.named_parameters() if p.requires_grad}
+
+
+def surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross entropy of the tokens that are labelled [rows, length], each at its own place, in float32.
+
+    Logits [rows, virtual + length, vocabulary] may have more in front: what stands before the text.
+    """
+    ends = logits[:, -labels.shape[1] : -1].float().flatten(0, 1)
+    return functional.cross_entropy(ends, labels[:, 1:].flatten(), reduction="sum")

@@ -21,6 +21,7 @@ from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
 from llmshrink.plan.adapters import let_learn
 from llmshrink.plan.adapting import Adapting
+from llmshrink.plan.zeros import matrices_of
 from llmshrink.report.schema import TrainReport
 from llmshrink.train import loftq
 from llmshrink.train.adalora import Ranks
@@ -28,6 +29,7 @@ from llmshrink.train.base import decoded, load_base, save_codes
 from llmshrink.train.learner import Learner
 from llmshrink.train.merging import merge, save_merge, save_whole
 from llmshrink.train.prompts import begin
+from llmshrink.train.zeros import Zeros
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
 MERGE = "merge.json"  # what merging changed
@@ -136,14 +138,16 @@ class Whole:
         self._source = adapting.model.source
         self.model: PreTrainedModel = load_base(self._source, torch.device("cpu"))
         let_learn(self.model, adapting.stage.method)
+        names = (matrix.parameter for matrix in matrices_of(adapting.model))
+        self._zeros = Zeros(self.model, names, adapting.stage.train.keep_zeros)
 
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
-        return Learner(model=self.model, **given)
+        return Learner(model=self.model, zeros=self._zeros, **given)
 
     def tell(self, report: TrainReport) -> TrainReport:
-        """The report as it is."""
-        return report
+        """The report, with the zeros that stayed."""
+        return report.model_copy(update={"zeros": self._zeros.report(self.model)})
 
     def save(self, folder: Path) -> None:
         """Write the model as a checkpoint, in the dtype that it was stored in."""

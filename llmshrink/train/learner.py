@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from llmshrink.train.data import averaged
 from llmshrink.train.finite import check_number
+from llmshrink.train.zeros import Zeros
 
 LEARNED = "learned.safetensors"  # in a saved state
 
@@ -32,10 +33,19 @@ class Beside(Protocol):
 class Learner(Trainer):  # type: ignore[misc] # it has no types
     """Teaches a model a text. A saved state holds what learns and nothing else, whatever wraps the model."""
 
-    def __init__(self, *, beside: Beside | None = None, **given: Any) -> None:
-        """Begin; `given` as for Trainer, `beside` has a state of its own."""
+    def __init__(self, *, beside: Beside | None = None, zeros: Zeros | None = None, **given: Any) -> None:
+        """Begin; `given` as for Trainer, `beside` has a state of its own, `zeros` stay as they are."""
         super().__init__(**given)
-        self._beside = beside
+        self._beside, self._zeros = beside, zeros
+        if zeros:
+            self.add_callback(zeros)
+
+    def training_step(self, *given: Any, **more: Any) -> Tensor:
+        """The loss of a batch, with its gradients."""
+        loss: Tensor = super().training_step(*given, **more)
+        if self._zeros:
+            self._zeros.hold(self.accelerator.unwrap_model(self.model))
+        return loss
 
     def compute_loss(
         self,

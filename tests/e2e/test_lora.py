@@ -308,6 +308,13 @@ def test_what_was_pruned_stays_pruned(tiny: Callable[[str], Path], text_file: Pa
     assert all(not torch.equal(before[key], after[key]) for key in zeros)
     (masked,) = [event for event in report.events if event.kind == "masked"]
     assert f"{sum(int(mask.sum()) for mask in zeros.values()):,} weights that were pruned stay zero" in masked.message
+    for keep, name in (("auto", "stay"), (False, "go")):
+        last = {"name": "freeze", "blocks": 1, "parts": []}
+        learning = wanted(pruned, tmp_path / name, text_file, last, (), keep_zeros=keep)
+        trained = run.execute(learning, progress=Silent()).stages[0].trained
+        found = {k: v for f in (tmp_path / name).glob("*.safetensors") for k, v in load_file(f).items()}
+        gone = [key for key, mask in zeros.items() if found[key][mask].any()]
+        assert trained is not None and len(trained.zeros) == (14 if keep else 0) and len(gone) == (0 if keep else 7)
 
 
 def test_bottlenecks_stand_where_they_should(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

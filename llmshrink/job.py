@@ -279,6 +279,10 @@ class Job:
             trained, report = finished(workspace, done) or train(
                 Distillation(training, student, device), training.steps, rows, **told
             )
+        before, after = report.held_before, report.held_after
+        if before is not None and after is not None and after >= before:
+            held = f"{before:.4f} -> {after:.4f} on rows held back"
+            events.append(Event("not_learned", f"training made nothing better ({held}): lower train.rate (--rate)"))
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events

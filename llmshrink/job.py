@@ -332,6 +332,10 @@ class Job:
             said = {"student": str(student.source.folder), "kept": kept}
             ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), **said})
         trained, report = found or self._learn(training, student, kept, examples, workspace, done)
+        before, after = report.held_before, report.held_after
+        if before is not None and after is not None and after >= before:
+            held = f"{before:.4f} -> {after:.4f} on rows held back"
+            events.append(Event("not_learned", f"training made nothing better ({held}): lower train.rate (--rate)"))
         source = Source(self.model.source.id, trained, self.model.source.commit)
         work = training.work(StreamedModel(source, self.facts.device))
         work.events = events

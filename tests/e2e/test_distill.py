@@ -58,6 +58,7 @@ def test_a_student_learns_and_is_written(deep: Path, text_file: Path, tmp_path: 
     (stage,) = report.stages
     assert stage.bytes_after == stage.planned_bytes_after < stage.bytes_before and stage.cut is not None
     assert stage.task == "distill" and all(check.passed for check in stage.checks)
+    assert "not_learned" not in kinds(report)
     trained = stage.trained
     assert trained is not None and trained.steps == 30 and trained.tokens == 30 * 2 * 16
     assert (
@@ -132,6 +133,7 @@ def test_it_ends_where_nothing_is_gained(deep: Path, text_file: Path, tmp_path: 
         )
         assert report.stages[0].trained is not None
         found[patience] = report.stages[0].trained
+        assert "not_learned" in kinds(report)
     early, late = found[2], found[None]
     assert early.steps < late.steps == 40
     held = [point.value for point in early.curve if point.kind == "held"]

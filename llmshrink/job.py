@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +66,13 @@ from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.distillation import Distillation
-from llmshrink.train.run import STATES, TRAINED, finished, train
+from llmshrink.train.qat import Qat
+from llmshrink.train.run import STATES, TRAINED, finished, train, unlearned
 
 ROWS = "calibration.json"  # in the folder of work, as
 STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", STATES, TRAINED)
+START = "rounded"  # the same once it was rounded, where it is trained through that
+FOLDERS = (STUDENT, f"{STUDENT}.partial", START, f"{START}.partial", STATES, TRAINED)
 
 
 class Job:
@@ -182,7 +185,7 @@ class Job:
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
                     work, plan, found = self._train(choices, work, rows, workspace, learned)
-                    chosen |= {**found, "method": {"name": "distill"}}
+                    chosen |= {**found, "method": choices.method}
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
                 known = self._tell(workspace.events, work.events, self.loader.events)
@@ -261,18 +264,20 @@ class Job:
     ) -> tuple[Work, Plan, dict[str, Any]]:
         """Make the student, train it, and plan to write it; also what the report says of that."""
         assert rows is not None
-        student, cut, events = self.model, None, list(guessed.events)
+        student, events = self.model, list(guessed.events)
+        found: dict[str, Any] = {}
         if training.cuts is not None:
-            folder = workspace.work / STUDENT
-            if not folder.is_dir():
-                recipe = training.student_recipe(folder)
-                made = Job(replace(self.facts, recipe=recipe), self.progress, cached=False).write(overwrite=True)
-                events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
-            student = StreamedModel(open_source(str(folder)), self.facts.device)
-            cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
+            student, made = self._made(STUDENT, training.student_recipe, student.source, workspace, events)
+            found["cut"] = made.cut
+        lesson: Callable[[torch.device], Distillation] = partial(Distillation, training, student)
+        if training.stage.qat is not None:
+            wanted = partial(training.start_recipe, student=student.source.folder if training.cuts else None)
+            start, made = self._made(START, wanted, student.source, workspace, events)
+            found["blocks"] = made.blocks
+            lesson = partial(Qat, training, student, start)
         device = self.facts.device
         trained, report = finished(workspace, done) or train(
-            Distillation(training, student, device),
+            lesson(device),
             training.steps,
             rows,
             workspace=workspace,
@@ -281,9 +286,22 @@ class Job:
             progress=self.progress,
         )
         source = Source(self.model.source.id, trained, self.model.source.commit)
-        work = training.work(StreamedModel(source, self.facts.device))
-        work.events = events
-        return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
+        work = training.learned(StreamedModel(source, self.facts.device))
+        work.events = [*events, *unlearned(report)]
+        return work, planned(self.recipe, self.model, work, training), {**found, "trained": report}
+
+    def _made(
+        self, name: str, recipe: Callable[[Path], Recipe], source: Source, workspace: Workspace, events: list[Event]
+    ) -> tuple[StreamedModel, StageReport]:
+        """What a run of its own makes of a model before training, done once; its events are added to `events`."""
+        folder = workspace.work / name
+        if not folder.is_dir():
+            facts = replace(self.facts, recipe=recipe(folder), source=source)
+            Job(facts, self.progress, cached=False).write(overwrite=True)
+        report = Report.model_validate_json((folder / "report.json").read_bytes())
+        found = [Event(event.kind, event.message, event.layer, event.data) for event in report.events]
+        events += [event for event in found if event not in events]
+        return StreamedModel(open_source(str(folder)), self.facts.device), report.stages[0]
 
     def _taught_by(self, training: Training) -> StreamedModel:
         """The teacher, with which the student is compared."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
@@ -13,6 +14,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.words import check_same_tokens
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
+from llmshrink.plan.qat import plan_rounding, start_recipe, work_of_codes
 from llmshrink.plan.steps import Steps
 from llmshrink.plan.work import Work
 from llmshrink.recipe.distill import DistillStage
@@ -29,7 +31,8 @@ class Training:
         teacher: Whom the student learns from.
         steps: Of gradient.
         cuts: What makes the student of the model; None: the model is it.
-        guess: The work of writing the student, whose sizes are known before it has learned anything.
+        guess: The work of writing the student, whose sizes are known before it has learned anything; of one that is
+            trained through rounding, the work of rounding it first.
     """
 
     needs_data = True
@@ -49,11 +52,12 @@ class Training:
                 f"{model.source.id} is stored as {model.weights.format.name}: codes cannot be trained.",
                 hint="`llmshrink export --to dense` writes it without codes; distill that, and quantize the result.",
             )
-        if stage.teacher is None and stage.student is None:
+        if stage.teacher is None and stage.student is None and stage.qat is None:
             raise PlanError(
-                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
-                "as large as it is.",
-                hint="Name a teacher (--teacher), or what the student keeps (--layers, --neurons).",
+                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` or `qat` "
+                "it stays as large as it is.",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), or its bits (--bits 4 "
+                "--qat).",
             )
         self.teacher: Source = model.source if stage.teacher is None else open_source(stage.teacher)
         if stage.teacher is not None:
@@ -64,7 +68,8 @@ class Training:
                     hint="Name the model that it was made from, or `llmshrink export --to dense` it first.",
                 )
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
-        self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        student = model if self.cuts is None else self._cut_work().model
+        self.guess = self.work(student) if stage.qat is None else plan_rounding(recipe, stage.qat, student)
 
     def _cut_work(self) -> Work:
         assert self.cuts is not None
@@ -79,6 +84,22 @@ class Training:
             "output": str(folder),
         }
         return self._recipe.model_copy(update=changes)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What the stage does, for its report."""
+        start = {} if self.stage.qat is None else self.stage.qat.method.complete()
+        return {**start, "name": "distill", **({"start": start["name"]} if start else {})}
+
+    def start_recipe(self, folder: Path, student: Path | None) -> Recipe:
+        """The recipe that rounds the student into a folder; `student` is where it lies, None: it is the model."""
+        assert self.stage.qat is not None
+        return start_recipe(self._recipe, self.stage.qat, folder, student)
+
+    def learned(self, model: StreamedModel) -> Work:
+        """The work of writing what was learned."""
+        qat = self.stage.qat
+        return self.work(model) if qat is None else work_of_codes(self._recipe, qat, model)
 
     def work(self, model: StreamedModel) -> Work:
         """The work of writing a student as it is."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
+from llmshrink.recipe.qat import QatSpec
 from llmshrink.recipe.section import Section
 from llmshrink.recipe.train import TrainSpec
+
+QAT_RATE = 1e-4  # weights that are rounded move their codes: they learn slower
 
 Divergence = Literal["kl", "reverse-kl", "jsd"]
 
@@ -39,6 +42,15 @@ class DistillStage(Section):
     student: CutSpec | None = Field(
         None, description="what of the model the student keeps, in the words of `cut`; null: all, the model is it"
     )
+    qat: QatSpec | None = Field(
+        None, description="round the student, and train it through the rounding, or {} with its defaults; null: floats"
+    )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slower(cls, data: Any) -> Any:
+        train = (data.get("train") or {}) if isinstance(data, dict) and data.get("qat") is not None else None
+        return {**data, "train": {"rate": QAT_RATE, **train}} if isinstance(train, dict) else data

@@ -24,7 +24,7 @@ from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
-from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec
+from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec, OnIndivisible
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, fault, faults_of, refuse
@@ -36,7 +36,6 @@ DEFAULT_CLUSTERING = "kmeans"
 DEFAULT_FACTORING = "svdllm"
 
 Target = Literal["linears", "embedding", "head"]
-OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
 Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
 
 

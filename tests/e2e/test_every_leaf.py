@@ -32,6 +32,7 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.load import apply_overrides, validate
 from llmshrink.recipe.method import MethodSpec
+from llmshrink.recipe.qat import AS_ASKED, QatSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import ClusterStage, CutStage, FactorizeStage, MatrixStage, PruneStage
 from llmshrink.recipe.transform import TransformSpec
@@ -248,6 +249,7 @@ TRIALS = {
     "stages.cluster.targets": Trial(["head", "linears"], CLUSTERED),
     "stages.factorize.targets": Trial(["embedding"], PRODUCTS["svd"]),
     **{f"stages.distill.{key}": Trial(value, DISTILLED) for key, value in TAUGHT.items()},
+    "stages.distill.qat.scale_rate": Trial(0.1, {**DISTILLED, "stages.0.qat": {"method": {"name": "rtn", "bits": 2}}}),
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.train.epochs": Trial(2.0, {**DISTILLED, "stages.0.train.max_steps": None}),
     "stages.distill.train.split": Trial("test", {**DISTILLED, "stages.0.train.data": "generator"}),
@@ -319,6 +321,8 @@ def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
             continue  # the same as of quantize, and done by the same code
         if model is DistillStage and name in ("student", "gate"):
             continue  # the same as `cut` of prune, and the gates of others
+        if model is QatSpec and name in AS_ASKED:
+            continue  # the same as of quantize, by which it is begun: tests/e2e/test_qat.py
         below = list(branches(info.annotation))
         for branch in below:
             task = branch.model_fields.get("task")
@@ -476,6 +480,7 @@ FLAGS_ELSEWHERE = {
     "set": f"any key: {APP}::test_recipe_then_flags_then_set",
     "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",
     "plan": f"{APP}::test_plan",
+    "qat": "tests/e2e/test_qat.py::test_the_command",
     "smoke": f"{APP}::test_smoke_and_verify",
     "json": f"{APP}::test_json_alone_on_stdout",
     "quiet": f"{APP}::test_quiet_prints_only_the_path",
@@ -531,6 +536,7 @@ def test_a_flag_for_a_key_reaches_it(
     own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
+    base += ["--qat"] if command == "distill" else []
     value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":

@@ -6,6 +6,7 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -42,6 +43,10 @@ COMPARED = 6  # stretches of logits: both models', both as logarithms, their dif
 FITTING = 1 + 2 * 2  # sums over most rows and over others, and copies in float64 while they are solved
 RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eliminated
 LOGIT_COPIES = 8  # while a loss is found, on the way there and back
+ROUNDING = 6  # float32 copies of a matrix while its gradients pass through its rounding
+LEARNED = 2 * (
+    4 + 2
+)  # of scales and zero points: what is learned, gradients, averages of these, the start, what is stored
 SHORT = 256  # tokens of a row on which candidates are compared
 WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -74,11 +79,20 @@ def compress_economy(
 def planned_training(training: Training) -> int:
     """Bytes of a training: the student with gradients and what AdamW remembers, its teacher, and a batch on its way."""
     student, spec = training.guess.model, training.stage.train
-    weights = FLOAT * (4 * student.parameters + teacher_parameters(training))
+    weights = FLOAT * (4 * student.parameters + teacher_parameters(training) + rounded_numbers(training))
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
     return FIXED + weights + kept + LOGIT_COPIES * LOGITS
+
+
+def rounded_numbers(training: Training) -> int:
+    """What training through rounding has beside the weights: all as they are rounded, one while it is, and tables."""
+    work = training.guess
+    if training.stage.qat is None:
+        return 0
+    tables = sum(math.prod(shape) for shape in work.scale_shapes.values())
+    return sum(m.numel for m in work.methods) + ROUNDING * max(m.numel for m in work.methods) + LEARNED * tables
 
 
 def teacher_parameters(training: Training) -> int:

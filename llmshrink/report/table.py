@@ -81,9 +81,11 @@ def render_plan(plan: Plan) -> Group:
     ]
     if plan.training is not None:
         found = plan.training
-        lines[0] = lines[0] if plan.cut is not None else f"{plan.parameters:,} parameters"
+        rounded = plan.format != "dense"
+        lines[0] = lines[0] if plan.cut is not None or rounded else f"{plan.parameters:,} parameters"
         steps = "as many steps as the text gives" if found.steps is None else count(found.steps, "step")
-        lines.insert(1, f"then it learns from {found.teacher}: {steps} of {found.tokens:,} tokens")
+        through = " through this rounding" if rounded else ""
+        lines.insert(1, f"then it learns{through} from {found.teacher}: {steps} of {found.tokens:,} tokens")
     if plan.tuning_steps:
         lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")
     if plan.learning_steps:

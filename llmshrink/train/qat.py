@@ -49,7 +49,7 @@ class Qat(Distillation):
         module = self.model.get_submodule(matrix.site.module)
         weight = module.weight.detach()
         rounding = Rounding(form, kept=kept_before(weight))
-        latent = rounding.latent(weight)
+        latent = rounding.latent(weight, form.codes)
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
         with torch.no_grad():
             module.parametrizations.weight.original.copy_(latent)

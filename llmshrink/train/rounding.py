@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmshrink.forms import Dense, Quantized
+from llmshrink.forms import Dense, Quantized, without_data
 from llmshrink.model.rounding import as_stored, straight_through
 
 CELL = 0.49  # steps from a code within which its latent weight starts; at half a step it would be the next code's
@@ -49,7 +49,9 @@ class Rounding(nn.Module):
         """
         super().__init__()
         assert isinstance(start.scale, Dense) and not isinstance(start.block, int)
-        self._form = start
+        like = without_data(start)
+        assert isinstance(like, Quantized)
+        self._form = like
         half = 1 << start.bits - 1
         self._ends = (-half, half - 1)
         self.register_buffer("_scale", start.scale.weight.float().contiguous(), persistent=False)
@@ -58,13 +60,13 @@ class Rounding(nn.Module):
         self.factor = nn.Parameter(torch.zeros_like(self._scale))
         self.shift = None if start.zero is None else nn.Parameter(torch.zeros_like(self._scale))
 
-    def latent(self, weight: Tensor) -> Tensor:
-        """Where the latent matrix starts: the points nearest to `weight` that have the codes of the start."""
+    def latent(self, weight: Tensor, codes: Tensor) -> Tensor:
+        """Where the latent matrix starts: the points nearest to `weight` that have these codes, all [out, in]."""
         scale, zero = self._tables()
-        codes = self._groups(self._form.codes.float())
+        middle = self._groups(codes.float())
         exact = self._groups(weight) / scale + zero
-        inside = torch.clamp(exact, codes - CELL, codes + CELL)
-        return ((inside - zero) * scale).view(weight.shape)
+        inside = torch.clamp(exact, middle - CELL, middle + CELL)
+        return ((inside - zero) * scale).detach().view(weight.shape)
 
     def forward(self, latent: Tensor) -> Tensor:
         """The matrix that is computed with, float32 [out, in]."""
@@ -84,7 +86,7 @@ class Rounding(nn.Module):
         assert isinstance(self._form.scale, Dense)
         return replace(
             self._form,
-            codes=codes.to(torch.int8).view(self._form.codes.shape),
+            codes=codes.to(torch.int8).view(latent.shape),
             scale=Dense(scale[..., 0].to(self._form.scale.weight.dtype)),
             zero=None if self._zero is None else zero[..., 0].to(torch.int8),
         )

@@ -46,7 +46,7 @@ def moved(rounding: Rounding, latent: Tensor) -> Tensor:
 def test_what_is_computed_with_is_what_is_stored(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
     form, weight = start(bits, symmetric=symmetric, dtype=dtype), weights(0, OUT, WIDTH)
     rounding = Rounding(form)
-    latent = rounding.latent(weight)
+    latent = rounding.latent(weight, form.codes)
     assert torch.equal(decode(rounding.form(latent)), decode(form))  # it begins with what the method chose
     for where in (latent, moved(rounding, latent)):
         used = rounding(where).detach()
@@ -61,7 +61,7 @@ def test_a_weight_starts_as_near_as_its_code_allows() -> None:
     form, weight = start(3, symmetric=True), weights(0, OUT, WIDTH) / 5
     assert isinstance(form.scale, Dense)
     scale = form.scale.weight.float().repeat_interleave(GROUP, 1)
-    latent = Rounding(form).latent(weight)
+    latent = Rounding(form).latent(weight, form.codes)
     inside = ((weight / scale) - form.codes).abs() < 0.48
     assert inside.any() and torch.allclose(latent[inside], weight[inside])
     assert ((latent / scale) - form.codes).abs().max() < 0.4901
@@ -95,7 +95,7 @@ def reference(rounding: Rounding, form: Quantized, latent: Tensor) -> tuple[Tens
 def test_gradients_pass_as_in_lsq(bits: int, symmetric: bool) -> None:
     form = start(bits, symmetric=symmetric)
     rounding = Rounding(form)
-    latent = moved(rounding, rounding.latent(weights(0, OUT, WIDTH))).requires_grad_()
+    latent = moved(rounding, rounding.latent(weights(0, OUT, WIDTH), form.codes)).requires_grad_()
     direction = weights(6, OUT, WIDTH)
     (rounding(latent) * direction).sum().backward()
     wanted, leaves = reference(rounding, form, latent.detach())
@@ -119,7 +119,7 @@ def test_what_was_pruned_stays_zero(symmetric: bool) -> None:
     nothing = torch.zeros(OUT, WIDTH // GROUP, dtype=torch.int8) if form.zero is None else form.zero
     codes = torch.where(kept, form.codes, nothing.repeat_interleave(GROUP, 1))
     rounding = Rounding(replace(form, codes=codes), kept=kept)
-    latent = moved(rounding, rounding.latent(weights(0, OUT, WIDTH) * kept)).requires_grad_()
+    latent = moved(rounding, rounding.latent(weights(0, OUT, WIDTH) * kept, codes)).requires_grad_()
     used = rounding(latent)
     used.sum().backward()
     assert torch.equal(used.detach(), decode(rounding.form(latent)))

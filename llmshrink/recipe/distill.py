@@ -12,7 +12,7 @@ from llmshrink.recipe.qat import QatSpec
 from llmshrink.recipe.section import Section
 from llmshrink.recipe.train import TrainSpec
 
-QAT_RATE = 1e-4  # weights that are rounded move their codes: they learn slower
+QAT_RATE = 3e-5  # weights that are rounded move their codes: they learn slower
 
 Divergence = Literal["kl", "reverse-kl", "jsd"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
+from llmshrink.methods.base import method_name
 from llmshrink.methods.cut import CutConfig
 from llmshrink.methods.trained import Trained
 from llmshrink.model.source import Source, open_source
@@ -16,7 +17,7 @@ from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.qat import plan_rounding, start_recipe, work_of_codes
 from llmshrink.plan.steps import Steps
-from llmshrink.plan.work import Work
+from llmshrink.plan.work import Work, main_method
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
 from llmshrink.recipe.stages import CutStage
@@ -88,8 +89,10 @@ class Training:
     @property
     def method(self) -> dict[str, Any]:
         """What the stage does, for its report."""
-        start = {} if self.stage.qat is None else self.stage.qat.method.complete()
-        return {**start, "name": "distill", **({"start": start["name"]} if start else {})}
+        if self.stage.qat is None:
+            return {"name": "distill"}
+        first = main_method(self.guess.methods)
+        return {**first.config.model_dump(mode="json"), "name": "distill", "start": method_name(first)}
 
     def start_recipe(self, folder: Path, student: Path | None) -> Recipe:
         """The recipe that rounds the student into a folder; `student` is where it lies, None: it is the model."""

@@ -194,7 +194,7 @@ class _Run:
                 examples = examples.moved(workspace.work / TEXT)
             with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
                 trained, report = learn(job, adapting, examples, workspace, done)
-            job._tell(workspace.events, adapting.events, job.loader.events)
+            job.tell(workspace.events, adapting.events, job.loader.events)
             files = self._files(workspace, trained)
             checks = self._verify(workspace, trained, files, plan)
             measures, seconds = self._measure(workspace.folder, texts)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmshrink import ranks
 from llmshrink.adapting import learn_model
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
@@ -28,30 +25,28 @@ from llmshrink.checks.written import (
     check_reader,
     probe_tokens,
 )
+from llmshrink.distilling import ROUNDED, STUDENT, learn_student, taught_by
 from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import (
     compress_economy,
     compress_scratch,
     evaluation_economy,
     evaluation_states,
-    planned_caching,
 )
 from llmshrink.engine.compress import Compressor, Result
 from llmshrink.engine.hidden import Hidden
 from llmshrink.engine.slopes import make_slopes, together
 from llmshrink.engine.transform import Transformer
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import GateError, InputError, OutputError, PlanError, UsageError
+from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults
 from llmshrink.memory import PeakMonitor
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
-from llmshrink.model.words import check_same_tokens
 from llmshrink.output import finish_files, save_companions, write_report
 from llmshrink.plan.adapting import Adapting
-from llmshrink.plan.cache import keeping
 from llmshrink.plan.choices import Choices
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.economy import Economy
@@ -63,13 +58,11 @@ from llmshrink.plan.training import Training
 from llmshrink.plan.work import Work
 from llmshrink.planning import plan_of, planned, writing_stage_of
 from llmshrink.progress import Progress
-from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage, MatrixStage
 from llmshrink.report.schema import (
     AllocationReport,
-    CacheReport,
     Check,
     CutReport,
     ModelMeasure,
@@ -77,24 +70,20 @@ from llmshrink.report.schema import (
     Report,
     SensitivityReport,
     StageReport,
-    TrainReport,
 )
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.caching import FOLDER as CACHE
-from llmshrink.train.caching import cache_of
-from llmshrink.train.caching import check_room as check_cache_room
 from llmshrink.train.data import NEW_TEXT, TEXT, Examples
-from llmshrink.train.distillation import Distillation
-from llmshrink.train.lottery import LOTTERY, Lottery, draw
+from llmshrink.train.lottery import LOTTERY
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.prepare import prepare
-from llmshrink.train.run import STATES, TRAINED, finished, train
+from llmshrink.train.run import STATES, TRAINED
 
 ROWS = "calibration.json"  # in the folder of work, as
-STUDENT = "student"  # what a student is before it has learned
-FOLDERS = (STUDENT, f"{STUDENT}.partial", CACHE, STATES, TRAINED, TEXT, LOTTERY)
+MADE_ASIDE = (STUDENT, f"{STUDENT}.partial", ROUNDED, f"{ROUNDED}.partial")
+FOLDERS = (*MADE_ASIDE, CACHE, STATES, TRAINED, TEXT, LOTTERY)
 
 
 class Job:
@@ -124,7 +113,7 @@ class Job:
         scratch = disk_faults(Path(tempfile.gettempdir()), states)
         with scratch, tempfile.TemporaryDirectory(prefix="llmshrink-") as folder:
             measures, seconds = self._measure(models, texts, economy, Path(folder))
-        self._tell(self.loader.events)
+        self.tell(self.loader.events)
         stages = [eval_stage(self.model, seconds) for _ in self.recipe.stages]
         return self.facts.report(
             stages=self._judged(stages, models, measures),
@@ -158,31 +147,14 @@ class Job:
                 progress=self.progress,
             )
         events = [*self.loader.events, *economy.told("measure the candidates"), *events]
-        self._tell(events)
+        self.tell(events)
         return costs.sensitivities(choices, found, events)
 
-    def keep(self) -> CacheReport:
-        """Write down what a teacher says, for students that learn elsewhere."""
-        stage = writing_stage_of(self.recipe)
-        if not isinstance(stage, DistillStage) or stage.cache is None or stage.cache.folder is None:
-            raise UsageError("To write down what a teacher says, name a folder for it (--cache-folder).")
-        teacher = self.model if stage.teacher is None else StreamedModel(open_source(stage.teacher), self.facts.device)
-        if not teacher.task.causal:
-            raise PlanError(f"{teacher.source.id}: only models that predict the next token can be distilled.")
-        if stage.teacher is not None:
-            check_same_tokens(self.model.source, teacher.source)
-        wanted, steps = keeping(stage, self.model.source, teacher.source), Steps(stage.train, self.model)
-        assert wanted is not None
-        needed = planned_caching(teacher, steps.length)
-        check_memory("write down what the teacher says", needed, self.recipe.run, "--set train.length=N")
-        check_finite(teacher, self.progress)
-        with tempfile.TemporaryDirectory(prefix="llmshrink-") as work:
-            examples = prepare(steps, self.model, self.loader, Path(work, "text"), kept=None, progress=self.progress)
-            cache = cache_of(wanted, examples, Path(work), self.facts.device, self.progress)
-        self._tell(self.loader.events, examples.events)
-        return cache.report()
+    def aside(self, recipe: Recipe, source: Source) -> Job:
+        """A run of its own that makes what this one goes on with."""
+        return Job(replace(self.facts, recipe=recipe, source=source), self.progress, cached=False)
 
-    def _tell(self, *events: list[Event]) -> int:
+    def tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
         for event in itertools.chain(*events):
             self.progress.event(event)
@@ -231,15 +203,14 @@ class Job:
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
                     assert examples is not None
-                    work, plan, found = self._train(choices, work, examples, workspace, learned)
-                    chosen |= {**found, "method": {"name": "distill"}}
+                    work, plan, chosen = learn_student(self, choices, work, examples, workspace, learned)
                 elif isinstance(choices, Adapting):
                     assert examples is not None
                     examples = examples.moved(workspace.work / TEXT)
                     work, plan, chosen = learn_model(self, choices, examples, workspace, learned)
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
-                known = self._tell(workspace.events, work.events, self.loader.events)
+                known = self.tell(workspace.events, work.events, self.loader.events)
                 clock, probe = time.perf_counter(), probe_tokens(self.model)
                 companions = save_companions(work, workspace.folder)
                 result, ends = self._compress(work, workspace, rows, probe, done)
@@ -250,7 +221,7 @@ class Job:
             checks = [*chosen.pop("checks", []), *self._verify(work, written, result, files, probe, ends)]
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
-            original = self._taught_by(choices) if isinstance(choices, Training) else self.model
+            original = taught_by(self, choices) if isinstance(choices, Training) else self.model
             models = {"before": original, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
@@ -262,7 +233,7 @@ class Job:
                 output=str(work.output),
                 seconds=time.perf_counter() - self.start,
             )
-            self._tell(self.loader.events[known:])
+            self.tell(self.loader.events[known:])
             write_report(workspace.folder, report, self.recipe)
             workspace.commit()
         return report
@@ -304,80 +275,6 @@ class Job:
         kept = [event for event in guessed.events if event.kind == "length_cut" and event not in work.events]
         work.events += kept
         return work, plan.model_copy(update={"memory_bytes": max(plan.memory_bytes, needed)})
-
-    def _train(
-        self,
-        training: Training,
-        guessed: Work,
-        examples: Examples,
-        workspace: Workspace,
-        done: list[dict[str, Any]],
-    ) -> tuple[Work, Plan, dict[str, Any]]:
-        """Make the student, train it, and plan to write it; also what the report says of that."""
-        if training.keeping is not None:
-            check_cache_room(training.keeping, examples, workspace.work)
-        student, cut, events = self.model, None, list(guessed.events)
-        if training.cuts is not None:
-            folder = workspace.work / STUDENT
-            if not folder.is_dir():
-                recipe = training.student_recipe(folder)
-                made = Job(replace(self.facts, recipe=recipe), self.progress, cached=False).write(overwrite=True)
-                events += [Event(event.kind, event.message, event.layer, event.data) for event in made.events]
-            student = StreamedModel(open_source(str(folder)), self.facts.device)
-            cut = Report.model_validate_json((folder / "report.json").read_bytes()).stages[0].cut
-        examples = examples.moved(workspace.work / TEXT)
-        found = None if training.stage.lottery else finished(workspace, done)  # of a lottery each round may be
-        kept = None if cut is None else cut.candidates[0].layers
-        if found is None and ranks.count() > 1:
-            said = {"student": str(student.source.folder), "kept": kept}
-            ranks.tell({"recipe": json.loads(self.recipe.model_dump_json()), **said})
-        trained, report = found or self._learn(training, student, kept, examples, workspace, done)
-        before, after = report.held_before, report.held_after
-        if before is not None and after is not None and after >= before:
-            held = f"{before:.4f} -> {after:.4f} on rows held back"
-            events.append(Event("not_learned", f"training made nothing better ({held}): lower train.rate (--rate)"))
-        source = Source(self.model.source.id, trained, self.model.source.commit)
-        work = training.work(StreamedModel(source, self.facts.device))
-        work.events = events
-        return work, planned(self.recipe, self.model, work, training), {"trained": report, "cut": cut}
-
-    def _learn(
-        self,
-        training: Training,
-        student: StreamedModel,
-        kept: Sequence[int] | None,
-        examples: Examples,
-        workspace: Workspace,
-        done: list[dict[str, Any]],
-    ) -> tuple[Path, TrainReport]:
-        """Train a student that is ready, made of these layers of the model."""
-        device, progress, lottery = self.facts.device, self.progress, training.stage.lottery
-        loading: dict[str, Any] = {"kept": kept, "examples": examples, "work": workspace.work, "progress": progress}
-        told: dict[str, Any] = {"workspace": workspace, "done": done, "device": device, "progress": progress}
-        if lottery is not None:
-            load = partial(Lottery, training, student, device, **loading)
-            return draw(load, lottery, training.steps, examples, **told)
-        lesson = Distillation(training, student, device, **loading)
-        return train(lesson, training.steps, examples, **told)
-
-    def join(self, order: dict[str, Any]) -> None:
-        """Train along with the process that holds the workspace and gave this order."""
-        _, plan, training = plan_of(self.recipe, self.model)
-        workspace = Workspace(Path(plan.output))  # never entered: nothing is written by it
-        examples = Examples.load(workspace.work / TEXT, None)
-        if examples is None or not isinstance(training, Training):
-            raise OutputError(
-                f"{workspace.work / TEXT} is not the text that the first process chose.",
-                hint="All processes must see the same folders: --output on a disk that they share.",
-            )
-        student = StreamedModel(open_source(order["student"]), self.facts.device)
-        self._learn(training, student, order["kept"], examples, workspace, [])
-
-    def _taught_by(self, training: Training) -> StreamedModel:
-        """With what the student is compared: its teacher, or the model as it was where they read other tokens."""
-        if training.stage.teacher is None or training.teacher is None or training.foreign:
-            return self.model
-        return StreamedModel(training.teacher, self.facts.device)
 
     def _cut(
         self, cuts: Cuts, guessed: Work, needed: int, rows: Rows | None, workspace: Workspace

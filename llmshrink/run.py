@@ -13,6 +13,7 @@ from llmshrink import ranks
 from llmshrink.adapting import adapt, labelled
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
+from llmshrink.distilling import join, keep_words
 from llmshrink.errors import InterruptedRun, UsageError
 from llmshrink.job import Job
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -103,7 +104,7 @@ def follow() -> int:
         for order in ranks.orders():
             recipe = Recipe.model_validate(order["recipe"])
             with suppress(InterruptedRun), _begun(recipe, Silent(), resumable=True) as job:
-                job.join(order)
+                join(job, order)
     except ranks.Dismissed as found:
         code = found.code
     except Exception:
@@ -123,7 +124,7 @@ def keep(recipe: Recipe, *, progress: Progress) -> CacheReport:
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
     with _begun(recipe, progress, resumable=True) as job:
-        return job.keep()
+        return keep_words(job)
 
 
 def smoke(recipe: Recipe, *, progress: Progress) -> list[Check]:

@@ -152,6 +152,7 @@ ALLOWED = {
         "report",
     },
     "adapting": None,  # the story of a run that ends in an adapter
+    "distilling": None,  # the story of a run in which a student learns
     "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},

@@ -196,6 +196,12 @@ def distill(
     experts: opt.Experts = None,
     layers: opt.Layers = None,
     target_params: opt.TargetParams = None,
+    qat: opt.Qat = None,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    group_size: opt.GroupSize = None,
+    symmetric: opt.Symmetric = None,
+    format: opt.Format = None,  # noqa: A002 - the option's name
     loss: opt.Loss = None,
     temperature: opt.Temperature = None,
     alpha: opt.Alpha = None,

@@ -236,6 +236,10 @@ TargetParams = Annotated[
     str | None,
     typer.Option(help="Find what to cut for so many parameters.", metavar="N|80%", rich_help_panel=_PARTS),
 ]
+Qat = Annotated[
+    bool | None,
+    typer.Option("--qat", help="Round to --bits, and train through the rounding.", rich_help_panel=_WHAT),
+]
 Teacher = Annotated[
     str | None,
     typer.Option(help="Who teaches: Hub id or folder; without it MODEL, before it is cut.", rich_help_panel=_WHAT),
@@ -460,6 +464,37 @@ def _plain(flag: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _place(key: str, task: str) -> str:
+    """Where a key stands in a stage of this task: who learns is cut out of the model, and perhaps rounded."""
+    if task != "distill":
+        return key
+    return f"qat.{key}" if key.startswith(("method.", "format.")) else key.replace("cut.", "student.")
+
+
+def _with_qat(data: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data with training through rounding, where it is asked for.
+
+    Raises:
+        UsageError: nothing is to be rounded, and a flag says how.
+    """
+    from llmshrink.errors import UsageError
+    from llmshrink.recipe import load
+
+    if any(stage.get("qat") is not None for stage in data["stages"]):
+        return data
+    if values.get("qat"):
+        return load.override(data, "qat", {}, task="distill")
+    how = [
+        flag for flag, key in RECIPE_KEYS.items() if values.get(flag) is not None and "qat." in _place(key, "distill")
+    ]
+    if how:
+        raise UsageError(
+            f"--{how[0].replace('_', '-')} says how a student is rounded, which training does with --qat alone",
+            hint="add --qat, or quantize the result in a second run",
+        )
+    return data
+
+
 def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     """The recipe of a command: the named recipe, under the flags, under `--set`.
 
@@ -484,11 +519,12 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     for flag, other in (("target_size", "bpw"), ("target_bpw", "size")):  # of a recipe that asks otherwise
         if values.get(flag) is not None:
             data = load.override(data, f"allocate.{other}", None, task=task)
+    if task == "distill":
+        data = _with_qat(data, values)
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
         if value not in (None, (), []):
-            place = key.replace("cut.", "student.") if task == "distill" else key  # who learns is cut out of the model
-            data = load.override(data, place, _plain(flag, value), task=task)
+            data = load.override(data, _place(key, task), _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     tasks = {stage.task for stage in recipe.stages}
     command = next((name for name in WRITING if name in tasks), "eval")

@@ -6,6 +6,7 @@ below count the matrices that are alive at one time; `bench/memory.py` compares 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -47,6 +48,10 @@ RANKING = 2 * 4  # float64 copies of a Hessian in float32, while columns are eli
 LOGIT_COPIES = 8  # while a loss is found, on the way there and back
 LOGITS_WHOLE = 4  # copies of all logits: as they are, in float32, as logarithms, and their gradients
 FOUR_BITS = 0.57  # bytes for a weight in NF4, with its scales
+ROUNDING = 6  # float32 copies of a matrix while its gradients pass through its rounding
+LEARNED = 2 * (
+    4 + 2
+)  # of scales and zero points: what is learned, gradients, averages of these, the start, what is stored
 SHORT = 256  # tokens of a row on which candidates are compared
 WEIGHED = 4  # float32 copies of a matrix of which outliers or magnitudes are counted
 PACKING = 3  # bytes per weight while codes become bytes of a file
@@ -86,7 +91,7 @@ def planned_training(training: Training) -> int:
     """
     student, spec = training.guess.model, training.stage.train
     beside = 0 if training.keeping is not None else teacher_parameters(training)
-    weights = FLOAT * (4 * student.parameters + beside)
+    weights = FLOAT * (4 * student.parameters + beside + rounded_numbers(training))
     tokens = spec.batch * training.steps.length
     blocks = student.anatomy.blocks
     kept = sum(_learning(student, block, tokens) for block in blocks)
@@ -144,6 +149,15 @@ def adapted_evaluation(adapting: Adapting, length: int) -> int:
     model = adapting.model
     logits = 2 * LOGITS_WHOLE * FLOAT * length * model.vocabulary
     return LIBRARIES + FIXED + FLOAT * (model.parameters + adapting.size.learns) + logits
+
+
+def rounded_numbers(training: Training) -> int:
+    """What training through rounding has beside the weights: all as they are rounded, one while it is, and tables."""
+    work = training.guess
+    if training.stage.qat is None:
+        return 0
+    tables = sum(math.prod(shape) for shape in work.scale_shapes.values())
+    return sum(m.numel for m in work.methods) + ROUNDING * max(m.numel for m in work.methods) + LEARNED * tables
 
 
 def teacher_parameters(training: Training) -> int:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Modules of this folder that no recipe names as a method.
 _SUPPORT = {
     *("base", "basis", "blocks", "clusters", "codes", "cut", "even", "grid", "hessian", "inputs", "keep", "lowrank"),
-    *("metric", "sparsity", "trained", "vectors"),
+    *("metric", "qat", "sparsity", "trained", "vectors"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmshrink.errors import PlanError
 from llmshrink.formats import load_format
 from llmshrink.forms import Event
-from llmshrink.methods.base import Method
+from llmshrink.methods.base import Method, method_name
 from llmshrink.methods.cut import CutConfig
 from llmshrink.methods.trained import Trained
 from llmshrink.model.anatomy import Matrix
@@ -20,8 +20,9 @@ from llmshrink.plan.cache import keeping
 from llmshrink.plan.cut import Cuts
 from llmshrink.plan.layout import default_output, lay_out
 from llmshrink.plan.pairs import layer_pairs
+from llmshrink.plan.qat import plan_rounding, rounded_recipe, work_of_codes
 from llmshrink.plan.steps import ENDLESS, Steps
-from llmshrink.plan.work import Work
+from llmshrink.plan.work import Work, main_method
 from llmshrink.plan.zeros import drawn_weights, matrices_of, refuse_codes, refuse_without_zeros, sparse_again
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.schema import EvaluationSpec, Recipe
@@ -37,7 +38,8 @@ class Training:
         teacher: Whom the student learns from; None: nobody who is here, but a cache of what one said.
         steps: Of gradient.
         cuts: What makes the student of the model; None: the model is it.
-        guess: The work of writing the student, whose sizes are known before it has learned anything.
+        guess: The work of writing the student, whose sizes are known before it has learned anything; of one that is
+            trained through rounding, the work of rounding it first.
         keeping: Of the teacher's words; None: it is asked at every step.
         streamed: The teacher, block by block, where its words are written down.
     """
@@ -57,15 +59,15 @@ class Training:
         refuse_codes(model)
         self._check_lottery()
         self.steps.check()
-        known = model.source if stage.student or stage.exits or stage.lottery else None
+        known = model.source if stage.student or stage.exits or stage.lottery or stage.qat else None
         self.teacher: Source | None = known if stage.teacher is None else open_source(stage.teacher)
         self.keeping = keeping(stage, model.source, self.teacher)
         if self.teacher is None and (self.keeping is None or self.keeping.found is None):
             raise PlanError(
-                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` it stays "
-                "as large as it is.",
-                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), `exits`, which the "
-                "last layer teaches, or the cache.folder of what a teacher said.",
+                "There is nothing to learn: without `teacher` the model teaches itself, and without `student` or `qat` "
+                "it stays as large as it is.",
+                hint="Name a teacher (--teacher), what the student keeps (--layers, --neurons), its bits (--bits 4 "
+                "--qat), `exits`, which the last layer teaches, or the cache.folder of what a teacher said.",
             )
         self._check_teacher()
         written = self.keeping is not None and self.keeping.found is None
@@ -73,7 +75,8 @@ class Training:
         self.cuts = None if stage.student is None else Cuts(recipe, CutStage(task="prune", cut=stage.student), model)
         if self.cuts is None and stage.train.keep_zeros is True:
             refuse_without_zeros(model)
-        self.guess = self.work(model if self.cuts is None else self._cut_work().model)
+        student = model if self.cuts is None else self._cut_work().model
+        self.guess = self.work(student) if stage.qat is None else plan_rounding(recipe, stage.qat, student)
         self._check_exits()
         if self.foreign and self.teacher is not None:
             message = (
@@ -199,6 +202,24 @@ class Training:
             "output": str(folder),
         }
         return self._recipe.model_copy(update=changes)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What the stage does, for its report."""
+        if self.stage.qat is None:
+            return {"name": "distill"}
+        first = main_method(self.guess.methods)
+        return {**first.config.model_dump(mode="json"), "name": "distill", "start": method_name(first)}
+
+    def rounded_recipe(self, folder: Path, student: Path | None) -> Recipe:
+        """The recipe that rounds the student into a folder; `student` is where it lies, None: it is the model."""
+        assert self.stage.qat is not None
+        return rounded_recipe(self._recipe, self.stage.qat, folder, student)
+
+    def learned(self, model: StreamedModel) -> Work:
+        """The work of writing what was learned."""
+        qat = self.stage.qat
+        return self.work(model) if qat is None else work_of_codes(self._recipe, qat, model)
 
     def work(self, model: StreamedModel) -> Work:
         """The work of writing a student as it is; where zeros were not stored and stay, they are not again."""

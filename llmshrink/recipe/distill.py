@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,8 +11,11 @@ from llmshrink.recipe.cut import CutSpec
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.lottery import LotterySpec
 from llmshrink.recipe.modes import HiddenSpec, PolicySpec
+from llmshrink.recipe.qat import QatSpec
 from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
+
+QAT_RATE = 3e-5  # weights that are rounded move their codes: they learn slower
 
 Divergence = Literal["kl", "reverse-kl", "jsd", "uld"]
 
@@ -53,6 +56,10 @@ class DistillStage(Section):
         description="or which single weights the student keeps, found by training and pruning in rounds: `train` says "
         "how long each training is; null: none goes",
     )
+    qat: QatSpec | None = Field(
+        None,
+        description="round the student, and train it through the rounding, or {} with its defaults; null: floats",
+    )
     loss: LossSpec = Field(default_factory=LossSpec, description="what is made small")
     cache: CacheSpec | None = Field(
         None,
@@ -92,7 +99,13 @@ class DistillStage(Section):
     @property
     def alone(self) -> bool:
         """Whether the model has no teacher but its own last layer."""
-        return bool(self.exits) and self.teacher is None and self.student is None and self.lottery is None
+        return (
+            bool(self.exits)
+            and self.teacher is None
+            and self.student is None
+            and self.lottery is None
+            and self.qat is None
+        )
 
     @field_validator("exits")
     @classmethod
@@ -113,4 +126,12 @@ class DistillStage(Section):
         if self.student is not None and self.lottery is not None:
             message = "`student` cuts parts out and this drops single weights: cut first, and give this the result"
             raise refuse([fault(("lottery",), message)])
+        if self.qat is not None and self.lottery is not None:
+            raise refuse([fault(("lottery",), "draw first, and train the result through rounding: leave one out")])
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slower(cls, data: Any) -> Any:
+        train = (data.get("train") or {}) if isinstance(data, dict) and data.get("qat") is not None else None
+        return {**data, "train": {"rate": QAT_RATE, **train}} if isinstance(train, dict) else data

@@ -202,6 +202,9 @@ def complete(recipe: Recipe) -> dict[str, Any]:
             plain["on_indivisible"] = stage.indivisible
             plain["method"] = stage.method and _settings(stage, stage.method)
             plain["transform"] = [spec.complete() for spec in stage.transform]
+        if isinstance(stage, DistillStage) and stage.qat is not None:
+            plain["qat"]["method"] = stage.qat.method.complete()
+            plain["qat"]["on_indivisible"] = stage.qat.stage.indivisible
     return data
 
 

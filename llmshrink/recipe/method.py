@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,8 @@ from llmshrink.transforms import transform_names as transform_names
 
 PACKABLE = ("codebook", "low-rank")  # formats whose codes can be entropy-coded
 DEFAULT_METHOD = "gptq"  # whose settings `{bits: 3}` means; a plan takes another where the model needs it
+
+OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]  # what becomes of a layer that groups do not fit
 
 
 class MethodSpec(BaseModel):

@@ -25,7 +25,7 @@ from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.gate import GateSpec
 from llmshrink.recipe.inputs import InputSpec
 from llmshrink.recipe.lora import LoraStage
-from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec
+from llmshrink.recipe.method import ExportSpec, FormatSpec, MethodSpec, OnIndivisible
 from llmshrink.recipe.ratios import RankSpec, RatioSpec
 from llmshrink.recipe.reconstruct import ReconstructSpec
 from llmshrink.recipe.section import Section, fault, faults_of, refuse
@@ -37,7 +37,6 @@ DEFAULT_CLUSTERING = "kmeans"
 DEFAULT_FACTORING = "svdllm"
 
 Target = Literal["linears", "embedding", "head"]
-OnIndivisible = Literal["refuse", "smaller_group", "skip", "channel"]
 Gate = Annotated[GateSpec, Field(description="what the result must keep to, else exit code 9")]
 
 

@@ -231,7 +231,12 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines = [stage.task if stage.adapter is None else f"{stage.task} with {stage.adapter.name}"]
     if stage.cut is not None:
         lines = _cut(stage.cut)
-    elif weights and stage.trained is None:
+    start = stage.method.get("start")
+    if start is not None:
+        lines.append(
+            f"trained through the rounding that {start} began ({settings or 'default settings'}), {stage.format}"
+        )
+    if weights and (start is not None or (stage.cut is None and stage.trained is None)):
         bits = 8 * sum(layer.bytes_after for layer in done) / weights
         lines.append(f"{count(len(done), 'layer')} at {bits:.2f} bits per weight, scales counted")
         if zeros := sum(layer.zeros or 0 for layer in done if stage.task == "prune"):

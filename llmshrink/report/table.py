@@ -89,11 +89,13 @@ def render_plan(plan: Plan) -> Group:
             lines[1] = f"an adapter of {most}{decimal(adapter.bytes)} beside tensors of {decimal(plan.bytes_before)}"
     if plan.training is not None:
         found = plan.training
-        lines[0] = lines[0] if plan.cut is not None else f"{plan.parameters:,} parameters"
+        rounded = plan.format != "dense"
+        lines[0] = lines[0] if plan.cut is not None or rounded else f"{plan.parameters:,} parameters"
         steps = "as many steps as the text gives" if found.steps is None else count(found.steps, "step")
+        through = " through this rounding" if rounded else ""
         shared = f", shared by {found.processes} processes" if found.processes > 1 else ""
         shared += f", {found.trainings} times, less and less of it" if found.trainings > 1 else ""
-        lines.insert(1, f"then it learns from {found.teacher}: {steps} of {found.tokens:,} tokens{shared}")
+        lines.insert(1, f"then it learns{through} from {found.teacher}: {steps} of {found.tokens:,} tokens{shared}")
         lines[2:2] = [] if found.cache is None else [_caching(found.cache)]
     if plan.tuning_steps:
         lines.insert(1, f"then scales and norms are tuned through all blocks: {plan.tuning_steps} steps of gradient")

@@ -27,6 +27,7 @@ from transformers.integrations import TensorBoardCallback
 from llmshrink import ranks
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import InterruptedRun
+from llmshrink.forms import Event
 from llmshrink.io.files import sha256
 from llmshrink.plan.steps import Steps
 from llmshrink.progress import Progress
@@ -142,6 +143,15 @@ def finished(workspace: Workspace, done: list[dict[str, Any]]) -> tuple[Path, Tr
     if found is None or not workspace.holds(found["training"]):
         return None
     return workspace.work / TRAINED, TrainReport.model_validate(found["trained"])
+
+
+def unlearned(report: TrainReport) -> list[Event]:
+    """What to tell of a training that gained nothing on the rows held back."""
+    before, after = report.held_before, report.held_after
+    if before is None or after is None or after < before:
+        return []
+    held = f"{before:.4f} -> {after:.4f} on rows held back"
+    return [Event("not_learned", f"training made nothing better ({held}): lower train.rate (--rate)")]
 
 
 def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device, name: str) -> TrainingArguments:

@@ -33,6 +33,7 @@ from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.load import apply_overrides, validate
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.method import MethodSpec
+from llmshrink.recipe.qat import AS_ASKED, QatSpec
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import ClusterStage, CutStage, FactorizeStage, MatrixStage, PruneStage
 from llmshrink.recipe.transform import TransformSpec
@@ -282,6 +283,7 @@ TRIALS = {
     "stages.distill.hidden.weight": Trial(0.1, DRAWN),
     "stages.distill.policy.share": Trial(1.0, ASKED),
     "stages.distill.exits": Trial([0], {**DISTILLED, "stages": [{"task": "distill", "teacher": "{model}"}]}),
+    "stages.distill.qat.scale_rate": Trial(0.1, {**DISTILLED, "stages.0.qat": {"method": {"name": "rtn", "bits": 2}}}),
     "stages.distill.loss.beta": Trial(0.1, {**DISTILLED, "stages.0.loss": {"name": "jsd"}}),
     "stages.distill.cache.method": Trial("topk", KEPT),
     "stages.distill.cache.tokens": Trial(4, KEPT),
@@ -405,6 +407,8 @@ def leaves(model: type[BaseModel], at: str = "") -> Iterator[str]:
             continue  # as of others: tests/e2e/test_lora.py::test_what_was_learned_is_judged
         if model is DistillStage and name in ("student", "gate"):
             continue  # the same as `cut` of prune, and the gates of others
+        if model is QatSpec and name in AS_ASKED:
+            continue  # the same as of quantize, by which it is begun: tests/e2e/test_qat.py
         below = list(branches(info.annotation))
         for branch in below:
             task = branch.model_fields.get("task")
@@ -566,6 +570,7 @@ FLAGS_ELSEWHERE = {
     "overwrite": "tests/e2e/test_resume.py::test_overwrite_keeps_the_old_output_until_the_new_one_is_there",
     "plan": f"{APP}::test_plan",
     "cache_only": "tests/e2e/test_offline.py::test_others_learn_from_what_is_there",
+    "qat": "tests/e2e/test_qat.py::test_the_command",
     "smoke": f"{APP}::test_smoke_and_verify",
     "json": f"{APP}::test_json_alone_on_stdout",
     "quiet": f"{APP}::test_quiet_prints_only_the_path",
@@ -623,9 +628,11 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
     task = command if command in ("prune", "cluster", "factorize", "distill", "lora", "export", "eval") else "quantize"
-    own = sorted(LEAVES, key=lambda leaf: not leaf.startswith(f"stages.{task}."))
+    first = (f"stages.{task}.", "stages.quantize.")  # how a student is rounded is said in the words of quantize
+    own = sorted(LEAVES, key=lambda leaf: [not leaf.startswith(stage) for stage in first])
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
+    base += ["--qat"] if command == "distill" else []
     value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2, "report_to": "wandb"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":

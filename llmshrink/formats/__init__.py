@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llmshrink.formats.base import Format
 
 # Modules of this folder that are not formats.
-_SUPPORT = {"base", "bits", "entropy", "ggml", "gguf_mix", "own", "runtimes"}
+_SUPPORT = {"base", "bits", "entropy", "ggml", "gguf_mix", "own", "runtimes", "sets"}
 _READ_ONLY = ("bitnet",)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llmshrink.errors import InputError, PlanError
+from llmshrink.formats.sets import bytes_of_set
 from llmshrink.io.files import parse_json
 from llmshrink.model.source import Source
 from llmshrink.model.words import tokens_hash
@@ -16,7 +17,7 @@ from llmshrink.recipe.distill import DistillStage
 FACTS, VERSION = "cache.json", 1
 AGAIN = "Remove the folder, and the cache is made again; or copy it once more from where it was made."
 MOST = 120  # bytes of a position, where nobody says how many tokens are kept
-LOG, SCALAR = 2, 4  # bytes of a token's log chance, float16, and of a number of a position, float32
+LOG, SCALAR = 1, 4  # bytes of the code of a token's log chance, and of a number of a position, float32
 ROW = 16 + 4  # bytes that a row is found by, and its length
 SHARE = 1  # byte of a position for what stands around: rows, headers
 SHARD = 8192  # tokens of a shard, which go through the teacher together
@@ -41,14 +42,14 @@ class Kind:
     @classmethod
     def of(cls, spec: CacheSpec, temperature: float, vocabulary: int) -> Kind:
         """What a recipe asks for."""
-        one = cls(spec.method, 1, temperature, vocabulary)
-        most = (MOST - SHARE - one._around) // (one.position_bytes - one._around)
-        return cls(spec.method, min(spec.tokens or most, vocabulary), temperature, vocabulary)
+        kinds = (cls(spec.method, n, temperature, vocabulary) for n in range(min(MOST, vocabulary), 0, -1))
+        most = next(kind for kind in kinds if kind.position_bytes <= MOST - SHARE)
+        return most if spec.tokens is None else replace(most, tokens=min(spec.tokens, vocabulary))
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's number."""
-        return 2 if self.vocabulary <= 1 << 16 else 3
+    def set_bytes(self) -> int:
+        """Bytes of the numbers of a position's tokens."""
+        return bytes_of_set(self.tokens, self.vocabulary)
 
     @property
     def drawn(self) -> bool:
@@ -61,13 +62,9 @@ class Kind:
         return self.temperature != 1
 
     @property
-    def _around(self) -> int:
-        return SCALAR * (self.drawn + self.softened)
-
-    @property
     def position_bytes(self) -> int:
         """Bytes of a position."""
-        return self.tokens * (self.token_bytes + LOG) + self._around
+        return self.set_bytes + LOG * self.tokens + SCALAR * (self.drawn + self.softened)
 
     def bytes(self, rows: int, positions: int) -> int:
         """About so many of a whole cache."""

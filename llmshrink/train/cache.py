@@ -2,8 +2,11 @@
 
 A shard is a safetensors file of some rows: `rows` uint8 [rows, 16], the first bytes of the SHA-256 of each row's token
 ids (int32); `positions` int32 [rows], how many of each are told of, all but its last; and of all these positions
-`tokens` uint8 [positions, k, 2 or 3], little-endian; `logs` float16 [positions, k], at temperature 1; `threshold`
-float32 [positions] where tokens were drawn and `shift` where the temperature is another one, as in `sparse.Sparse`.
+`tokens` uint8 [positions, bytes], the k tokens of each in rising order, as `formats/sets.py` packs them; in that order
+`logs` uint8 [positions, k], of their log chances at temperature 1 codes c that mean -25 (c / 255)^2; `threshold`
+float32 [positions] where tokens were drawn and `shift` where the temperature is another one, as in `sparse.Sparse`. Of
+the two codes around a chance one is drawn, so that it is exact on average; steps are 4 % of a chance of a third, and
+12 % of one of 1e-4.
 
 Students of other runs find their rows whatever their order and number, and one that is not there is refused before any
 step; neither the trainer nor a collator has to number rows.
@@ -23,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmshrink.errors import InputError
+from llmshrink.formats.sets import pack_sets, unpack_sets
 from llmshrink.io.files import has_hash
 from llmshrink.io.safetensors import read_header
 from llmshrink.plan.cache import AGAIN, FACTS, Kind, read_facts
@@ -31,6 +35,7 @@ from llmshrink.train.sparse import Sparse
 
 OPEN = 64  # shards that are mapped at a time
 LEAST = -1e4  # a log chance of what has none
+DEEPEST = 25.0  # a log chance is not below minus that
 
 Place = tuple[int, int, int]  # of a row: its shard, its first position there, how many
 
@@ -45,12 +50,26 @@ def names(kind: Kind) -> list[str]:
     return ["tokens", "logs", *["threshold"] * kind.drawn, *["shift"] * kind.softened]
 
 
-def packed(words: Sparse, kind: Kind) -> dict[str, Tensor]:
-    """Words as a shard holds them."""
-    places = 8 * torch.arange(kind.token_bytes)
+def coded(logs: Tensor, dither: Tensor) -> Tensor:
+    """Codes uint8 of log chances, exact on average over `dither`: numbers in [0, 1), float32, one for each."""
+    place = (logs.clamp(-DEEPEST, 0) / -DEEPEST).sqrt() * 255
+    low, high = place.floor(), place.ceil()  # codes: the low one is the larger chance
+    larger, smaller, chance = meant(low).exp(), meant(high).exp(), logs.clamp(min=-DEEPEST).exp()
+    share = ((larger - chance) / (larger - smaller)).nan_to_num(0)  # of draws that give the high one
+    return torch.where(dither < share, high, low).to(torch.uint8)
+
+
+def meant(codes: Tensor) -> Tensor:
+    """Log chances, float32."""
+    return -DEEPEST * (codes.float() / 255).square()
+
+
+def packed(words: Sparse, kind: Kind, dither: Tensor) -> dict[str, Tensor]:
+    """Words as a shard holds them; `dither` [positions, k] as in `coded`."""
+    tokens, order = words.tokens.sort(-1)
     tensors = {
-        "tokens": (words.tokens[..., None] >> places & 255).to(torch.uint8),
-        "logs": words.logs.clamp(min=LEAST).half(),
+        "tokens": pack_sets(tokens, kind.vocabulary),
+        "logs": coded(words.logs.gather(-1, order), dither),
         "threshold": words.threshold,
         "shift": words.shift,
     }
@@ -59,10 +78,9 @@ def packed(words: Sparse, kind: Kind) -> dict[str, Tensor]:
 
 def unpacked(tensors: dict[str, Tensor], kind: Kind) -> Sparse:
     """Words as they are used; `tensors` as `packed` made them."""
-    places = 8 * torch.arange(kind.token_bytes)
-    logs = tensors["logs"].float()
+    logs = meant(tensors["logs"])
     return Sparse(
-        (tensors["tokens"].long() << places).sum(-1),
+        unpack_sets(tensors["tokens"], kind.tokens, kind.vocabulary),
         logs,
         tensors["shift"] if kind.softened else torch.zeros(len(logs)),
         tensors["threshold"] if kind.drawn else torch.full((len(logs),), -torch.inf),
@@ -102,7 +120,7 @@ class Cache:
         infos, kind = read_header(self._paths[shard]), self.kind
         file, start = self._mapped(shard), 0
         told = int(file.get_tensor("positions").sum()) if "positions" in infos else 0
-        right = {"tokens": (told, kind.tokens, kind.token_bytes), "logs": (told, kind.tokens)}
+        right = {"tokens": (told, kind.set_bytes), "logs": (told, kind.tokens)}
         if any(name not in infos or infos[name].shape != right.get(name, (told,)) for name in names(kind)):
             raise InputError(f"{self._paths[shard]} does not hold what {FACTS} says.", hint=AGAIN)
         for key, count in zip(file.get_tensor("rows").tolist(), file.get_tensor("positions").tolist(), strict=True):
@@ -127,7 +145,11 @@ class Cache:
         """The words of one row of token ids [length]: of its positions but the last."""
         shard, start, count = self._rows[key_of(ids)]
         file = self._open(shard)
-        found = unpacked({name: file.get_slice(name)[start : start + count] for name in names(self.kind)}, self.kind)
+        tensors = {name: file.get_slice(name)[start : start + count] for name in names(self.kind)}
+        try:
+            found = unpacked(tensors, self.kind)
+        except ValueError as error:
+            raise InputError(f"{self._paths[shard]}, tokens: {error}.", hint=AGAIN) from error
         if int(found.tokens.max()) >= self.kind.vocabulary:
             raise InputError(f"{self._paths[shard]} names tokens that there are not.", hint=AGAIN)
         return found

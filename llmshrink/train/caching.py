@@ -173,7 +173,8 @@ class _Making:
         ends = last_states(self._teacher, batches, None, self._progress)
         found = [words for tokens, end in zip(batches, ends, strict=True) for words in self._words(tokens, end)]
         words = _joined(found)
-        tensors = packed(words, self._kind)
+        dither = torch.cat([self._random(row)[:, 1:] for row in rows.tokens]).float()
+        tensors = packed(words, self._kind, dither)
         tensors["rows"] = torch.tensor([list(key_of(row)) for row in rows.tokens], dtype=torch.uint8)
         tensors["positions"] = torch.tensor([len(row) - 1 for row in rows.tokens], dtype=torch.int32)
         return {
@@ -190,7 +191,7 @@ class _Making:
         """Of a batch, row by row, a stretch of positions at a time."""
         stretch = max(1, LOGITS // (self._kind.vocabulary * 4 * COPIES))
         for row, state in zip(tokens[:, None], end[:, None], strict=True):
-            uniform = self._uniform(row[0])
+            uniform = self._random(row[0])[:, 0]
             for start in range(0, len(uniform), stretch):
                 part = slice(start, min(start + stretch, len(uniform)))
                 logits = self._teacher.output(row[:, part], state[:, part])[0, :, : self._kind.vocabulary]
@@ -202,10 +203,11 @@ class _Making:
             return likeliest(logits, kind.tokens, kind.temperature)
         return drawn(logits, kind.tokens, kind.temperature, uniform.to(logits.device))
 
-    def _uniform(self, row: Tensor) -> Tensor:
-        """Numbers for all positions of a row but its last: the same in any shard and any run."""
+    def _random(self, row: Tensor) -> Tensor:
+        """Numbers for each position of a row but its last [positions, 1 + k]: the same in any shard and any run."""
         seed = int.from_bytes(key_of(row)[:7], "little") + int(self._facts["seed"])
-        return torch.rand(len(row) - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        shape = len(row) - 1, 1 + self._kind.tokens
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _joined(found: list[Sparse]) -> Sparse:

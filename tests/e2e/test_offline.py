@@ -56,17 +56,17 @@ def trained(report: Report) -> TrainReport:
 def test_a_student_learns_without_the_teacher(
     deep: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    online = trained(run.execute(wanted(deep, tmp_path / "online", text_file, None), progress=Silent()))
+    online = trained(run.execute(wanted(deep, tmp_path / "online", text_file, None, max_steps=40), progress=Silent()))
     monkeypatch.delattr(distillation, "Online")
-    recipe = wanted(deep, tmp_path / "out", text_file, {"tokens": 24})
+    recipe = wanted(deep, tmp_path / "out", text_file, {"tokens": 39}, max_steps=40)
     planned = run.make_plan(recipe).training
     found = trained(run.execute(recipe, progress=Silent()))
     assert found.cache is not None and planned is not None and planned.cache is not None
-    assert planned.cache.bytes_per_token == 24 * 4 + 4 < found.cache.bytes_per_token
-    assert planned.cache.bytes >= found.cache.positions * 100
+    assert planned.cache.bytes_per_token == 20 + 39 + 4 < found.cache.bytes_per_token
+    assert planned.cache.bytes >= found.cache.positions * 63
     assert found.held_before == pytest.approx(online.held_before, rel=0.1)
     assert found.held_after == pytest.approx(online.held_after, rel=0.2)
-    assert found.held_after < found.held_before  # type: ignore[operator]
+    assert found.held_after < 0.9 * found.held_before  # type: ignore[operator]
     assert not (tmp_path / "out" / ".work").exists()
 
 
@@ -119,10 +119,10 @@ def test_the_command(deep: Path, text_file: Path, tmp_path: Path, capsys: pytest
     ]
     given += ["--set", "evaluation.speed=false", "--cache", "topk", "--cache-folder", str(tmp_path / "cache")]
     assert main([*given, "--plan"]) == 0
-    assert "written down first: 28 tokens of each position, topk, softened by 2, 116 bytes" in capsys.readouterr().out
+    assert "written down first: 84 tokens of each position, topk, softened by 2, 119 bytes" in capsys.readouterr().out
     assert main(given) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "its words were written down once (topk): 28 of 160 tokens of each position" in told
+    assert "its words were written down once (topk): 84 of 160 tokens of each position" in told
     assert main([*given, "--plan", "--overwrite"]) == 0
     assert "was written down before" in capsys.readouterr().out
 

@@ -27,7 +27,7 @@ from llmshrink.recipe.cache import CacheSpec
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.report.schema import TextReport
 from llmshrink.train import caching
-from llmshrink.train.cache import Cache, Cached, names, packed, unpacked
+from llmshrink.train.cache import Cache, Cached, coded, meant, names, packed, unpacked
 from llmshrink.train.caching import LOCK, cache_of
 from llmshrink.train.data import write
 from llmshrink.train.packing import Row
@@ -83,14 +83,14 @@ def test_what_is_kept_is_what_the_teacher_says(
             said = model(row[None]).logits[0, :-1, :known]
         words = cache.row(row)
         right, softened = said.log_softmax(-1), (said / temperature).log_softmax(-1)
-        assert torch.allclose(words.logs, right.gather(-1, words.tokens), rtol=1e-3, atol=1e-4)
-        assert torch.allclose(words.at(temperature)[0], softened.gather(-1, words.tokens), rtol=2e-3, atol=1e-3)
+        assert torch.allclose(words.logs, right.gather(-1, words.tokens), rtol=0.05, atol=1e-3)
+        assert torch.allclose(words.at(temperature)[0], softened.gather(-1, words.tokens), rtol=0.05, atol=1e-3)
         assert all(len(set(kept)) == 20 for kept in words.tokens.tolist())
         top = softened.topk(20)
         if method == "topk":
-            assert words.tokens.tolist() == top.indices.tolist()
+            assert words.tokens.tolist() == top.indices.sort(-1).values.tolist()
         logs, stands = words.at(temperature)
-        assert method == "topk" or torch.allclose((stands * logs.exp()).sum(-1), torch.ones(len(said)), atol=2e-3)
+        assert method == "topk" or torch.allclose((stands * logs.exp()).sum(-1), torch.ones(len(said)), atol=0.03)
         covered.append(softened.gather(-1, words.tokens).exp().sum(-1))
     assert cache.report().covered == pytest.approx(float(torch.cat(covered).mean()), abs=1e-3)
 
@@ -107,13 +107,23 @@ def test_words_are_kept_in_the_bytes_that_the_plan_says(method: str, temperature
         if kind.drawn
         else likeliest(teacher, kind.tokens, temperature)
     )
-    tensors = packed(words, kind)
+    tensors = packed(words, kind, torch.rand(words.logs.shape))
     assert sum(tensor.nbytes for tensor in tensors.values()) == 5 * kind.position_bytes <= 5 * 119
-    assert kind.tokens >= 22 and kind.position_bytes > 119 - kind.token_bytes - 2
+    assert kind.tokens >= (55 if vocabulary == 300 else 40) and kind.position_bytes > 119 - 4
     back = unpacked({name: tensors[name] for name in names(kind)}, kind)
-    assert torch.equal(back.tokens, words.tokens) and back.rest == words.rest == (method == "topk")
+    tokens, order = words.tokens.sort(-1)
+    assert torch.equal(back.tokens, tokens) and back.rest == words.rest == (method == "topk")
     for one, other in zip(back.at(temperature), words.at(temperature), strict=True):
-        assert torch.allclose(one, other, rtol=1e-2)
+        assert torch.allclose(one, other.gather(-1, order), rtol=0.2, atol=2e-3)
+
+
+def test_a_code_is_exact_on_average() -> None:
+    logs = torch.cat([-torch.logspace(-6, 1.39, 200), torch.zeros(1), torch.tensor([-300.0, -torch.inf])])
+    draws = 20_000
+    dither = (torch.arange(draws) + 0.5)[:, None] / draws
+    found = meant(coded(logs.expand(draws, -1), dither.expand(-1, len(logs)))).double().exp().mean(0)
+    right = logs.clamp(min=-25).double().exp()
+    assert ((found - right).abs() <= 2e-4 * right).all()
 
 
 def test_others_can_read_it(teacher: Path, rows: Rows, tmp_path: Path) -> None:
@@ -121,11 +131,16 @@ def test_others_can_read_it(teacher: Path, rows: Rows, tmp_path: Path) -> None:
     cache = made(wanted, rows, tmp_path)
     (path,) = (tmp_path / "cache").glob("*.safetensors")
     found = load_file(path)
-    low, high = found["tokens"][..., 0].astype(np.int64), found["tokens"][..., 1].astype(np.int64)
     start = sum(len(row) - 1 for row in rows.tokens[:3])
-    assert (low + 256 * high)[start : start + 8].tolist() == cache.row(rows.tokens[3]).tokens.tolist()
+    low = (cache.kind.vocabulary // 20).bit_length() - 1
+    for line, right in zip(found["tokens"][start : start + 8], cache.row(rows.tokens[3]).tokens, strict=True):
+        bits = [byte >> place & 1 for byte in line.tolist() for place in range(8)]
+        steps = [place for place, bit in enumerate(bits) if bit][:20]
+        rest = bits[20 + (cache.kind.vocabulary - 1 >> low) + 1 :]
+        digits = [sum(bit << place for place, bit in enumerate(rest[i * low : (i + 1) * low])) for i in range(20)]
+        assert [(step - i << low) + digits[i] for i, step in enumerate(steps)] == right.tolist()
     report = cache.report()
-    assert report.positions == found["positions"].sum() == len(low) == rows.count - len(rows.tokens)
+    assert report.positions == found["positions"].sum() == len(found["tokens"]) == rows.count - len(rows.tokens)
     assert report.bytes == sum(p.stat().st_size for p in (path, tmp_path / "cache" / FACTS))
     assert str(tmp_path) not in (tmp_path / "cache" / FACTS).read_text()
 
@@ -223,7 +238,8 @@ def test_what_does_not_fit_is_refused(
     for changes, why in (
         ({"tokens": 19}, "00000.safetensors does not hold what cache.json says"),
         ({"method": "all"}, "of an unknown kind"),
-        ({"vocabulary": 3}, "names tokens that there are not"),
+        ({"vocabulary": facts["kind"]["vocabulary"] - 4}, "no sets of 20 numbers"),
+        ({"vocabulary": 3}, "does not hold what"),
     ):
         copy = shutil.copytree(folder, tmp_path / "copy")
         (copy / FACTS).write_text(json.dumps({**facts, "kind": {**facts["kind"], **changes}}))

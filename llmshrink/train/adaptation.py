@@ -91,6 +91,7 @@ class Adaptation:
         """Who makes its steps."""
         if self._adapting.classes:
             given["data_collator"] = Padded(self.model.config.pad_token_id)
+        given["anchor"] = self._adapting.stage.anchor
         if self._adapting.name != "adalora":
             return Learner(model=self.model, **given)
         ranks = Ranks(self.model)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import Stopping, content, load, logits
 from helpers import recipe as quantizing
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import build_model, config
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
@@ -436,6 +436,38 @@ def test_a_stopped_run_writes_the_same_model(
             run.execute(wanted(tiny("llama"), out, text_file, stage=stage), progress=Stopping(step=step, note=note))
     done(wanted(tiny("llama"), out, text_file, stage=stage))
     assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_an_anchor_is_what_was_said_before(name: str, tiny: Callable[[str], Path]) -> None:
+    base = load(tiny("llama"))[0]
+    kinds: dict[str, PeftConfig] = {
+        "lora": LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    model = get_peft_model(base, kinds[name]).train()
+    ids = torch.randint(0, 160, (2, 9), generator=torch.Generator().manual_seed(3))
+    labels = torch.where(torch.arange(9) > 3, ids, -100).repeat(1, 1)
+    inputs = {"input_ids": ids, "labels": labels}
+    learns = [p for p in model.parameters() if p.requires_grad]
+    given = TrainingArguments(output_dir="nowhere", use_cpu=True, report_to="none")
+    learner = Learner(model=model, args=given, anchor=0.3)
+    loss = learner.compute_loss(model, inputs, num_items_in_batch=7)
+    found = torch.autograd.grad(loss, learns)
+    q = model(input_ids=ids).logits[:, -9:-1].log_softmax(-1)[:, 3:]
+    with torch.no_grad(), model.disable_adapter():
+        p = model(input_ids=ids).logits[:, 3:-1].log_softmax(-1)
+    surprise = -q.gather(-1, ids[:, 4:, None]).sum()
+    right = (0.7 * surprise + 0.3 * (p.exp() * (p - q)).sum()) / 7
+    assert loss.item() == pytest.approx(right.item(), rel=1e-5)
+    for one, other in zip(found, torch.autograd.grad(right, learns), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [{"label": "kind"}, {"method": "full"}])
+def test_an_anchor_needs_what_was_said_before(stage: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="what was said before is not known"):
+        wanted(Path("model"), Path("out"), Path("text"), stage={"anchor": 0.5, **stage})
 
 
 def test_what_is_no_number_ends_it(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llmshrink.recipe.qat import QatSpec
 from llmshrink.recipe.section import Section, fault, refuse
 from llmshrink.recipe.train import TrainSpec
 
+LOTTERY_ALPHA = 0.5  # whole, a model that teaches itself learns from the text alone
 QAT_RATE = 3e-5  # weights that are rounded move their codes: they learn slower
 
 Divergence = Literal["kl", "reverse-kl", "jsd", "uld"]
@@ -126,12 +127,21 @@ class DistillStage(Section):
         if self.student is not None and self.lottery is not None:
             message = "`student` cuts parts out and this drops single weights: cut first, and give this the result"
             raise refuse([fault(("lottery",), message)])
+        if self.lottery is not None and self.teacher is None and self.loss.alpha == 1:
+            message = "the first training is of the whole model, its own teacher: give alpha below 1, or a teacher"
+            raise refuse([fault(("loss", "alpha"), message, self.loss.alpha)])
         if self.qat is not None and self.lottery is not None:
             raise refuse([fault(("lottery",), "draw first, and train the result through rounding: leave one out")])
         return self
 
     @model_validator(mode="before")
     @classmethod
-    def _slower(cls, data: Any) -> Any:
-        train = (data.get("train") or {}) if isinstance(data, dict) and data.get("qat") is not None else None
-        return {**data, "train": {"rate": QAT_RATE, **train}} if isinstance(train, dict) else data
+    def _usual(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        train, loss = data.get("train") or {}, data.get("loss") or {}
+        if data.get("qat") is not None and isinstance(train, dict):
+            data = {**data, "train": {"rate": QAT_RATE, **train}}
+        if data.get("lottery") is not None and data.get("teacher") is None and isinstance(loss, dict):
+            data = {**data, "loss": {"alpha": LOTTERY_ALPHA, **loss}}
+        return data

@@ -37,12 +37,16 @@ class Axes:
 
 
 def table(trained: TrainReport) -> str:
-    """Every point as CSV: step, kind, value."""
+    """Every point as CSV: step, kind, value, and what that is of, in nats per token."""
     out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(("step", "kind", f"value ({UNIT})"))
-    rows.writerows((step, kind, value) for kind, points in _series(trained).items() for step, value in points)
+    rows, of = csv.writer(out, lineterminator="\n"), {"loss": trained.loss, "held": _held(trained)}
+    rows.writerow(("step", "kind", f"value ({UNIT})", "of"))
+    rows.writerows((step, kind, value, of[kind]) for kind, points in _series(trained).items() for step, value in points)
     return out.getvalue()
+
+
+def _held(trained: TrainReport) -> str:
+    return f"{'KL to the teacher' if trained.measure == 'kl' else 'loss'} on rows held back"
 
 
 def picture(trained: TrainReport) -> bytes:
@@ -57,10 +61,9 @@ def picture(trained: TrainReport) -> bytes:
     draw.line(held, HELD)
     for place in held:
         draw.dot(place, HELD)
-    what = "KL to the teacher" if trained.measure == "kl" else "loss"
-    draw.text((LEFT, 16), f"{UNIT}:", INK)
-    draw.text((LEFT + 130, 16), "loss of the steps", LOSS)
-    draw.text((LEFT + 290, 16), f"{what} on rows held back", HELD if held else GRID)
+    draw.text((LEFT, 10), f"of the steps: {trained.loss}", LOSS)
+    draw.text((LEFT, 32), _held(trained), HELD if held else GRID)
+    draw.text((WIDTH - RIGHT, 10), UNIT, INK, "ra")
     out = io.BytesIO()
     image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(out, "PNG")
     return out.getvalue()
@@ -87,7 +90,8 @@ def _series(trained: TrainReport) -> dict[str, Points]:
     found: dict[str, Points] = {"loss": [], "held": []}
     for point in trained.curve:
         found[point.kind].append((point.step, point.value))
-    ends = {0: trained.held_before, trained.steps: trained.held_after}
+    last = trained.steps if not trained.rounds else max((point.step for point in trained.curve), default=trained.steps)
+    ends = {0: trained.held_before, last: trained.held_after}
     held = {step: value for step, value in ends.items() if value is not None} | dict(found["held"])
     return found | {"held": sorted(held.items())}
 

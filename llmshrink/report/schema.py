@@ -198,9 +198,9 @@ class LossPoint(Record):
 
     step: int
     kind: Literal["loss", "held"] = Field(
-        description="loss: of the steps since the last point; held: on rows held back"
+        description="loss: mean of the steps since the last point; held: on rows held back"
     )
-    value: float = Field(description="nats per token")
+    value: float = Field(description="nats per token, of what `measure` says for held, of what `loss` says for loss")
 
 
 class TextReport(Record):
@@ -279,9 +279,10 @@ class TrainReport(Record):
         default_factory=list,
         description="trainings of a lottery: steps and tokens are of all, what was held back and the curve of the last",
     )
+    loss: str = Field(default="cross entropy of the text", description="what the steps made small, in words")
     curve: list[LossPoint]
     cache: CacheReport | None = Field(default=None, description="None: the teacher was asked at every step")
-    seconds: float = Field(description="of this call: those of an interrupted run are not counted")
+    seconds: float = Field(description="of the steps, but for those that an interruption lost")
 
 
 class AdapterReport(Record):

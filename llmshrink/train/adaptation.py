@@ -43,6 +43,7 @@ class Adaptation:
     task = "lora"
     teacher: str | None = None
     measure: Literal["kl", "loss"] = "loss"
+    loss = "cross entropy of the text"
 
     def __init__(self, adapting: Adapting, device: torch.device, *, steps: int, probe: Tensor) -> None:
         """Load the model and put a new adapter beside it.
@@ -54,6 +55,8 @@ class Adaptation:
             probe: token ids [rows, length] whose logits are kept once it has learned.
         """
         self._adapting, self._probe, self._device = adapting, probe, device
+        if adapting.stage.anchor:
+            self.loss = f"{1 - adapting.stage.anchor:g} of {self.loss}, and KL(without adapter || with it)"
         self._nested = adapting.nested is True
         with torch.random.fork_rng():
             torch.manual_seed(adapting.stage.train.seed)  # a head may be drawn
@@ -134,6 +137,7 @@ class Whole:
     task = "lora"
     teacher: str | None = None
     measure: Literal["kl", "loss"] = "loss"
+    loss = "cross entropy of the text"
 
     def __init__(self, adapting: Adapting) -> None:
         """Load the model in float32."""

@@ -15,6 +15,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.training import Training
 from llmshrink.plan.zeros import matrices_of
 from llmshrink.progress import Progress
+from llmshrink.recipe.distill import DistillStage
 from llmshrink.report.schema import TrainReport
 from llmshrink.train.alignment import Alignment
 from llmshrink.train.cache import Cached
@@ -60,6 +61,7 @@ class Distillation:
         """
         self.teacher: str | None = training.taught_by
         self.measure: Literal["kl", "loss"] = "loss" if training.foreign else "kl"
+        self.loss = in_words(training.stage)
         self._student, self._stage = student, training.stage
         cache = None if training.keeping is None else cache_of(training.keeping, examples, work, device, progress)
         self._cache = None if cache is None else cache.report()
@@ -124,6 +126,19 @@ class Distillation:
         write_json(folder / "config.json", plain)
         for name, path in source.companions.items():
             copy_file(path, folder / name)
+
+
+def in_words(stage: DistillStage) -> str:
+    """What the steps of a distillation make small."""
+    spec, text = stage.loss, "cross entropy of the text"
+    if spec.alpha == 0:
+        return text
+    names = {"kl": "KL(teacher || student)", "reverse-kl": "KL(student || teacher)", "jsd": "Jensen-Shannon divergence"}
+    soft = "" if spec.temperature == 1 else f" at temperature {spec.temperature:g}, times {spec.temperature**2:g}"
+    found = names.get(spec.name, spec.name) + soft
+    if spec.alpha < 1:
+        found = f"{spec.alpha:g} of {found}, and {text}"
+    return found if stage.hidden is None else f"{found}, and distances of states"
 
 
 def _load(source: Source, like: StreamedModel) -> PreTrainedModel:

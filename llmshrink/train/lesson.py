@@ -16,6 +16,7 @@ class Lesson(Protocol):
     task: str  # as people are told of it
     teacher: str | None  # its name
     measure: Literal["kl", "loss"]  # of rows held back
+    loss: str  # of the steps, in words
     model: PreTrainedModel  # that learns, on the CPU
 
     def trainer(self, **given: Any) -> Trainer:

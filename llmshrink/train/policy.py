@@ -49,7 +49,9 @@ class Policy:
 
     def _continued(self, ids: Tensor, labels: Tensor, mask: Tensor | None) -> dict[str, Any]:
         lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-        asked = [int((row == IGNORED).long().cumprod(0).sum()) for row in labels]  # tokens in front that do not count
+        # Tokens in front that do not count; the first of a row never does, as nothing stands before it.
+        silent = [int((row[1:] == IGNORED).long().cumprod(0).sum()) for row in labels]
+        asked = [count and count + 1 for count in silent]
         kept = [
             min(length - 1, first or max(1, round(self._spec.prompt * length)))
             for first, length in zip(asked, lengths, strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers.integrations import TensorBoardCallback
 
 from llmshrink import ranks
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import InterruptedRun
+from llmshrink.errors import InterruptedRun, UsageError
 from llmshrink.forms import Event
 from llmshrink.io.files import sha256
 from llmshrink.plan.steps import Steps
@@ -39,6 +40,7 @@ from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, ma
 
 STATES, TRAINED = "trainer", "trained"  # folders in the folder of work
 GOES_ON = "The same command goes on from what was finished."
+POINTS = 100  # about so many losses of a curve are kept
 MISSED = 2 * 3600  # seconds after which a process that does not come is given up: states of large models are hashed
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -90,7 +92,8 @@ def train(
     trainer.remove_callback(PrinterCallback)  # it prints where results belong
     _keep_logs(trainer, workspace.output.name)
     check_wrappers(trainer)
-    start, newest = time.perf_counter(), ranks.shared(lambda: _newest(workspace, done))
+    newest = ranks.shared(lambda: _newest(workspace, done))
+    journal.goes_on(newest)
     progress.start(lesson.task, total, 0 if newest is None else newest["step"])
     with missing_none():
         journal.begin = partial(_begin, trainer, newest)
@@ -110,8 +113,9 @@ def train(
         held_before=journal.before,
         held_after=after,
         tokens_held=seen.counted,
-        curve=_curve(trainer.state),
-        seconds=time.perf_counter() - start,
+        loss=lesson.loss,
+        curve=_curve(trainer.state, total),
+        seconds=journal.seconds,
     )
     report = lesson.tell(report)
     return _save(lesson, workspace, report), report
@@ -156,7 +160,7 @@ def unlearned(report: TrainReport) -> list[Event]:
 
 def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device, name: str) -> TrainingArguments:
     every = math.ceil(steps / spec.evaluations) if spec.evaluations else steps + 1
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=spec.batch,
         per_device_eval_batch_size=spec.batch,
@@ -176,7 +180,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device, 
         load_best_model_at_end=spec.patience is not None,
         restore_callback_states_from_checkpoint=spec.patience is not None,
         save_total_limit=2,
-        logging_steps=max(1, steps // 100),
+        logging_steps=1,  # so that a saved state knows of all steps
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         seed=spec.seed,
@@ -189,6 +193,13 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, device: torch.device, 
         remove_unused_columns=False,
         prediction_loss_only=True,
     )
+    if arguments.device.index not in (None, device.index or 0) and ranks.count() == 1:
+        raise UsageError(
+            f"Training takes the first GPU that it sees, and {device} was asked for.",
+            hint=f"Set CUDA_VISIBLE_DEVICES={device.index} and leave out --device.",
+        )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several in one process would share a batch by copies of the model
+    return arguments
 
 
 def _measured(trainer: Trainer) -> float | None:
@@ -212,14 +223,16 @@ def _begin(trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
     return float(found["eval_loss"])
 
 
-def _curve(state: TrainerState) -> list[LossPoint]:
-    kinds = {"loss": "loss", "eval_loss": "held"}
-    return [
-        LossPoint(step=entry["step"], kind=kind, value=float(entry[key]))
-        for entry in state.log_history
-        for key, kind in kinds.items()
-        if key in entry
-    ]
+def _curve(state: TrainerState, steps: int) -> list[LossPoint]:
+    """What was measured, and the mean losses of some steps each, at the last of these."""
+    losses = [(entry["step"], float(entry["loss"])) for entry in state.log_history if "loss" in entry]
+    held = [(entry["step"], float(entry["eval_loss"])) for entry in state.log_history if "eval_loss" in entry]
+    every = max(1, steps // POINTS)
+    parts = [losses[start : start + every] for start in range(0, len(losses), every)]
+    means = [(part[-1][0], fmean(value for _, value in part)) for part in parts]
+    points = [LossPoint(step=step, kind="loss", value=value) for step, value in means]
+    points += [LossPoint(step=step, kind="held", value=value) for step, value in held]
+    return sorted(points, key=lambda point: point.step)
 
 
 def _newest(workspace: Workspace, done: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -252,8 +265,17 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
     before: float | None = None
     begin: Callable[[], float | None] = lambda: None  # finds that
     _stopped: InterruptedRun | None = None
-    _begun: float = field(default_factory=time.perf_counter)
+    _begun: float = field(default_factory=time.perf_counter)  # as if it had never been interrupted
     _saved: float = field(default_factory=time.perf_counter)
+
+    def goes_on(self, newest: dict[str, Any] | None) -> None:
+        """Count the seconds until a state was saved, too."""
+        self._begun = time.perf_counter() - (0.0 if newest is None else newest["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Of the training until now, but for those whose steps were lost."""
+        return time.perf_counter() - self._begun
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The model is ready, and has learned nothing yet in this call."""
@@ -268,7 +290,7 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
             self.progress.advance(1, f"step {state.global_step} of {self.steps}")
         except InterruptedRun as stopped:
             self._stopped = stopped
-        over = self.max_minutes is not None and now - self._begun >= 60 * self.max_minutes
+        over = self.max_minutes is not None and self.seconds >= 60 * self.max_minutes
         old = now - self._saved >= 60 * self.save_minutes
         asked, over, old = anywhere(args.device, self._stopped is not None, over, old)
         if asked and self._stopped is None:
@@ -284,6 +306,7 @@ class _Journal(TrainerCallback):  # type: ignore[misc] # it has no types
         if ranks.first():
             saved = {self.workspace.below(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
             entry = {"step": state.global_step, "folder": self.workspace.below(folder), "before": self.before}
+            entry["seconds"] = self.seconds
             self.workspace.append({"files": {}, "training": saved, "state": entry})
         self._saved = time.perf_counter()
         if self._stopped is not None:

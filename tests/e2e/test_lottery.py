@@ -120,6 +120,8 @@ def test_what_cannot_be_drawn_is_refused(smallest: Path, text_file: Path, tmp_pa
     out = tmp_path / "out"
     with pytest.raises(RecipeError, match="cut first, and give this the result"):
         wanted(smallest, out, text_file, student={"layers": [0]})
+    with pytest.raises(RecipeError, match="its own teacher: give alpha below 1"):
+        wanted(smallest, out, text_file, loss={"alpha": 1})
     plan = run.make_plan(wanted(smallest, out, text_file))
     assert plan.training is not None and plan.training.trainings == 3 and plan.format == "sparse"
     run.execute(wanted(smallest, out, text_file, {"rounds": 1, "sparsity": 0.5}), progress=Silent())

@@ -46,9 +46,11 @@ def test_points_lie_where_they_are() -> None:
 def test_the_table_is_the_same() -> None:
     report = trained({10: 0.5, 20: 0.25}, {20: 0.125}, held_before=1.0, held_after=0.0625)
     rows = list(csv.reader(io.StringIO(table(report))))
-    assert rows[0] == ["step", "kind", "value (nats per token)"]
-    assert rows[1:3] == [["10", "loss", "0.5"], ["20", "loss", "0.25"]]
-    assert rows[3:] == [["0", "held", "1.0"], ["20", "held", "0.125"], ["100", "held", "0.0625"]]
+    assert rows[0] == ["step", "kind", "value (nats per token)", "of"]
+    steps, held = "cross entropy of the text", "KL to the teacher on rows held back"
+    assert rows[1:3] == [["10", "loss", "0.5", steps], ["20", "loss", "0.25", steps]]
+    assert [row[:3] for row in rows[3:]] == [["0", "held", "1.0"], ["20", "held", "0.125"], ["100", "held", "0.0625"]]
+    assert {row[3] for row in rows[3:]} == {held}
 
 
 @pytest.mark.parametrize("losses", [{}, {1: 2.0}, {1: 2.0, 2: 2.0}, {1: 1e-9, 2: 5e4}])

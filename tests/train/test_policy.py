@@ -29,7 +29,9 @@ def model(seed: int, family: str = "llama") -> PreTrainedModel:
 
 def batch(rows: int = 3, length: int = 12) -> dict[str, Tensor]:
     ids = torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "labels": ids.clone()}
+    labels = ids.clone()
+    labels[:, 0] = -100  # as in all rows that are learned from
+    return {"input_ids": ids, "labels": labels}
 
 
 @torch.no_grad()

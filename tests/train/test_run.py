@@ -10,11 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import integration_utils
 
 from llmshrink import run
+from llmshrink.engine.workspace import Workspace
 from llmshrink.plan.trackers import PACKAGES
 from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.train import Tracker
+from llmshrink.train.run import _curve, _Journal
 
 pytestmark = pytest.mark.usefixtures("without_reader")
 
@@ -30,6 +32,23 @@ def wanted(model: Path, out: Path, text: Path, tracker: str) -> Recipe:
             "output": str(out),
         }
     )
+
+
+def test_a_curve_is_of_all_steps() -> None:
+    log = [{"step": step, "loss": float(step)} for step in range(1, 251)]
+    log += [{"step": 100, "eval_loss": 7.0}, {"step": 250, "eval_loss": 5.0}, {"step": 250, "train_loss": 3.0}]
+    points = [(p.step, p.kind, p.value) for p in _curve(TrainerState(log_history=log), 250)]  # type: ignore[arg-type]
+    means = [(step, "loss", step - 0.5) for step in range(2, 251, 2)]
+    held = [(100, "held", 7.0), (250, "held", 5.0)]
+    assert sorted(points) == sorted([*means, *held]) and [p[0] for p in points] == sorted(p[0] for p in points)
+
+
+def test_seconds_go_on(tmp_path: Path) -> None:
+    journal = _Journal(Workspace(tmp_path / "out"), Silent(), 5, 1.0, None)
+    journal.goes_on({"seconds": 1000.0})
+    assert 1000 <= journal.seconds < 1100
+    journal.goes_on(None)
+    assert 0 <= journal.seconds < 100
 
 
 def test_every_tracker_is_one_of_transformers() -> None:

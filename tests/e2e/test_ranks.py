@@ -81,11 +81,11 @@ def whole(server: RanksServer, made: Any) -> tuple[Path, list[Ended]]:
 def adapting(tmp_path_factory: pytest.TempPathFactory, deep: Path, text_file: Path) -> Any:
     """A function of what learns and how -> the file of a recipe, and where its result goes."""
     folder = tmp_path_factory.mktemp("adapting")
-    wide = folder / "model"  # enough so for four bits
-    classes = folder / "classes.jsonl"
+    classes = folder / "classes.jsonl"  # lines of several lengths: batches differ in tokens
     words = text_file.read_text().split()
-    lines = [{"text": " ".join(words[5 * i : 5 * i + 3 + i % 5]), "kind": "ab"[i % 2]} for i in range(60)]
+    lines = [{"text": " ".join(words[5 * i : 5 * i + 1 + i % 4]), "kind": "ab"[i % 2]} for i in range(60)]
     classes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wide = folder / "model"  # enough so for four bits
 
     def make(name: str, method: Any, stage: Any = (), **train: Any) -> tuple[Path, Path]:
         told, model = dict(stage), deep
@@ -93,8 +93,16 @@ def adapting(tmp_path_factory: pytest.TempPathFactory, deep: Path, text_file: Pa
             model = wide
             if not model.is_dir():
                 build_model(model, config("llama", hidden_size=64, intermediate_size=64))
-        data = str(classes if "label" in told else text_file)
-        steps = {"data": data, "length": 16, "batch": 2, "max_steps": 6, "rate": 1e-2, "save_minutes": 1e-6, **train}
+        steps = {
+            "data": str(classes),
+            "length": 16,
+            "packing": False,
+            "batch": 2,
+            "max_steps": 6,
+            "rate": 1e-2,
+            "save_minutes": 1e-6,
+            **train,
+        }
         wanted = {
             "version": 1,
             "model": {"id": str(model)},

@@ -29,7 +29,7 @@ from llmshrink.recipe.schema import EvaluationSpec
 from llmshrink.report.schema import Check, Report, TrainReport
 from llmshrink.train.adaptation import ADAPTER, SETTINGS, given_out, save_adapter
 from llmshrink.train.base import load_base
-from llmshrink.train.merging import merge, save_whole
+from llmshrink.train.merging import merge, pruned, save_whole
 
 COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 SPARSE = ("ties", "dare_ties", "dare_linear", "magnitude_prune")  # which keep a share of the numbers of each
@@ -184,7 +184,7 @@ def combine(
             model.delete_adapter(name)
         meant = given_out(model, tokens)
         if into:
-            whole, found = merge(model, source.config.dtype or torch.float32, tokens, meant)
+            whole, found = merge(model, source.config.dtype or torch.float32, tokens, meant, pruned(streamed, "auto"))
             save_whole(whole, workspace.folder, source)
             detail = f"max |difference| of logits {found.merged:.2e}, as it is stored {found.rounded:.2e}"
             checks = [Check(name="merged", passed=found.merged <= 1e-4 * max(1.0, found.spread), detail=detail)]

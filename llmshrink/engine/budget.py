@@ -141,7 +141,8 @@ def planned_adapting(adapting: Adapting) -> int:
         weights -= int((FLOAT - FOUR_BITS) * inside)
     learning = FLOAT * 4 * adapting.size.learns
     kept = sum(_learning(model, block, tokens) for block in model.anatomy.blocks)
-    return _of_all(FIXED + weights + learning + kept + LOGITS_WHOLE * FLOAT * tokens * model.vocabulary)
+    copies = LOGITS_WHOLE * (2 if adapting.stage.anchor else 1)  # those of the model as it was, too
+    return _of_all(FIXED + weights + learning + kept + copies * FLOAT * tokens * model.vocabulary)
 
 
 def _of_all(each: int) -> int:

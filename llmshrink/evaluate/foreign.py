@@ -101,6 +101,8 @@ def _adapted(model: PreTrainedModel, adapter: str) -> nn.Module:
         return BottleneckModel.from_pretrained(model, adapter)
     from peft import PeftModel  # seconds, which only readers of adapters should pay for
 
+    if any(isinstance(module, nn.Linear) and not hasattr(module, "weight") for module in model.modules()):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # compressed-tensors decodes now
     found: nn.Module = PeftModel.from_pretrained(model, adapter)
     return found
 

@@ -32,6 +32,11 @@ Per = Literal["row", "matrix"]  # which weights compete
 
 LARGEST_PATTERN = 16  # adjacent inputs of a pattern: the table of its 2^M masks is looked up
 ENOUGH = 1e-4  # of the error's gradient is left where conjugate gradients stop
+ROWS, LOOKED, DIFFER = (
+    64,
+    32,
+    0.75,
+)  # of the first rows some adjacent weights, and the share of them that differ at least where nothing was rounded
 PRUNED = 0.05  # of a matrix is zero where somebody pruned it; trained weights hardly ever are
 
 
@@ -174,9 +179,29 @@ class ScoreMethod(Method[RowConfig]):
 
 
 def kept_before(weight: Tensor) -> Tensor | None:
-    """Where a matrix [out, in] that was pruned is not zero, bool; None: it was not pruned."""
+    """Where a matrix [out, in] that was pruned is not zero, bool; None: it was not pruned.
+
+    Codes that were decoded have zeros too, and few values beside: they are not taken for pruned.
+    """
     mask = weight != 0
-    return mask if float(mask.sum()) <= (1 - PRUNED) * mask.numel() else None
+    if float(mask.sum()) > (1 - PRUNED) * mask.numel():
+        return None
+    looked = weight[:ROWS][mask[:ROWS]][:LOOKED]
+    few = len(looked) == LOOKED and len(set(looked.tolist())) < DIFFER * LOOKED
+    return None if few else mask
+
+
+def zeros_kept(weight: Tensor, keep: Literal["auto"] | bool) -> Tensor | None:
+    """Where a matrix may learn, bool; None: everywhere.
+
+    Args:
+        weight: [out, in].
+        keep: auto: zeros of pruned matrices stay; True: all zeros; False: none.
+    """
+    if keep == "auto":
+        return kept_before(weight)
+    mask = weight != 0
+    return mask if keep and not bool(mask.all()) else None
 
 
 def dropped(shape: tuple[int, int], config: SparsityConfig, per: Per) -> int:

@@ -139,13 +139,21 @@ class StreamedModel:
         widest = max((max(m.shape) for block in self.anatomy.blocks for m in block.matrices), default=1)
         return asked or max(1, min(BATCH_TOKENS, ACTIVATIONS // widest))
 
-    def whole(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed."""
+    def whole(self, dtype: torch.dtype | None = None, *, as_read: bool = False) -> PreTrainedModel:
+        """A model of its own with all weights in memory, in its own dtype; decoded where they are compressed.
+
+        Args:
+            dtype: another one.
+            as_read: round what transformers rounds while it decodes.
+        """
         dtype = dtype or self._stored or self.dtype
         model = build(self.source.config, dtype, room=self._room)
 
+        kinds = {m.key: m.kind for block in self.anatomy.blocks for m in block.matrices} if as_read else {}
+
         def get(key: str) -> Tensor:
-            tensor = self.weights.get(key)
+            compressed = key in kinds and key in self.weights.compressed
+            tensor = self.weights.as_read(key, kinds[key]) if compressed else self.weights.get(key)
             return tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
 
         for name in self.map.origins:

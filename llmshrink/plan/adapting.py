@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -21,6 +20,7 @@ from llmshrink.model.anatomy import Matrix
 from llmshrink.model.skeleton import build
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.adapters import IN_FOUR_BITS, PROMPTS, AdapterSize, Linears, adapter_size, first_tokens, peft_config
+from llmshrink.plan.again import AGAIN, as_quantized
 from llmshrink.plan.layout import default_output
 from llmshrink.plan.linears import find_linears, shortest, writers
 from llmshrink.plan.resolve import resolve
@@ -30,10 +30,8 @@ from llmshrink.plan.work import Work
 from llmshrink.recipe.adapter import WRITES_MODEL
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
-from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.recipe.train import TrainSpec
 
-TRAINED_AS_STORED = ("dense", "bnb")  # formats whose models learn as they are
 SOME_STEPS = 1000  # where the text decides how many there are
 LARGE = 64  # a rank from which on the usual factor of LoRA lets it learn too little
 
@@ -102,8 +100,8 @@ class Adapting:
 
     @property
     def in_codes(self) -> bool:
-        """Whether the model is in memory as codes while its adapter learns."""
-        return self.in_four_bits or self.model.weights.format.name != "dense"
+        """Whether the model is in memory as codes while its adapter learns; others than of bitsandbytes are decoded."""
+        return self.in_four_bits or self.model.weights.format.name == "bnb"
 
     @property
     def nested(self) -> bool | None:
@@ -124,11 +122,9 @@ class Adapting:
                 f"{model.source.id}: only models that predict the next token learn from text.",
                 hint="A model of classes learns from rows with a class: name its column with --label.",
             )
-        if model.source.gguf or stored not in TRAINED_AS_STORED:
-            raise PlanError(
-                f"{model.source.id} is stored as {stored}, through which no gradients are found here.",
-                hint="`llmshrink export --to dense` writes it without codes; adapt that, and quantize the result.",
-            )
+        if model.source.gguf or (self.classes and stored not in ("dense", "bnb")):
+            what = "classes are learned beside" if self.classes else "peft reads adapters beside"
+            raise PlanError(f"{model.source.id} is stored as {stored}: {what} floats.", hint=AGAIN)
         if stored != "dense" and self.stage.method.name in ("full", "freeze"):
             raise PlanError(
                 f"{model.source.id} is stored as {stored}: codes do not learn, adapters beside them do.",
@@ -138,6 +134,8 @@ class Adapting:
             raise PlanError(
                 f"{model.source.id} is quantized already: {name} quantizes it first.", hint="Take --method lora."
             )
+        if self.stage.merge:
+            as_quantized(model)  # what cannot be is refused here
 
     def _refuse_sharded(self) -> None:
         """What shards cannot do (FSDP)."""
@@ -177,6 +175,12 @@ class Adapting:
 
     def _tell(self) -> None:
         spec = self.stage.method
+        if self.model.weights.format.name == "compressed-tensors" and not self.stage.writes_model:
+            message = (
+                "peft stands beside this model once it is decoded: run it once before, or load it with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True)"
+            )
+            self.events.append(Event("caution", message))
         if spec.name in ("lora", "dora", "qlora") and (spec.rank or 0) >= LARGE:
             message = f"rank {spec.rank}: rslora scales such products so that all of it learns"
             self.events.append(Event("caution", message))
@@ -253,18 +257,3 @@ def with_classes(config: PretrainedConfig, classes: tuple[str, ...]) -> Pretrain
         ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
         found.pad_token_id = ends[0] if ends[0] is not None else 0
     return found
-
-
-def as_quantized(model: StreamedModel) -> QuantizeStage | None:
-    """The stage that quantizes a model as this one is; None: it is not."""
-    if model.weights.format.name != "bnb":
-        return None
-    said = model.source.quantization or {}
-    method: dict[str, Any] = {"name": "int8-bnb"}
-    if said.get("load_in_4bit") or said.get("_load_in_4bit"):
-        method = {
-            "name": said.get("bnb_4bit_quant_type", "fp4"),
-            "block_size": 64,
-            "double_quant": bool(said.get("bnb_4bit_use_double_quant")),
-        }
-    return QuantizeStage.model_validate({"task": "quantize", "method": method})

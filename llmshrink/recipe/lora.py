@@ -34,6 +34,13 @@ class LoraStage(Section):
         description="write a whole model with the adapter in its weights: zeros of a pruned model stay, a quantized "
         "one is quantized again as it was; false: an adapter folder that peft loads",
     )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the loss that is how far the model has gone, KL(without adapter || with it), from what "
+        "it said before: so it forgets less; 0: the text is all that counts",
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how")
     gate: GateSpec = Field(GateSpec(), description="what the result must keep to, else exit code 9")
 
@@ -82,6 +89,9 @@ class LoraStage(Section):
             raise refuse([fault(("label",), message, self.label)])
         if self.label is not None and self.gate.quality:
             raise refuse([fault(("gate",), f"{self.gate.quality[0]} is asked of text, and here rows have classes")])
+        if self.anchor and (name in WRITES_MODEL or self.label is not None):
+            why = "classes say nothing about words" if self.label is not None else f"{name} leaves no model as it was"
+            raise refuse([fault(("anchor",), f"what was said before is not known: {why}", self.anchor)])
         if self.merge and name in ("prefix", "prompt", "p-tuning", "adapter"):
             raise refuse([fault(("merge",), f"no weights say what {name} does: it stays an adapter", self.merge)])
         return self

@@ -27,7 +27,7 @@ from llmshrink.train import loftq
 from llmshrink.train.adalora import Ranks
 from llmshrink.train.base import decoded, load_base, save_codes
 from llmshrink.train.learner import Learner
-from llmshrink.train.merging import merge, save_merge, save_whole
+from llmshrink.train.merging import merge, pruned, save_merge, save_whole
 from llmshrink.train.prompts import begin
 from llmshrink.train.zeros import Zeros
 
@@ -91,6 +91,7 @@ class Adaptation:
         """Who makes its steps."""
         if classes := bool(self._adapting.classes):
             given["data_collator"] = Padded(self.model.config.pad_token_id)
+        given["anchor"] = self._adapting.stage.anchor
         if self._adapting.name != "adalora":
             return Learner(model=self.model, classes=classes, **given)
         steps = self._adapting.steps
@@ -122,7 +123,8 @@ class Merged(Adaptation):
         model: PeftModel = self.model
         if self._adapting.in_codes:  # into what it was trained against: the codes, decoded
             model = PeftModel.from_pretrained(decoded(self.model.unload()), str(adapter))
-        whole, found = merge(model, source.config.dtype or torch.float32, self._probe, meant)
+        zeros = pruned(self._adapting.model, self._adapting.stage.train.keep_zeros)
+        whole, found = merge(model, source.config.dtype or torch.float32, self._probe, meant, zeros)
         save_whole(whole, folder, source)
         save_merge(found, folder / MERGE)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import copy_file
 from llmshrink.model.source import Source
+from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.task import task_of
 from llmshrink.plan.adapting import with_classes
 
@@ -26,13 +27,17 @@ def load_base(
     """A model that does not learn itself, in eval mode; in float32 on a CPU, in what it is stored in on a GPU.
 
     Args:
-        source: what is loaded; where it is quantized by bitsandbytes, it stays so.
+        source: what is loaded; where it is quantized by bitsandbytes it stays so, and by others it is decoded.
         device: where it computes.
         four_bits: hold its linears as NF4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
         nested: and their scales in 8 bits.
         classes: that it is to tell apart, by a head that is drawn where it has none; empty: it stays what it is.
     """
     config = source.config
+    if source.quantization is not None and source.quantization.get("quant_method") != "bitsandbytes":
+        whole = StreamedModel(source, device).whole(torch.float32, as_read=True)
+        whole.config.use_cache = False
+        return whole.requires_grad_(False).eval()
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float32
     given: dict[str, Any] = {}
     loader = task_of(config).loader

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
 
+from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.data import averaged
 from llmshrink.train.finite import check_number
+from llmshrink.train.losses import divergence
 from llmshrink.train.zeros import Zeros
 
+AS_IT_IS = LossSpec(temperature=1.0)
 LEARNED = "learned.safetensors"  # in a saved state
 
 
@@ -37,13 +40,26 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
     """
 
     def __init__(
-        self, *, beside: Beside | None = None, zeros: Zeros | None = None, classes: bool = False, **given: Any
+        self,
+        *,
+        beside: Beside | None = None,
+        zeros: Zeros | None = None,
+        anchor: float = 0.0,
+        classes: bool = False,
+        **given: Any,
     ) -> None:
-        """Begin; `given` as for Trainer, `beside` has a state of its own, `zeros` stay, rows may have `classes`."""
+        """Begin.
+
+        Args:
+            beside: has a state of its own; None: nothing has.
+            zeros: weights that stay zero; None: all learn.
+            anchor: share of the loss that is the divergence from the model with its adapter off.
+            classes: rows have one each.
+            **given: as for Trainer.
+        """
         super().__init__(**given)
-        self._classes = classes
         self.model_accepts_loss_kwargs |= classes  # so that the rows of a step are counted
-        self._beside, self._zeros = beside, zeros
+        self._beside, self._zeros, self._anchor, self._classes = beside, zeros, anchor, classes
         if zeros:
             self.add_callback(zeros)
 
@@ -67,7 +83,10 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
             InputError: it is no number.
         """
         if model.training and not self._classes:
-            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self._anchor:
+                gone = self._gone(inputs, outputs.logits, num_items_in_batch)
+                loss = (1 - self._anchor) * loss + self._anchor * gone
         else:
             labels = inputs["labels"]
             logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
@@ -80,6 +99,20 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
                 loss = functional.cross_entropy(logits.float(), labels)
         check_number(loss, self.state.global_step, inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _gone(self, inputs: dict[str, Any], logits: Tensor, count: Tensor | int | None) -> Tensor:
+        """KL(without adapter || with it) of a batch, nats per token of the step."""
+        own = self.accelerator.unwrap_model(self.model)
+        given, labels = {key: value for key, value in inputs.items() if key != "labels"}, inputs["labels"]
+        own.eval()  # nothing is dropped out of what it said
+        with torch.no_grad(), own.disable_adapter():
+            before = own(**given).logits
+        own.train()
+        ends = [found[:, -labels.shape[1] : -1].flatten(0, 1) for found in (logits, before)]
+        counted = (labels[:, 1:] != -100).flatten()
+        total = (divergence(ends[0], ends[1], AS_IT_IS) * counted).sum()
+        shared: Tensor = total / averaged(labels[:, 1:], None) if count is None else total / count
+        return shared if count is None else shared * self.accelerator.num_processes
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what learns; shards are written with those of the optimizer."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmshrink.io.files import copy_file, write_json
+from llmshrink.methods.sparsity import zeros_kept
 from llmshrink.model.source import Source
-
-PRUNED = 0.05  # share of zeros from which on a matrix counts as pruned: chance gives none
+from llmshrink.model.streamed import StreamedModel
+from llmshrink.plan.zeros import matrices_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Merge:
     rounded: float
 
 
-def merge(model: PeftModel, dtype: torch.dtype, tokens: Tensor, meant: Tensor) -> tuple[PreTrainedModel, Merge]:
+def merge(
+    model: PeftModel, dtype: torch.dtype, tokens: Tensor, meant: Tensor, zeros: Mapping[str, Tensor]
+) -> tuple[PreTrainedModel, Merge]:
     """The model with its adapter in its weights.
 
     Args:
@@ -43,11 +48,11 @@ def merge(model: PeftModel, dtype: torch.dtype, tokens: Tensor, meant: Tensor) -
         dtype: that the checkpoint is stored in.
         tokens: ids [rows, length] to try it on.
         meant: what model and adapter give out for these [rows, length, vocabulary].
+        zeros: where weights stay zero, bool as these are in memory, by the names of their modules.
 
     Raises:
         ValueError: a merged weight is no number.
     """
-    zeros = {name: weight == 0 for name, weight in _adapted(model) if _pruned(weight)}
     whole: PreTrainedModel = model.merge_and_unload(safe_merge=True)
 
     def off() -> float:
@@ -66,19 +71,14 @@ def merge(model: PeftModel, dtype: torch.dtype, tokens: Tensor, meant: Tensor) -
     return whole.to(dtype), found
 
 
-def _adapted(model: PeftModel) -> list[tuple[str, Tensor]]:
-    """The weights beside which an adapter stands, by the names of their modules without it."""
-    prefix = "base_model.model."
-    found = []
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and isinstance(weight := getattr(base, "weight", None), Tensor):
-            found.append((name.removeprefix(prefix), weight))
-    return found
+def pruned(model: StreamedModel, keep: Literal["auto"] | bool) -> dict[str, Tensor]:
+    """Where the linears of a model are zero and stay so, as `train.keep_zeros` says, by the names of their modules.
 
-
-def _pruned(weight: Tensor) -> bool:
-    return float((weight == 0).float().mean()) >= PRUNED
+    Among codes zeros are codes like others, and nobody knows which of them were pruned.
+    """
+    floats = [m for m in matrices_of(model) if m.key not in model.weights.compressed and m.kind in ("linear", "conv1d")]
+    found = {m.module: zeros_kept(model.weights.get(m.key), keep) for m in floats}
+    return {module: ~kept for module, kept in found.items() if kept is not None}
 
 
 def save_whole(model: PreTrainedModel, folder: Path, source: Source) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from llmshrink.forms import Dense, Quantized
 from llmshrink.io import safetensors
-from llmshrink.methods.sparsity import kept_before
+from llmshrink.methods.sparsity import zeros_kept
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.qat import CODES
@@ -57,8 +57,7 @@ class Qat(Distillation):
     def _round(self, matrix: Matrix, form: Quantized) -> None:
         module = self.model.get_submodule(matrix.site.module)
         weight = module.weight.detach()
-        kept = kept_before(weight) if self._keep_zeros == "auto" else weight != 0
-        rounding = Rounding(form, kept=kept if self._keep_zeros else None)
+        rounding = Rounding(form, kept=zeros_kept(weight, self._keep_zeros))
         latent = rounding.latent(weight, form.codes)
         parametrize.register_parametrization(module, "weight", rounding, unsafe=True)
         with torch.no_grad():

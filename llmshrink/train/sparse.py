@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OWN = 0.5  # of the tail, what is taken from the student
+UNKNOWN = 1e-9  # weight of a half as the student's share of the tail: no other position says more
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,35 @@ def _others(scores: Tensor, total: Tensor, tokens: Tensor, but: Tensor) -> Tenso
 def _steadied(scores: Tensor, total: Tensor, tokens: Tensor, p: Tensor, q: Tensor, count: Tensor) -> Tensor:
     """What has on average the gradient of the divergence, with less noise from the draw than the estimate has.
 
-    Of the tail, all but the tokens that are kept for certain, a half is taken to be as the student has it, with the
+    Of the tail, all but the tokens that are kept for certain, a share is taken to be as the student has it, with the
     teacher's chance of the whole tail, and the tokens that are drawn put right what that is off: a control variate.
-    It lowers the noise as long as the student's tail is not very unlike the teacher's (chi square below 3).
     """
     drawn = count > 1
     mass = (count * p.exp() * drawn).sum(-1, keepdim=True)  # of the teacher's tail: t for each token drawn
     tail = _others(scores, total, tokens, drawn)
     own = mass * (q - tail[:, None]).exp() * drawn
-    targets = (count * (p.exp() - OWN * own)).detach()
-    return -(targets * q).sum(-1) - OWN * mass.squeeze(-1) * tail
+    share = _share(own / p.exp().clamp(min=torch.finfo(torch.float32).tiny), drawn, mass).detach()
+    targets = (count * (p.exp() - share * own)).detach()
+    return -(targets * q).sum(-1) - (share * mass).squeeze(-1) * tail
+
+
+def _share(ratio: Tensor, drawn: Tensor, mass: Tensor) -> Tensor:
+    """How much of the tail is best taken from the student [positions, 1].
+
+    Of n tokens drawn by chances p the noise in all gradients is mass^2 / n E(1 - a r)^2, where r is the student's
+    chance over p in the tail, whose mean is 1: least at a = 1 / E(r^2). What the other positions have drawn says that,
+    and not the position's own draw: with that the mean of the gradients would be another one.
+
+    Args:
+        ratio: r, of the tokens that are drawn [positions, k].
+        drawn: which these are.
+        mass: of the teacher's tail [positions, 1].
+    """
+    number = drawn.sum(-1, keepdim=True).clamp(min=1)
+    noise = mass.square() / number
+    squares = noise * (ratio.square() * drawn).sum(-1, keepdim=True) / number
+    found = (noise.sum() - noise + UNKNOWN / 2) / (squares.sum() - squares + UNKNOWN)
+    return found.clamp(0, 1)
 
 
 def likeliest(logits: Tensor, count: int, temperature: float) -> Sparse:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from llmshrink.errors import GateError
 from llmshrink.formats.bits import pack_mask, unpack_mask
-from llmshrink.methods.sparsity import PRUNED
+from llmshrink.methods.sparsity import zeros_kept
 from llmshrink.report.schema import ZerosReport
 
 
@@ -29,17 +29,14 @@ class Zeros(TrainerCallback):  # type: ignore[misc] # it has no types
         Args:
             model: before it learns, whole.
             names: of the parameters that may be pruned.
-            keep: auto: those of which a share of `PRUNED` is zero; True: any; False: none.
+            keep: as of `zeros_kept`.
         """
         self._kept: dict[str, Tensor] = {}
         self._held: list[tuple[Tensor, Tensor]] = []  # weights in the middle of a step, and where they were zero
-        least = {"auto": PRUNED, True: 0.0}.get(keep)
-        for name in names if least is not None else ():
-            parameter = model.get_parameter(name)
-            kept = (parameter.detach() != 0).cpu()
-            zeros = kept.numel() - int(kept.sum())
-            if zeros and zeros >= (least or 0.0) * kept.numel():
-                self._kept[name] = pack_mask(kept)
+        for name in names:
+            kept = zeros_kept(model.get_parameter(name).detach(), keep)
+            if kept is not None:
+                self._kept[name] = pack_mask(kept.cpu())
 
     def __bool__(self) -> bool:
         """Whether there are any."""

@@ -299,6 +299,7 @@ TRIALS = {
     "stages.distill.lottery.per": Trial("model", LOTTERY),
     **{f"stages.lora.method.{key}": trial for key, trial in LEARNS.items()},
     "stages.lora.target": Trial(["v_proj"], ADAPTED),
+    "stages.lora.anchor": Trial(0.9, ADAPTED),
     "stages.lora.train.data": Trial("{other_text}", ADAPTED),
     "stages.lora.train.batch": Trial(3, ADAPTED),
     "stages.lora.train.rate": Trial(0.1, ADAPTED),

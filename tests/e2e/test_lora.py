@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import Stopping, content, load, logits
 from helpers import recipe as quantizing
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import build_model, config
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
@@ -96,8 +96,9 @@ def done(recipe: Recipe) -> StageReport:
 
 
 def as_peft_reads(model: Path, adapter: Path) -> PeftModel:
-    kind = BottleneckModel if is_bottleneck(adapter) else PeftModel
-    return kind.from_pretrained(load(model)[0], str(adapter)).eval()
+    kind, base = BottleneckModel if is_bottleneck(adapter) else PeftModel, load(model)[0]
+    logits(base)  # compressed-tensors decodes while a model is run for the first time
+    return kind.from_pretrained(base, str(adapter)).eval()
 
 
 def given_out(model: PeftModel) -> Tensor:
@@ -266,8 +267,9 @@ def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp
     assert plain.before is not None  # the original itself was measured, not its four bits
     assert plain.before.scores[0].perplexity == pytest.approx(report.before.scores[0].perplexity, rel=1e-5)
     merged = wanted(wide, tmp_path / "merged", text_file, {"name": name, "rank": 8}, {"merge": True}, max_steps=20)
-    stage = done(merged)
-    assert stage.checks[0].name == "merged" and all(check.passed for check in stage.checks)
+    found = run.execute(merged, progress=Silent())
+    assert found.stages[0].checks[0].name == "merged" and all(check.passed for check in found.stages[0].checks)
+    assert "masked" not in {event.kind for event in found.events}  # NF4 has a code for zero: nobody pruned those
 
 
 def test_a_quantized_model_learns_and_is_quantized_again(wide: Path, text_file: Path, tmp_path: Path) -> None:
@@ -285,6 +287,27 @@ def test_a_quantized_model_learns_and_is_quantized_again(wide: Path, text_file: 
             run.make_plan(wanted(nf4, tmp_path / "other", text_file, method))
     with pytest.raises(PlanError, match="bitsandbytes misreads rows of 32"):
         run.make_plan(wanted(smaller(tmp_path), tmp_path / "other", text_file, "qlora"))
+
+
+def test_a_model_on_a_grid_learns_and_is_quantized_again(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    codes, grid = tmp_path / "codes", {"name": "gptq", "bits": 4, "group_size": 16}
+    some = {"layers": {".*down_proj": {"bits": 8}}, "ignore": [".*1.*o_proj"]}
+    run.execute(quantizing(wide, codes, text_file, grid, stage=some), progress=Silent())
+    stage = done(wanted(codes, tmp_path / "beside", text_file, {"name": "lora", "rank": 8}, max_steps=20))
+    assert all(check.passed for check in stage.checks)
+    merging = wanted(codes, tmp_path / "out", text_file, {"name": "lora", "rank": 8}, {"merge": True}, max_steps=20)
+    calibration = merging.calibration.model_copy(update={"data": str(text_file), "samples": 8, "length": 32})
+    stage = done(merging.model_copy(update={"calibration": calibration}))
+    assert stage.checks[0].name == "merged" and all(check.passed for check in stage.checks)
+    assert {layer.method for layer in stage.layers} == {"gptq", None} and stage.bytes_after == stage.bytes_before
+    assert [layer.bits for layer in stage.layers if layer.name.endswith("down_proj")] == [8, 8]
+    right = given_out(as_peft_reads(codes, tmp_path / "beside"))
+    far, near = ((logits(load(folder)[0]) - right).norm() for folder in (codes, tmp_path / "out"))
+    assert near < 0.7 * far
+    tables = tmp_path / "tables"
+    run.execute(quantizing(wide, tables, text_file, {"name": "kmeans", "bits": 4}), progress=Silent())
+    with pytest.raises(PlanError, match="stored as codebook in a way that no adapter can be merged into"):
+        run.make_plan(wanted(tables, tmp_path / "other", text_file, stage={"merge": True}))
 
 
 def smaller(tmp_path: Path) -> Path:
@@ -436,6 +459,38 @@ def test_a_stopped_run_writes_the_same_model(
             run.execute(wanted(tiny("llama"), out, text_file, stage=stage), progress=Stopping(step=step, note=note))
     done(wanted(tiny("llama"), out, text_file, stage=stage))
     assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_an_anchor_is_what_was_said_before(name: str, tiny: Callable[[str], Path]) -> None:
+    base = load(tiny("llama"))[0]
+    kinds: dict[str, PeftConfig] = {
+        "lora": LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]),
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    model = get_peft_model(base, kinds[name]).train()
+    ids = torch.randint(0, 160, (2, 9), generator=torch.Generator().manual_seed(3))
+    labels = torch.where(torch.arange(9) > 3, ids, -100).repeat(1, 1)
+    inputs = {"input_ids": ids, "labels": labels}
+    learns = [p for p in model.parameters() if p.requires_grad]
+    given = TrainingArguments(output_dir="nowhere", use_cpu=True, report_to="none")
+    learner = Learner(model=model, args=given, anchor=0.3)
+    loss = learner.compute_loss(model, inputs, num_items_in_batch=7)
+    found = torch.autograd.grad(loss, learns)
+    q = model(input_ids=ids).logits[:, -9:-1].log_softmax(-1)[:, 3:]
+    with torch.no_grad(), model.disable_adapter():
+        p = model(input_ids=ids).logits[:, 3:-1].log_softmax(-1)
+    surprise = -q.gather(-1, ids[:, 4:, None]).sum()
+    right = (0.7 * surprise + 0.3 * (p.exp() * (p - q)).sum()) / 7
+    assert loss.item() == pytest.approx(right.item(), rel=1e-5)
+    for one, other in zip(found, torch.autograd.grad(right, learns), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [{"label": "kind"}, {"method": "full"}])
+def test_an_anchor_needs_what_was_said_before(stage: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="what was said before is not known"):
+        wanted(Path("model"), Path("out"), Path("text"), stage={"anchor": 0.5, **stage})
 
 
 def test_what_is_no_number_ends_it(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

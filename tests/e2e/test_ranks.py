@@ -233,7 +233,7 @@ def test_two_processes_adapt_as_one_does_although_they_are_stopped(
     alike(out, alone)
 
 
-LABEL, MERGE = {"label": "kind"}, {"merge": True}
+LABEL, MERGE, ANCHOR = {"label": "kind"}, {"merge": True}, {"anchor": 0.5}
 KINDS: list[tuple[Any, dict[str, Any]]] = [
     ({"name": "dora", "rank": 4}, {}),
     ({"name": "vera", "rank": 16}, {}),
@@ -241,6 +241,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     ({"name": "adapter", "width": 8}, {}),
     ({"name": "lora", "rank": 4}, LABEL),
     ({"name": "lora", "rank": 4}, MERGE),
+    ({"name": "lora", "rank": 4}, ANCHOR),
     ({"name": "full"}, {}),
     ({"name": "freeze", "blocks": 1}, {}),
 ]

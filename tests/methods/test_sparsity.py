@@ -18,7 +18,7 @@ from llmshrink.methods import load_method, sparsegpt
 from llmshrink.methods.base import Method
 from llmshrink.methods.gptq import Gptq, GptqConfig
 from llmshrink.methods.sparsegpt import SparseGpt, SparseGptConfig
-from llmshrink.methods.sparsity import RowConfig, highest, keep_highest, output_error, refit
+from llmshrink.methods.sparsity import PRUNED, RowConfig, highest, keep_highest, output_error, refit, zeros_kept
 from llmshrink.statistics import Hessian, Norm, NoStatistic, Statistic
 
 NAMES = ("magnitude", "random", "wanda", "sparsegpt")
@@ -34,6 +34,19 @@ def pruned(method: Method[Any], weight: Tensor, statistic: Statistic | None = No
     form = method.compress(weight, method.prepare(statistic or kinds.get(method.statistic) or hessian())).weight
     assert isinstance(form, Sparse)
     return form
+
+
+def test_zeros_among_codes_were_not_pruned() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    half = torch.where(weight.abs() > 0.6, weight, 0.0)
+    rounded = (weight / 0.2).round().clamp(-8, 7) * 0.2
+    assert float((rounded == 0).float().mean()) > PRUNED
+    assert zeros_kept(rounded, "auto") is None and zeros_kept(weight, "auto") is None
+    for keep, given in (("auto", half), (True, half), (True, rounded)):
+        kept = zeros_kept(given, keep)  # type: ignore[arg-type]
+        assert kept is not None and torch.equal(kept, given != 0)
+        assert zeros_kept(given.bfloat16(), keep) is not None  # type: ignore[arg-type]
+    assert zeros_kept(half, keep=False) is None and zeros_kept(weight, keep=True) is None
 
 
 def norm_of(statistic: Hessian) -> Norm:

@@ -124,16 +124,36 @@ def test_a_teacher_who_is_certain_leaves_numbers() -> None:
         assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
 
 
-def test_the_student_s_own_tail_steadies_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = logits(1)
-    student = (teacher + logits(2, spread=0.3)).requires_grad_()
-    right = student.detach().softmax(-1) - teacher.softmax(-1)
-    noise = {}
-    for own in (0.0, sparse.OWN):
-        monkeypatch.setattr(sparse, "OWN", own)
-        found = [
-            (w, torch.autograd.grad(divergence(student, x, 1.0).sum(), student)[0])
-            for w, x in every_draw(teacher, 3, 1.0)
-        ]
-        noise[own] = sum(weight * float((gradient - right).square().sum()) for weight, gradient in found)
-    assert noise[sparse.OWN] < 0.4 * noise[0.0]
+def beside(words: Sparse, others: Sparse) -> Sparse:
+    names = ("tokens", "logs", "shift", "threshold")
+    return Sparse(*(torch.cat([getattr(words, n), getattr(others, n)]) for n in names), words.temperature, words.rest)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_student_s_own_tail_steadies_the_draw(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    teacher, others = logits(1), logits(3, rows=30)
+    student = logits(2, rows=31, spread=0.3) + torch.cat([teacher, others])
+    student.requires_grad_()
+    uniform = torch.rand(30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fixed = drawn(others, 3, temperature, uniform)
+    right = ((student[:1] / temperature).softmax(-1) - (teacher / temperature).softmax(-1)).detach() / temperature
+    noise = []
+    for share in (sparse._share, lambda ratio, drawn, mass: torch.zeros_like(mass)):
+        monkeypatch.setattr(sparse, "_share", share)
+        found = []
+        for weight, words in every_draw(teacher, 3, temperature):
+            loss = divergence(student, beside(words, fixed), temperature).sum()
+            found.append((weight, torch.autograd.grad(loss, student)[0][:1]))
+        assert torch.allclose(sum(weight * gradient for weight, gradient in found), right, atol=2e-5)  # type: ignore[arg-type]
+        noise.append(sum(weight * float((gradient - right).square().sum()) for weight, gradient in found))
+    assert noise[0] < 0.15 * noise[1]
+
+
+def test_as_much_is_taken_from_the_student_as_is_best() -> None:
+    ratio, drawn = 0.2 + torch.rand(500, 8, generator=torch.Generator().manual_seed(4)), torch.ones(500, 8) > 0
+    ratio /= ratio.mean()
+    found = sparse._share(ratio, drawn, torch.full((500, 1), 0.3))
+    noise = {a / 100: float((1 - a / 100 * ratio).square().mean()) for a in range(101)}
+    assert float(found.mean()) == pytest.approx(min(noise, key=noise.__getitem__), abs=0.01)
+    assert found.std() < 0.01
+    assert float(sparse._share(ratio[:1], drawn[:1], torch.full((1, 1), 0.3))) == pytest.approx(0.5)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from llmshrink import ranks
 from llmshrink.calibration.labelled import Labelled, read_labelled
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.adapter import check_adapter, check_tensors
@@ -62,6 +63,7 @@ from llmshrink.train.data import TEXT, Examples, Lines
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
 from llmshrink.train.overlap import overlaps
+from llmshrink.train.prepare import chosen
 from llmshrink.train.run import STATES, TRAINED, count, finished, train
 
 if TYPE_CHECKING:
@@ -143,6 +145,27 @@ def learn(
     """Learn, unless this run did so before it was interrupted; the folder of what was learned."""
     if (before := finished(workspace, done)) is not None:
         return before
+    if ranks.count() > 1:
+        ranks.tell({"recipe": json.loads(job.recipe.model_dump_json()), "text": examples.told.fingerprint})
+    return _learn(job, adapting, examples, workspace, done)
+
+
+def join(job: Job, stage: LoraStage, order: dict[str, Any]) -> None:
+    """Learn along with the process that holds the workspace and gave this order.
+
+    Raises:
+        OutputError: it does not see the same text.
+    """
+    rows = labelled(stage, job.model)
+    adapting = Adapting(job.recipe, stage, job.model, () if rows is None else rows.classes)
+    workspace = Workspace(adapting.output)  # never entered: nothing is written by it
+    examples = Examples.load(workspace.work / TEXT, None) if rows is None else Classified(rows)
+    _learn(job, adapting, chosen(examples, order["text"]), workspace, [])
+
+
+def _learn(
+    job: Job, adapting: Adapting, examples: Lines, workspace: Workspace, done: list[dict[str, Any]]
+) -> tuple[Path, TrainReport]:
     steps, device = adapting.steps, job.facts.device
     lesson: Lesson
     if adapting.name in WRITES_MODEL:
@@ -324,4 +347,4 @@ def _tensors(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_header(folder / ADAPTER))
 
 
-__all__ = ["adapt", "labelled", "learn_model"]
+__all__ = ["adapt", "join", "labelled", "learn_model"]

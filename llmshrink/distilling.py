@@ -13,7 +13,7 @@ from llmshrink import ranks
 from llmshrink.checks.preflight import check_finite, check_memory
 from llmshrink.engine.budget import planned_caching
 from llmshrink.engine.workspace import Workspace
-from llmshrink.errors import OutputError, PlanError, UsageError
+from llmshrink.errors import PlanError, UsageError
 from llmshrink.forms import Event
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
@@ -32,7 +32,7 @@ from llmshrink.train.caching import check_room as check_cache_room
 from llmshrink.train.data import TEXT, Examples
 from llmshrink.train.distillation import Distillation
 from llmshrink.train.lottery import Lottery, draw
-from llmshrink.train.prepare import prepare
+from llmshrink.train.prepare import chosen, prepare
 from llmshrink.train.qat import Qat
 from llmshrink.train.run import finished, train, unlearned
 
@@ -64,7 +64,7 @@ def learn_student(
         wanted = partial(training.rounded_recipe, student=None if training.cuts is None else student.source.folder)
         rounded, made = _made(job, ROUNDED, wanted, student.source, workspace, events)
         told["blocks"], order["rounded"] = made.blocks, str(rounded.source.folder)
-    order["student"] = str(student.source.folder)
+    order["student"], order["text"] = str(student.source.folder), examples.told.fingerprint
     examples = examples.moved(workspace.work / TEXT)
     found = None if training.stage.lottery else finished(workspace, done)  # of a lottery each round may be
     if found is None and ranks.count() > 1:
@@ -123,16 +123,12 @@ def join(job: Job, order: dict[str, Any]) -> None:
     """Train along with the process that holds the workspace and gave this order.
 
     Raises:
-        OutputError: it does not see the same folders.
+        OutputError: it does not see the same text.
     """
     _, plan, training = plan_of(job.recipe, job.model)
+    assert isinstance(training, Training)
     workspace = Workspace(Path(plan.output))  # never entered: nothing is written by it
-    examples = Examples.load(workspace.work / TEXT, None)
-    if examples is None or not isinstance(training, Training):
-        raise OutputError(
-            f"{workspace.work / TEXT} is not the text that the first process chose.",
-            hint="All processes must see the same folders: --output on a disk that they share.",
-        )
+    examples = chosen(Examples.load(workspace.work / TEXT, None), order["text"])
     student = StreamedModel(open_source(order["student"]), job.facts.device)
     _learn(job, training, student, order, examples, workspace, [])
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what all launchers give
+TRUE = ("1", "true", "yes")  # in the environment
 MEETING = timedelta(minutes=10)  # until all processes have begun
 POLL = 0.05  # seconds between two looks for a word
 FAREWELL = 2.0  # seconds that the first waits for the others to have heard that it ends
@@ -57,7 +58,12 @@ def local() -> int:
 
 def on_cpu() -> bool:
     """Whether the launcher was told to leave GPUs alone."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+
+
+def sharded() -> bool:
+    """Whether the launcher was told to shard what is trained (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in TRUE
 
 
 def first() -> bool:

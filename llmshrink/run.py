@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llmshrink import ranks
+from llmshrink import adapting, distilling, ranks
 from llmshrink.adapting import adapt, labelled
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
-from llmshrink.distilling import join, keep_words
+from llmshrink.distilling import keep_words
 from llmshrink.errors import InterruptedRun, UsageError
 from llmshrink.job import Job
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -104,7 +105,7 @@ def follow() -> int:
         for order in ranks.orders():
             recipe = Recipe.model_validate(order["recipe"])
             with suppress(InterruptedRun), _begun(recipe, Silent(), resumable=True) as job:
-                join(job, order)
+                _join(job, order)
     except ranks.Dismissed as found:
         code = found.code
     except Exception:
@@ -114,6 +115,14 @@ def follow() -> int:
         code = ending
     ranks.leave()
     return code
+
+
+def _join(job: Job, order: dict[str, Any]) -> None:
+    stage = writing_stage_of(job.recipe)
+    if isinstance(stage, LoraStage):
+        adapting.join(job, stage, order)
+    else:
+        distilling.join(job, order)
 
 
 def keep(recipe: Recipe, *, progress: Progress) -> CacheReport:

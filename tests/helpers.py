@@ -134,7 +134,8 @@ def assert_reads_rows(fmt: Format, slot: Slot, packed: dict[str, Tensor], config
 
 def content(folder: Path) -> dict[str, str]:
     """SHA-256 of each file whose bytes may not depend on the clock."""
-    return {p.name: sha256(p) for p in folder.iterdir() if p.name not in TIMED | {"recipe.yaml"}}
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in TIMED | {"recipe.yaml"}]
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
 
 def assert_complete(folder: Path, *, killed: bool = False) -> None:

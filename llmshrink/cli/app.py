@@ -26,7 +26,7 @@ EPILOG = (
     "12 interrupted and resumable, 130 interrupted."
 )
 
-TRAINING = ("distill",)  # commands that several processes can share
+TRAINING = ("distill", "lora")  # commands that several processes can share
 
 app = typer.Typer(
     name="llmshrink",

@@ -97,8 +97,7 @@ def planned_training(training: Training) -> int:
     kept = sum(_learning(student, block, tokens) for block in blocks)
     zeros = 0 if spec.keep_zeros is False else sum(matrix.numel for block in blocks for matrix in block.matrices)
     more = _drawing(training, tokens) + _exits(training, tokens)
-    each = FIXED + weights + kept + zeros + more + LOGIT_COPIES * LOGITS
-    learning = each * ranks.here() + LIBRARIES * (ranks.here() - 1)
+    learning = _of_all(FIXED + weights + kept + zeros + more + LOGIT_COPIES * LOGITS)
     if training.streamed is None:
         return learning
     return max(learning, planned_caching(training.streamed, training.steps.length))
@@ -131,7 +130,8 @@ def _drawing(training: Training, tokens: int) -> int:
 def planned_adapting(adapting: Adapting) -> int:
     """Bytes of learning an adapter: the model, what AdamW remembers of the numbers that learn, a batch on its way.
 
-    The loss is the model's own, so logits of all positions are there, and their gradients.
+    The loss is the model's own, so logits of all positions are there, and their gradients. Each process on this machine
+    holds all that.
     """
     model, spec = adapting.model, adapting.stage.train
     tokens = spec.batch * adapting.steps.length
@@ -142,7 +142,12 @@ def planned_adapting(adapting: Adapting) -> int:
     learning = FLOAT * 4 * adapting.size.learns
     kept = sum(_learning(model, block, tokens) for block in model.anatomy.blocks)
     copies = LOGITS_WHOLE * (2 if adapting.stage.anchor else 1)  # those of the model as it was, too
-    return FIXED + weights + learning + kept + copies * FLOAT * tokens * model.vocabulary
+    return _of_all(FIXED + weights + learning + kept + copies * FLOAT * tokens * model.vocabulary)
+
+
+def _of_all(each: int) -> int:
+    """Bytes of the processes on this machine that train together."""
+    return each * ranks.here() + LIBRARIES * (ranks.here() - 1)
 
 
 def adapted_evaluation(adapting: Adapting, length: int) -> int:

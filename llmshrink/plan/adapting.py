@@ -11,6 +11,7 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from llmshrink import ranks
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
 from llmshrink.methods import load_method
@@ -57,6 +58,8 @@ class Adapting:
         self.stage, self.model, self._recipe, self.classes = stage, model, recipe, classes
         self.events: list[Event] = []
         self._refuse()
+        if ranks.sharded():
+            self._refuse_sharded()
         if self.in_four_bits:
             self._refuse_widths()
         self.steps = Steps(self._shorter(), model)
@@ -133,6 +136,19 @@ class Adapting:
             )
         if self.stage.merge:
             as_quantized(model)  # what cannot be is refused here
+
+    def _refuse_sharded(self) -> None:
+        """What shards cannot do (FSDP)."""
+        why, other = "", ", or take --method lora"
+        if self.in_codes:
+            why = "codes are not sharded: each process would hold all of the model"
+            other = other if self.in_four_bits else ", or `llmshrink export --to dense` first"
+        elif self.name in PROMPTS:
+            why = f"what is saved of {self.name} is computed from whole weights"
+        elif self.name == "adalora":
+            why = "adalora looks at whole products after they were sharded again"
+        if why:
+            raise PlanError(f"FSDP was asked for, and {why}.", hint=f"Launch without --use_fsdp{other}.")
 
     def _refuse_widths(self) -> None:
         """Linears whose four bits bitsandbytes would misread."""

@@ -86,7 +86,11 @@ class Steps:
         return limit or max(1, math.ceil(self.spec.epochs * rows / self.per_step))
 
     def held(self, rows: int) -> int:
-        """How many of so many rows are held back: whole batches, none of a few."""
+        """How many of so many rows are held back: whole batches of all processes, none of a few.
+
+        A batch that is short is filled with rows that were measured before, where several processes share it.
+        """
         if rows < FEW or not self.spec.hold:
             return 0
-        return min(rows // 2, max(self.spec.batch * self.processes, round(self.spec.hold * rows)))
+        each = self.spec.batch * self.processes
+        return min(rows // 2, max(each, round(self.spec.hold * rows) // each * each))

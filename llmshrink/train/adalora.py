@@ -16,9 +16,19 @@ PATTERN = "rank_pattern"
 class Ranks(TrainerCallback):  # type: ignore[misc] # it has no types
     """Moves ranks after each step, and knows what peft keeps in memory alone: importance, and what is masked."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, batches: int) -> None:
+        """Of a model that learns from so many batches in a step, of all processes."""
         self._tuner = model.base_model
         self._config = model.peft_config["default"]
+        self._weight, self._batches = self._config.orth_reg_weight, batches
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """A loss of each batch has the whole penalty of factors that are not orthogonal, and a step should have one."""
+        self._config.orth_reg_weight = self._weight / self._batches
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Nobody learns any more."""
+        self._config.orth_reg_weight = self._weight
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

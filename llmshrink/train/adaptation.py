@@ -92,14 +92,15 @@ class Adaptation:
 
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
-        if self._adapting.classes:
+        if classes := bool(self._adapting.classes):
             given["data_collator"] = Padded(self.model.config.pad_token_id)
         given["anchor"] = self._adapting.stage.anchor
         if self._adapting.name != "adalora":
-            return Learner(model=self.model, **given)
-        ranks = Ranks(self.model)
-        given["callbacks"] = [ranks, *given["callbacks"]]
-        return Learner(model=self.model, beside=ranks, **given)
+            return Learner(model=self.model, classes=classes, **given)
+        steps = self._adapting.steps
+        moving = Ranks(self.model, steps.spec.accumulate * steps.processes)
+        given["callbacks"] = [moving, *given["callbacks"]]
+        return Learner(model=self.model, beside=moving, classes=classes, **given)
 
     def tell(self, report: TrainReport) -> TrainReport:
         """The report as it is."""

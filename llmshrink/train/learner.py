@@ -34,10 +34,19 @@ class Beside(Protocol):
 
 
 class Learner(Trainer):  # type: ignore[misc] # it has no types
-    """Teaches a model a text. A saved state holds what learns and nothing else, whatever wraps the model."""
+    """Teaches a model a text.
+
+    A saved state holds what learns and nothing else; of a model in shards it is what accelerate writes.
+    """
 
     def __init__(
-        self, *, beside: Beside | None = None, zeros: Zeros | None = None, anchor: float = 0.0, **given: Any
+        self,
+        *,
+        beside: Beside | None = None,
+        zeros: Zeros | None = None,
+        anchor: float = 0.0,
+        classes: bool = False,
+        **given: Any,
     ) -> None:
         """Begin.
 
@@ -45,10 +54,12 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
             beside: has a state of its own; None: nothing has.
             zeros: weights that stay zero; None: all learn.
             anchor: share of the loss that is the divergence from the model with its adapter off.
+            classes: rows have one each.
             **given: as for Trainer.
         """
         super().__init__(**given)
-        self._beside, self._zeros, self._anchor = beside, zeros, anchor
+        self.model_accepts_loss_kwargs |= classes  # so that the rows of a step are counted
+        self._beside, self._zeros, self._anchor, self._classes = beside, zeros, anchor, classes
         if zeros:
             self.add_callback(zeros)
 
@@ -71,19 +82,21 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
         Raises:
             InputError: it is no number.
         """
-        if model.training:
+        if model.training and not self._classes:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             if self._anchor:
                 gone = self._gone(inputs, outputs.logits, num_items_in_batch)
                 loss = (1 - self._anchor) * loss + self._anchor * gone
         else:
-            given = {key: value for key, value in inputs.items() if key != "labels"}
-            outputs = model(**given)
             labels = inputs["labels"]
-            if labels.ndim == 1:  # classes
-                loss = functional.cross_entropy(outputs.logits.float(), labels)
+            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+            if not self._classes:
+                loss = surprise(logits, labels) / averaged(labels[:, 1:], self.eval_dataset)
+            elif model.training and num_items_in_batch is not None:  # models of transformers divide by their own rows
+                total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+                loss = total * self.accelerator.num_processes / num_items_in_batch
             else:
-                loss = surprise(outputs.logits, labels) / averaged(labels[:, 1:], self.eval_dataset)
+                loss = functional.cross_entropy(logits.float(), labels)
         check_number(loss, self.state.global_step, inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
@@ -101,6 +114,11 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
         shared: Tensor = total / averaged(labels[:, 1:], None) if count is None else total / count
         return shared if count is None else shared * self.accelerator.num_processes
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what learns; shards are written with those of the optimizer."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +128,9 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
         save_file(state, folder / LEARNED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         state = load_file(Path(resume_from_checkpoint) / LEARNED)
         with torch.no_grad():
             for name, parameter in self._learns().items():
@@ -119,7 +140,7 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
             self._beside.restore({name.removeprefix("beside."): tensor for name, tensor in own.items()})
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
 
     def _learns(self) -> dict[str, nn.Parameter]:
         own = self.accelerator.unwrap_model(self.model)

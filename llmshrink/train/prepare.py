@@ -7,24 +7,26 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from llmshrink.calibration.load import TextLoader, origin
 from llmshrink.calibration.text import records
+from llmshrink.errors import OutputError
 from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.steps import Steps
 from llmshrink.progress import Progress
 from llmshrink.report.schema import TextReport
-from llmshrink.train.data import Examples, write
+from llmshrink.train.data import Examples, Lines, write
 from llmshrink.train.packing import Fitting, Row, alone, end_to_end, together
 from llmshrink.train.records import Example, Records
 
 DECIDES = ("data", "split", "column", "kind", "answers_only", "packing", "seed", "hold", "batch", "accumulate")
 LIMITS = ("max_steps", "max_tokens")
+T = TypeVar("T", bound=Lines)
 
 
 def prepare(
@@ -59,6 +61,20 @@ def prepare(
             folder.parent.rmdir()
             folder.parent.parent.rmdir()
         raise
+
+
+def chosen(found: T | None, fingerprint: str) -> T:
+    """Rows that this process found, once they are those that the first of several learns from.
+
+    Raises:
+        OutputError: they are others, or there are none.
+    """
+    if found is None or found.told.fingerprint != fingerprint:
+        raise OutputError(
+            "This process does not see the text that the first process chose.",
+            hint="All processes must see the same folders: --output and --data on a disk that they share.",
+        )
+    return found
 
 
 def _made(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,8 +27,7 @@ def check_wrappers(trainer: Trainer) -> None:
         UsageError: the launcher asks for it.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if asked and trainer.accelerator.distributed_type != DistributedType.FSDP:
+    if ranks.sharded() and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise UsageError(
             "FSDP was asked for, and accelerate shards nothing on a CPU.", hint="Launch without --use_fsdp."
         )
@@ -128,6 +126,8 @@ def make_whole(model: nn.Module) -> None:
                 if id(parameter) not in made:
                     made[id(parameter)] = _whole(parameter)
                 module._parameters[name] = made[id(parameter)]
+    if made:
+        model.to("cpu")  # buffers
 
 
 def _whole(parameter: DTensor) -> nn.Parameter:

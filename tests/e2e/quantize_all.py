@@ -1,4 +1,4 @@
-"""Quantize a model with every method, in a process of its own: `python quantize_all.py MODEL TEXT FOLDER`."""
+"""Compress a model with some methods, in a process of its own: `python quantize_all.py MODEL TEXT FOLDER NAME...`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 from helpers import recipe
 
 from llmshrink import job, run
-from llmshrink.methods import method_names
 from llmshrink.progress import Silent
 from llmshrink.report.schema import Check
 
 
-def main(model: Path, text: Path, folder: Path) -> None:
+def main(model: Path, text: Path, folder: Path, names: list[str]) -> None:
     job.check_reader = lambda *_: Check(name="reader", passed=True, detail="left out")
-    for name in method_names():
+    for name in names:
         run.execute(recipe(model, folder / name, text, {"name": name}), progress=Silent())
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])

@@ -48,14 +48,17 @@ def make(models_folder: Make, text_file: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
-def test_another_process_gives_the_same_bytes(models_folder: Make, make: Make, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["gptq", "kmeans", "svdllm"], pytest.param(method_names(), marks=pytest.mark.slow)])
+def test_another_process_gives_the_same_bytes(
+    names: list[str], models_folder: Make, make: Make, text_file: Path, tmp_path: Path
+) -> None:
     """Its hashes of strings, and so the order of its sets, are not those of this process."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent)))
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
-    command = [sys.executable, HERE / "quantize_all.py", models_folder("llama"), text_file, tmp_path]
+    command = [sys.executable, HERE / "quantize_all.py", models_folder("llama"), text_file, tmp_path, *names]
     subprocess.run(command, env=environment, check=True, timeout=200)
-    for name in method_names():
+    for name in names:
         assert content(tmp_path / name) == content(make(name)), name
 
 

@@ -59,12 +59,13 @@ from llmshrink.train.adaptation import (
 )
 from llmshrink.train.base import load_base
 from llmshrink.train.classes import Classified
-from llmshrink.train.data import TEXT, Examples, Lines
+from llmshrink.train.data import Examples, Lines
+from llmshrink.train.folders import STATES, TEXT, TRAINED
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.prepare import chosen
-from llmshrink.train.run import STATES, TRAINED, count, finished, train
+from llmshrink.train.run import count, finished, train
 
 if TYPE_CHECKING:
     from llmshrink.job import Job

@@ -29,8 +29,9 @@ from llmshrink.recipe.schema import Recipe
 from llmshrink.report.schema import CacheReport, Report, StageReport, TrainReport
 from llmshrink.train.caching import cache_of
 from llmshrink.train.caching import check_room as check_cache_room
-from llmshrink.train.data import TEXT, Examples
+from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.folders import ROUNDED, STUDENT, TEXT
 from llmshrink.train.lottery import Lottery, draw
 from llmshrink.train.prepare import chosen, prepare
 from llmshrink.train.qat import Qat
@@ -38,9 +39,6 @@ from llmshrink.train.run import finished, train, unlearned
 
 if TYPE_CHECKING:
     from llmshrink.job import Job
-
-STUDENT = "student"  # in the folder of work: what a student is before it has learned
-ROUNDED = "rounded"  # the same once it was rounded, where it is trained through that
 
 
 def learn_student(

@@ -1,4 +1,7 @@
-"""One run of one recipe: resolve, plan, compress, verify, evaluate, report."""
+"""One run of one recipe: resolve, plan, compress, verify, evaluate, report.
+
+What trains is imported where it is used: Trainer and peft take seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,11 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmshrink.adapting import learn_model
 from llmshrink.calibration.load import TextLoader
 from llmshrink.calibration.rows import Rows
 from llmshrink.checks.gates import Outcome, check_size, judge, refuse_unanswerable
@@ -25,7 +27,6 @@ from llmshrink.checks.written import (
     check_reader,
     probe_tokens,
 )
-from llmshrink.distilling import ROUNDED, STUDENT, learn_student, taught_by
 from llmshrink.engine.bases import make_bases
 from llmshrink.engine.budget import (
     compress_economy,
@@ -74,16 +75,12 @@ from llmshrink.report.schema import (
 from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
-from llmshrink.train.caching import FOLDER as CACHE
-from llmshrink.train.data import NEW_TEXT, TEXT, Examples
-from llmshrink.train.lottery import LOTTERY
-from llmshrink.train.overlap import overlaps
-from llmshrink.train.prepare import prepare
-from llmshrink.train.run import STATES, TRAINED
+from llmshrink.train import folders
+
+if TYPE_CHECKING:
+    from llmshrink.train.data import Examples
 
 ROWS = "calibration.json"  # in the folder of work, as
-MADE_ASIDE = (STUDENT, f"{STUDENT}.partial", ROUNDED, f"{ROUNDED}.partial")
-FOLDERS = (*MADE_ASIDE, CACHE, STATES, TRAINED, TEXT, LOTTERY)
 
 
 class Job:
@@ -187,10 +184,12 @@ class Job:
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             if examples is not None:
+                from llmshrink.train.overlap import overlaps
+
                 self.loader.events += overlaps(examples, texts)
             identity = self.facts.identity(rows, None if examples is None else examples.told.fingerprint)
             made = () if examples is None else (examples.folder.name,)
-            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=FOLDERS, made=made)
+            done = workspace.begin(identity, resume=self.recipe.run.resume, folders=folders.ALL, made=made)
             learned, done = [e for e in done if "training" in e], [e for e in done if "training" not in e]
             if rows is not None:
                 rows.save(workspace.work / ROWS, self._text_key(work), happened)
@@ -202,11 +201,15 @@ class Job:
                     work, plan, chosen["ratios"] = self._share(choices, work, plan.memory_bytes, rows, workspace)
                     chosen["method"] = {"name": plan.method, **choices.settings}  # not those of its largest group
                 elif isinstance(choices, Training):
+                    from llmshrink.distilling import learn_student
+
                     assert examples is not None
                     work, plan, chosen = learn_student(self, choices, work, examples, workspace, learned)
                 elif isinstance(choices, Adapting):
                     assert examples is not None
-                    examples = examples.moved(workspace.work / TEXT)
+                    examples = examples.moved(workspace.work / folders.TEXT)
+                    from llmshrink.adapting import learn_model
+
                     work, plan, chosen = learn_model(self, choices, examples, workspace, learned)
                 elif choices is not None:
                     work, plan, chosen["cut"] = self._cut(choices, work, plan.memory_bytes, rows, workspace)
@@ -221,7 +224,11 @@ class Job:
             checks = [*chosen.pop("checks", []), *self._verify(work, written, result, files, probe, ends)]
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
-            original = taught_by(self, choices) if isinstance(choices, Training) else self.model
+            original = self.model
+            if isinstance(choices, Training):
+                from llmshrink.distilling import taught_by
+
+                original = taught_by(self, choices)
             models = {"before": original, "after": written}
             measures, seconds = self._measure(models, texts, work.scoring, workspace.work)
             stages += [eval_stage(written, seconds) for stage in self.recipe.stages if stage.task == "eval"]
@@ -330,8 +337,10 @@ class Job:
 
     def examples(self, steps: Steps, workspace: Workspace) -> Examples:
         """The rows to learn from, in a file of the folder of work."""
-        kept = workspace.work / TEXT if self.recipe.run.resume else None
-        new = workspace.work / NEW_TEXT
+        kept = workspace.work / folders.TEXT if self.recipe.run.resume else None
+        new = workspace.work / folders.NEW_TEXT
+        from llmshrink.train.prepare import prepare
+
         found = prepare(steps, self.model, self.loader, new, kept=kept, progress=self.progress)
         self.loader.events += found.events
         return found

@@ -82,15 +82,12 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Transformers and datasets say nothing below an error, and draw no bars: this program speaks for them."""
-    from datasets.utils import logging as datasets_logging
+    """Transformers says nothing below an error, and draws no bars: this program speaks for it."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    datasets_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():  # of peft: it asks transformers by an older name, and AdaLoRA by a wrong one
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

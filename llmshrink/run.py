@@ -1,4 +1,7 @@
-"""What llmshrink does, one function each; `Job` tells the whole story."""
+"""What llmshrink does, one function each; `Job` tells the whole story.
+
+What trains is imported where it is used: Trainer and peft take seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ from typing import Any
 
 import torch
 
-from llmshrink import adapting, distilling, ranks
-from llmshrink.adapting import adapt, labelled
+from llmshrink import ranks
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
-from llmshrink.distilling import keep_words
 from llmshrink.errors import InterruptedRun, UsageError
 from llmshrink.job import Job
 from llmshrink.machine import StopSignal, enough_memory, environment, pick_device, quiet_libraries, threads
@@ -61,6 +62,8 @@ def make_plan(recipe: Recipe) -> Plan:
         source, _ = open_model(recipe)
         model, stage = StreamedModel(source, pick_device(recipe.run.device)), writing_stage_of(recipe)
         if isinstance(stage, LoraStage) and not stage.writes_model:
+            from llmshrink.adapting import labelled
+
             rows = labelled(stage, model)
             return adapter_plan(recipe, Adapting(recipe, stage, model, () if rows is None else rows.classes))
         return plan_of(recipe, model)[1]
@@ -91,6 +94,8 @@ def execute(
     stage = writing_stage_of(recipe)
     with _begun(recipe, progress, command, resumable=resumable and stage is not None) as job:
         if isinstance(stage, LoraStage) and not stage.writes_model:
+            from llmshrink.adapting import adapt
+
             return adapt(job, stage, overwrite)
         return job.evaluate() if stage is None else job.write(overwrite)
 
@@ -118,6 +123,8 @@ def follow() -> int:
 
 
 def _join(job: Job, order: dict[str, Any]) -> None:
+    from llmshrink import adapting, distilling
+
     stage = writing_stage_of(job.recipe)
     if isinstance(stage, LoraStage):
         adapting.join(job, stage, order)
@@ -133,6 +140,8 @@ def keep(recipe: Recipe, *, progress: Progress) -> CacheReport:
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
     with _begun(recipe, progress, resumable=True) as job:
+        from llmshrink.distilling import keep_words
+
         return keep_words(job)
 
 

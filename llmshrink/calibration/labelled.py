@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmshrink.calibration.rows import Rows
-from llmshrink.calibration.text import TEXT_COLUMNS
+from llmshrink.calibration.text import TEXT_COLUMNS, quiet_datasets
 from llmshrink.errors import InputError
 from llmshrink.io.files import parse_json
 
@@ -123,8 +123,7 @@ def _records(data: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _from_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
+    load_dataset = quiet_datasets().load_dataset
     repository, _, config = name.partition(":")
     try:
         rows = load_dataset(repository, config or None, split=split)

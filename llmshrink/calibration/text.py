@@ -196,9 +196,17 @@ def text_column(names: list[str], wanted: str | None, where: str) -> str:
     return found or names[0]
 
 
-def _from_hub(name: str, split: str, columns: Columns) -> Iterator[Record]:
-    from datasets import load_dataset_builder
+def quiet_datasets() -> Any:
+    """The library, which says nothing below an error and draws no bars; it takes a second to import."""
+    import datasets
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _from_hub(name: str, split: str, columns: Columns) -> Iterator[Record]:
+    load_dataset_builder = quiet_datasets().load_dataset_builder
     check_token()
     repository, _, config = name.partition(":")
     where = f"dataset {name!r}"

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    VeraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmshrink.errors import PlanError
 from llmshrink.model.anatomy import block_list
 from llmshrink.recipe.adapter import WRITES_MODEL, AdapterSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PRODUCTS = ("lora", "rslora", "dora", "qlora", "loftq")  # kinds that are LoRA to peft
 PROMPTS = ("prefix", "prompt", "p-tuning")
@@ -61,10 +52,12 @@ def peft_config(
         task: in peft's words.
         heads: modules that are not of the model that comes in: they learn as a whole.
     """
+    import peft  # seconds, which only those who adapt should pay for
+
     common: dict[str, Any] = {"task_type": task}
     beside = {**common, "target_modules": list(linears.names), "modules_to_save": heads}
     if spec.name in PRODUCTS:
-        return LoraConfig(
+        return peft.LoraConfig(
             **beside,
             **_product(spec, linears),
             r=spec.rank,
@@ -73,7 +66,7 @@ def peft_config(
         )
     if spec.name == "adalora":
         assert spec.rank is not None
-        return AdaLoraConfig(
+        return peft.AdaLoraConfig(
             **beside,
             **_product(spec, linears),
             target_r=spec.rank,
@@ -84,17 +77,17 @@ def peft_config(
             deltaT=max(1, steps // EVERY),
         )
     if spec.name == "vera":
-        return VeraConfig(
+        return peft.VeraConfig(
             **beside, r=spec.rank, vera_dropout=spec.dropout, d_initial=0.1, fan_in_fan_out=linears.transposed
         )
     if spec.name == "ia3":
-        return IA3Config(**beside, feedforward_modules=list(linears.wide), fan_in_fan_out=linears.transposed)
+        return peft.IA3Config(**beside, feedforward_modules=list(linears.wide), fan_in_fan_out=linears.transposed)
     common["num_virtual_tokens"] = spec.tokens
     if spec.name == "prefix":
-        return PrefixTuningConfig(**common)
+        return peft.PrefixTuningConfig(**common)
     if spec.name == "prompt":
-        return PromptTuningConfig(**common)
-    return PromptEncoderConfig(**common, encoder_hidden_size=spec.width)
+        return peft.PromptTuningConfig(**common)
+    return peft.PromptEncoderConfig(**common, encoder_hidden_size=spec.width)
 
 
 def _product(spec: AdapterSpec, linears: Linears) -> dict[str, Any]:
@@ -157,14 +150,16 @@ def adapter_size(spec: AdapterSpec, config: PeftConfig, model: PreTrainedModel) 
         config: that, in peft's words.
         model: on `meta`; it is changed.
     """
+    import peft
+
     if spec.name in PROMPTS:
         return _prompt_size(spec, model)
     if spec.name in WRITES_MODEL:
         let_learn(model, spec)
         return AdapterSize(sum(p.numel() for p in model.parameters() if p.requires_grad), 0)
-    adapted = get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
     learns = sum(p.numel() for name, p in adapted.named_parameters() if p.requires_grad and "ranknum" not in name)
-    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return AdapterSize(learns, sum(tensor.nbytes for tensor in state.values()), at_most=spec.name == "adalora")
 
 

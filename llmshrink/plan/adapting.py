@@ -5,9 +5,9 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
@@ -15,7 +15,6 @@ from llmshrink import ranks
 from llmshrink.errors import PlanError
 from llmshrink.forms import Event
 from llmshrink.methods import load_method
-from llmshrink.methods.nf4 import BnbConfig
 from llmshrink.model.anatomy import Matrix
 from llmshrink.model.skeleton import build
 from llmshrink.model.streamed import StreamedModel
@@ -31,6 +30,9 @@ from llmshrink.recipe.adapter import WRITES_MODEL
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.train import TrainSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 SOME_STEPS = 1000  # where the text decides how many there are
 LARGE = 64  # a rank from which on the usual factor of LoRA lets it learn too little
@@ -152,7 +154,8 @@ class Adapting:
 
     def _refuse_widths(self) -> None:
         """Linears whose four bits bitsandbytes would misread."""
-        method = load_method("nf4")(BnbConfig())
+        kind = load_method("nf4")
+        method = kind(kind.Config())
         for block in self.model.anatomy.blocks:
             for matrix in block.matrices:
                 if matrix.kind == "subclass" or (why := method.check(matrix.shape)) is not None:

@@ -24,10 +24,11 @@ from llmshrink.plan.steps import LOGITS
 from llmshrink.progress import Progress
 from llmshrink.train.cache import Cache, key_of, packed
 from llmshrink.train.data import Examples
+from llmshrink.train.folders import CACHE
 from llmshrink.train.sparse import Sparse, drawn, likeliest
 
 COPIES = 8  # of a stretch of logits while tokens are chosen, in float32
-FOLDER, BEGUN = "cache", "cache.begun"  # in the folder of work
+BEGUN = "cache.begun"  # in the folder of work
 JOURNAL, LOCK = "journal", ".lock"
 WAIT = 1.0  # seconds between two looks whether another run is done
 
@@ -47,7 +48,7 @@ def cache_of(keeping: Keeping, examples: Examples, work: Path, device: torch.dev
         OutputError: something else lies in its place.
         ResourceError: there is no room for it.
     """
-    folder, teacher = keeping.folder or work / FOLDER, keeping.teacher
+    folder, teacher = keeping.folder or work / CACHE, keeping.teacher
     if teacher is not None and not (folder / FACTS).is_file():
         with disk_faults(folder, check_room(keeping, examples, work)):
             _make(StreamedModel(teacher, device), keeping.facts(examples.told.fingerprint), examples, folder, progress)
@@ -84,7 +85,7 @@ def check_room(keeping: Keeping, examples: Examples, work: Path) -> int:
     Raises:
         ResourceError: there is none.
     """
-    folder = keeping.folder or work / FOLDER
+    folder = keeping.folder or work / CACHE
     made = (folder / FACTS).is_file()
     needed = 0 if made else keeping.kind.bytes(len(examples), examples.count - len(examples))
     free = disk_usage(nearest(folder)).free + sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -30,7 +30,6 @@ from llmshrink.io.files import atomic_file, has_hash, sealed, unsealed, write_by
 from llmshrink.report.schema import TextReport
 from llmshrink.train.packing import Row
 
-TEXT, NEW_TEXT = "text", "text.new"  # in the folder of work, and before it is known that nobody else works here
 ARROW, SEAL = "rows.arrow", "rows.json"  # in a folder of their own
 TOGETHER = 1024  # rows that are written at a time
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream

@@ -32,11 +32,11 @@ from llmshrink.recipe.lottery import LotterySpec
 from llmshrink.report.schema import RoundReport, TrainReport
 from llmshrink.train.data import Examples
 from llmshrink.train.distillation import Distillation
+from llmshrink.train.folders import LOTTERY
 from llmshrink.train.run import count, finished, train
 from llmshrink.train.trainer import Distiller
 from llmshrink.train.zeros import Zeros
 
-LOTTERY = "lottery"  # in the folder of work
 EARLY, MASKS = "early.safetensors", "masks.safetensors"
 
 

@@ -35,10 +35,10 @@ from llmshrink.progress import Progress
 from llmshrink.recipe.train import TrainSpec
 from llmshrink.report.schema import LossPoint, TrainReport
 from llmshrink.train.data import Lines, collate
+from llmshrink.train.folders import STATES, TRAINED
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.together import anywhere, check_wrapped, check_wrappers, make_whole, missing_none, wait_for_all
 
-STATES, TRAINED = "trainer", "trained"  # folders in the folder of work
 GOES_ON = "The same command goes on from what was finished."
 POINTS = 100  # about so many losses of a curve are kept
 MISSED = 2 * 3600  # seconds after which a process that does not come is given up: states of large models are hashed

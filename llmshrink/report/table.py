@@ -40,15 +40,17 @@ def render(report: Report) -> Group:
     """The report in one screen: before and after, what was done, checks, events, where the result loads."""
     parts: list[RenderableType] = [Text(source_name(report.model), style="bold"), _comparison(report)]
     parts += [_line(text, "dim") for text in protocols(report)]
-    for stage in report.stages:
-        parts += [_heading("What was done"), *(_line(text) for text in stage_lines(stage))]
+    several = sum(stage.task != "eval" for stage in report.stages) > 1
+    for number, stage in enumerate(report.stages, 1):
+        title = f"Stage {number}: {stage.task}" if several else "What was done"
+        parts += [_heading(title), *(_line(text) for text in stage_lines(stage))]
         if stage.checks:
             parts += [_heading("Verified"), _checks_in_short(stage.checks)]
         if stage.gates:
             parts += [_heading("Gates"), _gates(stage.gates)]
     parts += _samples(report)
     parts += _events(report.events)
-    runtimes = [line for stage in report.stages for line in stage.loads_in]
+    runtimes = next((stage.loads_in for stage in reversed(report.stages) if stage.loads_in), [])
     if runtimes:
         rows = [(line.runtime, line.support, line.reason, line.proof) for line in runtimes]
         parts += [_heading("Loads in"), _runtimes(rows)]

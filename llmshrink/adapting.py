@@ -305,7 +305,9 @@ class _Run:
             method=_settings(adapting),
             format=FORMAT,
             trained=trained,
-            adapter=_told(adapting, trained, own).model_copy(update=self._classes(folder)),
+            adapter=_told(adapting, trained, own).model_copy(
+                update={"at_most": plan.bytes_are_bound, **self._classes(folder)}
+            ),
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_before + own,
             planned_bytes_after=plan.bytes_after,

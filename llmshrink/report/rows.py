@@ -265,8 +265,9 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.packed is not None:
         lines.append(_packed(stage.packed))
     if (limit := stage.planned_bytes_after) is not None:
-        kept = stage.bytes_after <= limit if stage.packed is not None else stage.bytes_after == limit
-        most = f" (at most {decimal(limit)})" if stage.packed is not None else ""
+        bound = stage.packed is not None or (stage.adapter is not None and stage.adapter.at_most)
+        kept = stage.bytes_after <= limit if bound else stage.bytes_after == limit
+        most = f" (at most {decimal(limit)})" if bound else ""
         lines.append(f"{decimal(stage.bytes_after)} of tensors, {'' if kept else 'NOT '}as planned{most}")
     planned, measured = stage.memory.planned_bytes, stage.memory.measured_bytes
     if measured is not None:

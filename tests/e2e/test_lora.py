@@ -29,6 +29,7 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage
+from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Check, Report, StageReport
 from llmshrink.train.adaptation import Adaptation
 from llmshrink.train.learner import Learner
@@ -125,6 +126,7 @@ def test_each_kind_learns_and_is_read_by_peft(
     saved = load_file(out / "adapter_model.safetensors")
     assert adapter.bytes == sum(tensor.nbytes for tensor in saved.values()) <= plan.adapter.bytes
     assert (adapter.bytes == plan.adapter.bytes) or plan.adapter.at_most
+    assert any(" of tensors, as planned" in line for line in stage_lines(stage))
     assert {check.name: check.passed for check in stage.checks} == {"hashes": True, "decode": True, "reader": True}
     assert not (given_out(as_peft_reads(model, out)) - logits(load(model)[0])).abs().max() < 1e-3
     assert not (out / ".work").exists() and str(model) not in (out / "adapter_config.json").read_text()

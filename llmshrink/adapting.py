@@ -62,7 +62,7 @@ from llmshrink.train.data import TEXT, Examples, Lines
 from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
 from llmshrink.train.overlap import overlaps
-from llmshrink.train.run import STATES, TRAINED, count, finished, train
+from llmshrink.train.run import STATES, TRAINED, count, finished, train, unlearned
 
 if TYPE_CHECKING:
     from llmshrink.job import Job
@@ -110,6 +110,7 @@ def learn_model(
     trained, report = learn(job, adapting, examples, workspace, done)
     written = StreamedModel(Source(job.model.source.id, trained, job.model.source.commit), job.facts.device)
     work = adapting.work(written)
+    work.events += unlearned(report)
     found: dict[str, Any] = {"task": "lora", "method": _settings(adapting), "trained": report, "checks": []}
     found["adapter"] = _told(adapting, report, 0)
     if adapting.stage.merge:
@@ -194,6 +195,7 @@ class _Run:
                 examples = examples.moved(workspace.work / TEXT)
             with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
                 trained, report = learn(job, adapting, examples, workspace, done)
+            adapting.events += unlearned(report)
             job.tell(workspace.events, adapting.events, job.loader.events)
             files = self._files(workspace, trained)
             checks = self._verify(workspace, trained, files, plan)

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
 from llmshrink.cli import main
-from llmshrink.errors import InputError, InterruptedRun, PlanError, RecipeError
+from llmshrink.errors import GateError, InputError, InterruptedRun, PlanError, RecipeError
 from llmshrink.evaluate.reader import read
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -493,6 +493,21 @@ def test_an_anchor_is_what_was_said_before(name: str, tiny: Callable[[str], Path
 def test_an_anchor_needs_what_was_said_before(stage: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="what was said before is not known"):
         wanted(Path("model"), Path("out"), Path("text"), stage={"anchor": 0.5, **stage})
+
+
+@pytest.mark.parametrize("stage", [{}, {"merge": True}])
+def test_what_gains_nothing_is_told(
+    stage: dict[str, Any], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """A rate at which nothing moves: beside the model and in its weights."""
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, stage=stage, rate=1e-12, max_steps=12, hold="20%")
+    report = run.execute(
+        recipe.model_copy(update={"run": recipe.run.model_copy(update={"strict": True})}), progress=Silent()
+    )
+    (told,) = [event for event in report.events if event.kind == "not_learned"]
+    assert "training made nothing better" in told.message
+    with pytest.raises(GateError, match="--strict: 1 event"):
+        run.check_gates(report)
 
 
 def test_what_is_no_number_ends_it(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from llmshrink.calibration.labelled import Labelled
 from llmshrink.evaluate.foreign import compute_in_float32
 from llmshrink.io.files import write_json
 from llmshrink.model.source import Source
-from llmshrink.plan.adapters import let_learn
+from llmshrink.plan.adapters import PROMPTS, let_learn
 from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.zeros import matrices_of
 from llmshrink.report.schema import TrainReport
@@ -98,6 +99,10 @@ class Adaptation:
         given["callbacks"] = [ranks, *given["callbacks"]]
         return Learner(model=self.model, beside=ranks, **given)
 
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """The model without what stands before the text; other adapters add nothing before they have learned."""
+        return self.model.disable_adapter() if self._adapting.name in PROMPTS else nullcontext()
+
     def tell(self, report: TrainReport) -> TrainReport:
         """The report as it is."""
         return report
@@ -146,6 +151,10 @@ class Whole:
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
         return Learner(model=self.model, zeros=self._zeros, **given)
+
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """The model itself."""
+        return nullcontext()
 
     def tell(self, report: TrainReport) -> TrainReport:
         """The report, with the zeros that stayed."""

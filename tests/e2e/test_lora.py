@@ -32,6 +32,7 @@ from llmshrink.recipe.stages import EvalStage
 from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Check, Report, StageReport
 from llmshrink.train.adaptation import Adaptation
+from llmshrink.train.data import Examples
 from llmshrink.train.learner import Learner
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -493,6 +494,27 @@ def test_an_anchor_is_what_was_said_before(name: str, tiny: Callable[[str], Path
 def test_an_anchor_needs_what_was_said_before(stage: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="what was said before is not known"):
         wanted(Path("model"), Path("out"), Path("text"), stage={"anchor": 0.5, **stage})
+
+
+@pytest.mark.parametrize("name", ["prefix", pytest.param("prompt", marks=SLOW), "p-tuning"])
+def test_before_is_the_model_alone(name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """As `eval` measures it on the same rows, and not behind a prompt that has learned nothing."""
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, {"name": name, **METHODS[name]}, max_steps=12, hold=0.5)
+    seen: list[list[Tensor]] = []
+
+    def look(self: Examples, held: int) -> Any:
+        parts = split(self, held)
+        seen.append([parts[1][i]["input_ids"] for i in range(len(parts[1]))])
+        return parts
+
+    split = Examples.parts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Examples, "parts", look)
+        trained = done(recipe).trained
+    model = load(tiny("llama"))[0]
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss for row in seen[-1]]
+    assert trained is not None and trained.held_before == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [{}, {"merge": True}])

@@ -22,7 +22,11 @@ LEARNED = "learned.safetensors"  # in a saved state
 
 
 class Beside(Protocol):
-    """What a method remembers between steps, beside what learns."""
+    """What a method remembers between steps, beside what learns, and what it asks of that."""
+
+    def pull(self) -> Tensor:
+        """What is made small besides the loss, once in each step, and is no part of what is told of it, []."""
+        ...
 
     def state(self) -> dict[str, Tensor]:
         """All of it."""
@@ -76,6 +80,10 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
             if self._anchor:
                 gone = self._gone(inputs, outputs.logits, num_items_in_batch)
                 loss = (1 - self._anchor) * loss + self._anchor * gone
+            if self._beside is not None:  # its gradients, and nothing of its size
+                once = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                pull = self._beside.pull() / once  # what is not divided by that yet
+                loss = loss + (pull - pull.detach())
         else:
             given = {key: value for key, value in inputs.items() if key != "labels"}
             outputs = model(**given)

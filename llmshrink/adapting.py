@@ -116,7 +116,7 @@ def learn_model(
     if adapting.stage.merge:
         merged = Merge(**json.loads((trained / MERGE).read_bytes()))
         found["checks"] = [_check_merge(merged)]
-        work.events += _masked(merged)
+        work.events += masked(merged)
     return work, planned(job.recipe, job.model, work, adapting), found
 
 
@@ -131,7 +131,8 @@ def _check_merge(found: Merge) -> Check:
     return Check(name="merged", passed=True, detail=detail, value=found.merged)
 
 
-def _masked(found: Merge) -> list[Event]:
+def masked(found: Merge) -> list[Event]:
+    """What to tell of weights that were pruned and stay zero, whatever an adapter put there."""
     if found.masked is None:
         return []
     message = f"{found.zeros:,} weights that were pruned stay zero; without what the adapter put there logits move by"
@@ -328,4 +329,4 @@ def _tensors(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_header(folder / ADAPTER))
 
 
-__all__ = ["adapt", "labelled", "learn_model"]
+__all__ = ["adapt", "labelled", "learn_model", "masked"]

@@ -254,7 +254,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["qlora", pytest.param("loftq", marks=SLOW)])
-def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_model_in_four_bits_learns(
+    name: str, wide: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = wanted(wide, tmp_path / name, text_file, {"name": name, "rank": 8}, max_steps=20)
     data = {"data": [str(text_file)], "rows": 2, "length": 16, "speed": False}
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_validate(data)})
@@ -265,6 +267,15 @@ def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp
     assert report.before is not None and report.after is not None
     assert report.after.scores[0].perplexity < report.before.scores[0].perplexity  # type: ignore[operator]
     assert (tmp_path / name / "base" / "config.json").exists() == (name == "loftq")
+    if name == "loftq":  # it is for no base but its own
+        measure = ["--evaluation", str(text_file), "--rows", "2", "--length", "16", "--json", "--quiet"]
+        assert main(["adapters", "compare", str(wide), str(tmp_path / name), *measure]) == 8
+        assert f"is for a model of its own, and not for {wide}" in capsys.readouterr().err
+        assert main(["adapters", "compare", str(tmp_path / name / "base"), str(tmp_path / name), *measure]) == 0
+        (line,) = json.loads(capsys.readouterr().out)
+        assert line[str(tmp_path / name)] == pytest.approx(report.after.scores[0].perplexity, rel=1e-4)
+        assert main(["adapters", "ls", str(tmp_path / name), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["own"] == str(tmp_path / name / "base")
     alone = recipe.model_copy(update={"stages": [EvalStage(task="eval")], "output": None})
     plain = run.execute(alone, progress=Silent())
     assert plain.before is not None  # the original itself was measured, not its four bits
@@ -405,7 +416,9 @@ def test_what_was_learned_is_judged(
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("bert-masked", "bert-classes"))]
 )
-def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_classes_are_told_apart(
+    family: str, models_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Foxes and herons, by words in the text; a model of classes keeps its head and their names."""
     model, out, data = models_folder(family), tmp_path / "out", tmp_path / "rows.jsonl"
     names = ("LABEL_0", "LABEL_3") if family == "bert-classes" else ("fox", "heron")
@@ -420,6 +433,9 @@ def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path
     assert stage.adapter.accuracy is not None and stage.adapter.most is not None
     first, *_, last = [point.value for point in stage.trained.curve if point.kind == "loss"]
     assert last < first
+    for command in (["compare"], ["merge", "--into", "-o", str(tmp_path / "merged")]):
+        assert main(["adapters", command[0], str(model), str(out), *command[1:]]) == 8
+        assert "does not predict the next token: its task is SEQ_CLS" in capsys.readouterr().err
     if family != "llama":  # which alone learns it in so few steps
         return
     assert stage.adapter.accuracy > max(0.9, stage.adapter.most)

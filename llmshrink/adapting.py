@@ -47,6 +47,7 @@ from llmshrink.report.schema import (
 from llmshrink.train.adaptation import (
     ADAPTER,
     BASE,
+    CLASSES,
     MERGE,
     PROBE,
     SETTINGS,
@@ -227,6 +228,7 @@ class _Run:
         source = self.model.source
         found = {name: path for name, path in source.companions.items() if "/" not in name}
         found |= {name: trained / name for name in (ADAPTER, SETTINGS)}
+        found |= {CLASSES: trained / CLASSES} if self.adapting.classes else {}
         found |= {path.relative_to(trained).as_posix(): path for path in sorted((trained / BASE).glob("*"))}
         (workspace.folder / BASE).mkdir() if (trained / BASE).is_dir() else None
         return {name: copy_file(path, workspace.folder / name) for name, path in found.items()}

@@ -17,7 +17,7 @@ SMOOTH = 2  # drawn so much larger, then made smaller: edges become soft
 TICKS = 6  # about so many on each axis
 INK, GRID = (60, 60, 60), (225, 225, 225)
 LOSS, HELD = (31, 119, 180), (230, 85, 13)
-UNIT = "nats per token"
+TOKEN, ROW = "nats per token", "nats per row"
 
 Points = list[tuple[float, float]]  # step, value
 
@@ -40,7 +40,7 @@ def table(trained: TrainReport) -> str:
     """Every point as CSV: step, kind, value."""
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(("step", "kind", f"value ({UNIT})"))
+    rows.writerow(("step", "kind", f"value ({_unit(trained)})"))
     rows.writerows((step, kind, value) for kind, points in _series(trained).items() for step, value in points)
     return out.getvalue()
 
@@ -58,12 +58,17 @@ def picture(trained: TrainReport) -> bytes:
     for place in held:
         draw.dot(place, HELD)
     what = "KL to the teacher" if trained.measure == "kl" else "loss"
-    draw.text((LEFT, 16), f"{UNIT}:", INK)
+    draw.text((LEFT, 16), f"{_unit(trained)}:", INK)
     draw.text((LEFT + 130, 16), "loss of the steps", LOSS)
     draw.text((LEFT + 290, 16), f"{what} on rows held back", HELD if held else GRID)
     out = io.BytesIO()
     image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(out, "PNG")
     return out.getvalue()
+
+
+def _unit(trained: TrainReport) -> str:
+    """Of what a loss is the mean."""
+    return ROW if trained.text is not None and trained.text.kind == "classes" else TOKEN
 
 
 def axes_of(points: Points) -> Axes:

@@ -354,14 +354,15 @@ def _learned(blocks: list[BlockReport], *, fitted: bool) -> str:
 
 def _trained(found: TrainReport) -> str:
     """What a training gained."""
-    held = "no rows were held back"
+    held, classes = "no rows were held back", found.text is not None and found.text.kind == "classes"
     if found.held_before is not None and found.held_after is not None:
         measure = "KL to it" if found.measure == "kl" else "loss"
         if found.cache is not None:
             measure += ", estimated," if found.cache.method == "sampled" else ", at least,"
-        held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
+        what = count(found.tokens_held, "row") if classes else f"{found.tokens_held:,} tokens"
+        held = f"{measure} on {what} held back {found.held_before:.4f} -> {found.held_after:.4f}"
     of = "" if found.text is None else f" of {found.text.origin}"
-    if found.text is not None and found.text.kind != "text":
+    if found.text is not None and found.text.kind not in ("text", "classes"):
         of += f" ({found.text.counted / found.text.tokens:.0%} of it learned)"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')}{of} in {count(found.steps, 'step')} of gradient"
     text += f" by {found.processes} processes" if found.processes > 1 else ""

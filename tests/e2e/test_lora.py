@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
+from llmshrink.calibration.labelled import read_labelled
 from llmshrink.cli import main
 from llmshrink.errors import GateError, InputError, InterruptedRun, PlanError, RecipeError
 from llmshrink.evaluate.reader import read
@@ -405,6 +408,7 @@ def test_what_was_learned_is_judged(
     assert {gate.name: gate.passed for gate in report.stages[0].gates} == {"max_ppl_increase": True, "max_size": True}
     assert main(["verify", str(out)]) == 0
     card = (out / "README.md").read_text()
+    assert "BitsAndBytes" not in card
     code = card.partition("```python")[2].partition("```")[0]
     code = code.replace('"model"', repr(str(tiny("llama")))).replace(
         f'"{tiny("llama").name}"', repr(str(tiny("llama")))
@@ -446,6 +450,52 @@ def test_classes_are_told_apart(
     for kind in (0, 1):
         tokens = tokenizer(kinds[kind][0], return_tensors="pt")
         assert stage.adapter.classes[int(found(tokens["input_ids"]).logits.argmax())] == names[kind]
+    settings = json.loads((out / "adapter_config.json").read_bytes())["modules_to_save"]
+    assert len(settings) == len(set(settings)) and "score" in settings
+    assert json.loads((out / "classes.json").read_bytes()) == ["fox", "heron"]
+    assert any("loss on 12 rows held back" in line for line in stage_lines(stage))
+    assert "value (nats per row)" in (out / "loss.csv").read_text()
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "BitsAndBytes" not in card
+    code = card.partition("```python")[2].partition("```")[0]
+    code = code.replace('"path/to/this/folder"', repr(str(out))).replace(f'"{model.name}"', repr(str(model)))
+    capsys.readouterr()
+    exec(code.replace("Once upon a time", kinds[1][0]), {})
+    assert capsys.readouterr().out == "heron\n"
+
+
+def test_rows_of_csv(models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same rows as of JSON: quotes, commas, line breaks, a byte order mark; faults by their lines."""
+    rows = [
+        {"text": 'a "fox", red', "kind": "0"},
+        {"text": "two\nlines", "kind": "1"},
+        {"text": "a heron", "kind": "0"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["kind", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    read_rows = partial(
+        read_labelled,
+        tokenizer=open_source(str(models_folder("llama"))).tokenizer,
+        label="kind",
+        text=None,
+        length=16,
+        split=None,
+        seed=0,
+    )
+    one, other = (read_rows(str(tmp_path / f"rows.{ending}")) for ending in ("json", "csv"))
+    assert one.fingerprint == other.fingerprint and one.labels == other.labels
+    for text, told in (
+        ("text,kind\na,x\nb, c,y\n", "line 3 has more values than the first line has names"),
+        ("text,kind\na,x\nb\n", "line 3: column 'kind' holds no class"),
+        ('text,kind\na,x\n"b,y\n', "cannot be read as csv"),
+        ("text,sort\na,x\n", "line 2 has no column 'kind'; it has: text, sort"),
+    ):
+        (tmp_path / "rows.csv").write_text(text)
+        with pytest.raises(InputError, match=told):
+            read_rows(str(tmp_path / "rows.csv"))
 
 
 def test_rows_without_a_class_are_named(models_folder: Callable[[str], Path], tmp_path: Path) -> None:

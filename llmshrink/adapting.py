@@ -203,7 +203,8 @@ class _Run:
             checks = self._verify(workspace, trained, files, plan)
             measures, seconds = self._measure(workspace.folder, texts)
             done_so = self._stage(plan, workspace.folder, report, checks, memory, seconds)
-            size = (workspace.folder / ADAPTER).stat().st_size
+            own = [workspace.folder / ADAPTER, *(workspace.folder / BASE).glob("*.safetensors")]
+            size = sum(path.stat().st_size for path in own)
             found = job.facts.report(
                 stages=job._judged([done_so], {"before": self.model}, measures, size),
                 calibration=None,
@@ -275,20 +276,25 @@ class _Run:
             )
             del model, original
             release(self.device)
-        base, own = self.model.source.checkpoint.bytes, _tensors(folder)
+        own = _tensors(folder)
         numbers = sum(info.numel for info in own.infos.values())
-        sizes = {"before": (0, 0), "after": (numbers, own.bytes)}
+        sizes = {"before": (0, self.model.source.checkpoint.bytes), "after": (numbers, self._bytes(folder))}
         measures = {
             label: ModelMeasure(
                 label=label,
                 parameters=self.model.parameters + more,
-                tensor_bytes=base + size,
-                bits_per_weight=8 * (base + size) / self.model.parameters,
+                tensor_bytes=size,
+                bits_per_weight=8 * size / self.model.parameters,
                 scores=found,
             )
             for (label, (more, size)), found in zip(sizes.items(), scores, strict=True)
         }
         return measures, time.perf_counter() - clock
+
+    def _bytes(self, folder: Path) -> int:
+        """Of all tensors of the adapter and of the model that it is for."""
+        base = Checkpoint.open(folder / BASE) if (folder / BASE).is_dir() else self.model.source.checkpoint
+        return base.bytes + _tensors(folder).bytes
 
     def _classes(self, folder: Path) -> dict[str, Any]:
         """What the report says of classes: how many of the rows held back it finds."""
@@ -304,7 +310,7 @@ class _Run:
     def _stage(
         self, plan: Plan, folder: Path, trained: TrainReport, checks: list[Check], memory: PeakMonitor, seconds: float
     ) -> StageReport:
-        adapting, own = self.adapting, _tensors(folder).bytes
+        adapting, own, after = self.adapting, _tensors(folder).bytes, self._bytes(folder)
         return StageReport(
             task="lora",
             method=_settings(adapting),
@@ -314,9 +320,9 @@ class _Run:
                 update={"at_most": plan.bytes_are_bound, **self._classes(folder)}
             ),
             bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_before + own,
+            bytes_after=after,
             planned_bytes_after=plan.bytes_after,
-            bits_per_weight=8 * (plan.bytes_before + own) / plan.parameters,
+            bits_per_weight=8 * after / plan.parameters,
             seconds={"learn": trained.seconds, "evaluate": seconds},
             memory=MemoryReport(
                 planned_bytes=plan.memory_bytes,

@@ -271,6 +271,10 @@ def test_a_model_in_four_bits_learns(
     assert report.after.scores[0].perplexity < report.before.scores[0].perplexity  # type: ignore[operator]
     assert (tmp_path / name / "base" / "config.json").exists() == (name == "loftq")
     if name == "loftq":  # it is for no base but its own
+        weights = (tmp_path / name).rglob("*.safetensors")
+        size = sum(tensor.nbytes for path in weights for tensor in load_file(path).values())
+        assert stage.bytes_after == report.after.tensor_bytes == run.make_plan(recipe).bytes_after == size
+        assert size < stage.bytes_before
         measure = ["--evaluation", str(text_file), "--rows", "2", "--length", "16", "--json", "--quiet"]
         assert main(["adapters", "compare", str(wide), str(tmp_path / name), *measure]) == 8
         assert f"is for a model of its own, and not for {wide}" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -80,20 +81,41 @@ class Records:
                 yield _example([*start.start, *start.before, *ids], 0, record)
 
     def _prompts(self, records: list[Record]) -> Iterator[Example]:
-        """Both parts are tokenized apart, as whoever asks the model later gives it the prompt alone."""
+        """Both parts are one text: apart, many tokenizers would put a space between them."""
         pairs = [prompt_of(record) for record in records]
         start, end = frame_of_encoder(self._tokenizer).start, self._tokenizer.eos_token_id
-        both = zip(*(self._ids(list(part)) for part in zip(*pairs, strict=True)), strict=True)
-        for record, (asked, answer) in zip(records, both, strict=True):
-            ids = [*start, *asked, *answer, *([] if end is None else [end])]
-            yield _example(ids, len(start) + len(asked) if self._spec.answers_only else 0, record)
+        for record, ids, asked in zip(records, *self._joined(pairs), strict=True):
+            whole = [*start, *ids, *([] if end is None else [end])]
+            yield _example(whole, len(start) + asked if self._spec.answers_only else 0, record)
+
+    def _joined(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each prompt with its answer, and how many of them lie in the prompt alone."""
+        whole = [asked + answer for asked, answer in pairs]
+        if not self._tokenizer.is_fast:  # it does not say where a token ends: those that the prompt has alone
+            ids = self._ids(whole)
+            alone = self._ids([asked for asked, _ in pairs])
+            return ids, [_in_common(*both) for both in zip(ids, alone, strict=True)]
+        ids, ends = self._encoded(whole)
+        inside = [sum(end <= len(asked) for end in found) for found, (asked, _) in zip(ends, pairs, strict=True)]
+        return ids, inside
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text; of a long one, stretch by stretch."""
+        """The tokens of each text."""
+        return self._encoded(texts, ends=False)[0]
+
+    def _encoded(self, texts: list[str], *, ends: bool = True) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of each text, of a long one stretch by stretch; and behind which character each of them ends."""
         parts = [list(_stretches(text)) for text in texts]
         flat = [part for text in parts for part in text]
-        ids = iter(self._tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
-        return [[token for _ in text for token in next(ids)] for text in parts]
+        asked = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": ends}
+        found = self._tokenizer(flat, **asked) if flat else {"input_ids": [], "offset_mapping": []}
+        ids = iter(found["input_ids"])
+        joined = [[token for _ in text for token in next(ids)] for text in parts]
+        if not ends:
+            return joined, []
+        offsets = iter(found["offset_mapping"])
+        starts = [accumulate(map(len, text[:-1]), initial=0) for text in parts]
+        return joined, [[start + end for start in text for _, end in next(offsets)] for text in starts]
 
 
 def kind_of(names: Iterable[str], column: str | None) -> Kind:
@@ -157,6 +179,11 @@ def _example(ids: list[int], asked: int, record: Record) -> Example:
     learned = np.ones(len(ids), dtype=np.bool_)
     learned[:asked] = False
     return Example(np.asarray(ids, dtype=np.int32), learned, record.where)
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 def _together(records: Iterable[Record]) -> Iterator[list[Record]]:

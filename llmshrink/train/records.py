@@ -47,12 +47,16 @@ class Records:
         """`spec` says what the entries are, `tokenizer` is the model's."""
         self._spec, self._tokenizer = spec, tokenizer
         self.kind: Kind | None = None if spec.kind == "auto" else spec.kind
+        self._column = spec.column  # of texts
+        self._begun = False  # its keys were seen
 
     def columns(self, names: list[str], where: str) -> list[str]:
-        """Which columns of a table are read."""
-        kind = self.kind or kind_of(names, self._spec.column)
+        """Which columns of a table are read; what the first entry is by its keys, all others are."""
+        self._begun = True
+        kind = self.kind = self.kind or kind_of(names, self._spec.column)
         if kind == "text":
-            return [text_column(names, self._spec.column, where)]
+            self._column = text_column(names, self._column, where)
+            return [self._column]
         keys = ("messages", "tools") if kind == "chat" else ("input", *pair_of(names, where))
         return [name for name in names if name in keys]
 
@@ -63,9 +67,9 @@ class Records:
             InputError: an entry, which is named, is not of this kind, or says nothing.
         """
         for batch in _together(records):
-            if self.kind is None:
-                first = batch[0].value
-                self.kind = kind_of(list(first), self._spec.column) if isinstance(first, dict) else "text"
+            if not self._begun and isinstance(batch[0].value, dict):
+                self.columns(list(batch[0].value), batch[0].where)
+            self._begun, self.kind = True, self.kind or "text"
             yield from self._encode(batch)
 
     @property
@@ -76,9 +80,20 @@ class Records:
 
     def _texts(self, records: list[Record]) -> Iterator[Example]:
         start = frame_of_decoder(self._tokenizer, self._spec.packing)
-        for record, ids in zip(records, self._ids([text_of(r, self._spec.column) for r in records]), strict=True):
+        for record, ids in zip(records, self._ids([self._text(record) for record in records]), strict=True):
             if ids:
                 yield _example([*start.start, *start.before, *ids], 0, record)
+
+    def _text(self, record: Record) -> str:
+        """Refuse what has an answer where the first entry had none: it would not be learned."""
+        keys = list(record.value) if isinstance(record.value, dict) else []
+        if self._spec.kind == "auto" and (kind := kind_of(keys, self._spec.column)) != "text":
+            what = {"prompt": "a prompt with its answer", "chat": "a conversation"}[kind]
+            raise InputError(
+                f"{record.where} is {what} by its keys ({', '.join(keys)}), and the first entry is a text.",
+                hint="Give entries of one kind, or say which key holds the text (train.column).",
+            )
+        return text_of(record, self._column)
 
     def _prompts(self, records: list[Record]) -> Iterator[Example]:
         """Both parts are one text: apart, many tokenizers would put a space between them."""

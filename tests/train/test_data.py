@@ -95,6 +95,13 @@ def test_no_entry_is_learned_and_measured(
         assert (measured[i]["labels"] == -100).sum() == max(1, marks.get(row, 0))
 
 
+def test_rows_of_whole_entries_are_held_back_evenly(tmp_path: Path) -> None:
+    given = [Row(np.full(4, i, dtype=np.int32), np.ones(4, dtype=bool), 0) for i in range(100)]
+    found = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in written(tmp_path, given).parts(5)]
+    assert found[1] == [10, 30, 50, 70, 90] and found[0] == [i for i in range(100) if i not in found[1]]
+    assert written(tmp_path / "more", given).parts(5)[1].counted == 5 * 3  # all of each, but for its first
+
+
 def test_padding_changes_no_logits(tmp_path: Path) -> None:
     part, _ = written(tmp_path, rows()).parts(0)
     batch = collate([{**part[i], "row": i} for i in range(7)])

@@ -172,6 +172,28 @@ def test_a_bad_prompt_is_named(tokenizer: PreTrainedTokenizerBase, value: Any, w
 
 
 @pytest.mark.parametrize(
+    ("spec", "value", "why"),
+    [
+        (
+            {},
+            {"prompt": "a", "completion": "b"},
+            r"line 2 is a prompt with its answer by its keys \(prompt, completion",
+        ),
+        ({}, {"text": "a", "messages": []}, "line 2 is a conversation by its keys"),
+        ({}, {"story": "a"}, "line 2 has no column 'text'; it has: story"),
+        ({"kind": "text"}, {"prompt": "a", "completion": "b"}, "line 2 has no column 'text'"),
+        ({"column": "text"}, {"prompt": "a", "completion": "b"}, "line 2 has no column 'text'"),
+    ],
+)
+def test_what_is_no_text_among_texts_is_named(
+    tokenizer: PreTrainedTokenizerBase, spec: dict[str, str], value: Any, why: str
+) -> None:
+    assert len(read(tokenizer, {"text": "The old fox"}, {"text": "went", "id": 5}, "home", **spec)) == 3
+    with pytest.raises(InputError, match=why):
+        read(tokenizer, {"text": "The old fox"}, value, **spec)
+
+
+@pytest.mark.parametrize(
     ("messages", "why"),
     [
         (None, "line 1: expected a list of messages"),

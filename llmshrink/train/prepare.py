@@ -45,6 +45,7 @@ def prepare(
 
     Raises:
         InputError: the text gives nothing to learn from, or an entry, which is named, is none.
+        PlanError: its rows do not go with the limits.
     """
     decides = {name: value for name, value in steps.spec.model_dump(mode="json").items() if name in (*DECIDES, *LIMITS)}
     key = {"model": model.source.hashes, "train": decides, "length": steps.length}
@@ -53,7 +54,9 @@ def prepare(
         return found
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        return _made(steps, model, loader, folder, key, progress)
+        made = _made(steps, model, loader, folder, key, progress)
+        steps.check_rows(len(made), made.count)
+        return made
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # what was there before stays

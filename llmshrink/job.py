@@ -75,7 +75,7 @@ from llmshrink.sensitivity import costs, cutting
 from llmshrink.sensitivity import ratios as shares
 from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train.caching import FOLDER as CACHE
-from llmshrink.train.data import NEW_TEXT, TEXT, Examples
+from llmshrink.train.data import NEW_TEXT, TEXT, Examples, Learned
 from llmshrink.train.lottery import LOTTERY
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.prepare import prepare
@@ -89,9 +89,9 @@ FOLDERS = (*MADE_ASIDE, CACHE, STATES, TRAINED, TEXT, LOTTERY)
 class Job:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool) -> None:
-        """`cached`: what is measured of candidates is kept for other runs."""
-        self.cached = cached
+    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool, learned: Learned | None = None) -> None:
+        """`cached`: what is measured of candidates is kept for other runs; `learned`: that of the run it is part of."""
+        self.cached, self._learned = cached, learned
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
@@ -152,7 +152,9 @@ class Job:
 
     def aside(self, recipe: Recipe, source: Source) -> Job:
         """A run of its own that makes what this one goes on with."""
-        return Job(replace(self.facts, recipe=recipe, source=source), self.progress, cached=False)
+        return Job(
+            replace(self.facts, recipe=recipe, source=source), self.progress, cached=False, learned=self._learned
+        )
 
     def tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -180,10 +182,11 @@ class Job:
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
+            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            known = len(self.loader.events)
             needed = work.needs_data or (choices is not None and choices.needs_data)
             rows = self._calibration(work, workspace) if needed else None
-            happened = list(self.loader.events)
-            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            happened = self.loader.events[known:]
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             if examples is not None:
@@ -324,7 +327,13 @@ class Job:
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None:
-            return self.loader.calibration(self.recipe.calibration, work.length)
+            spec, learned = self.recipe.calibration, self._learned
+            if spec.data != "auto" or learned is None:
+                return self.loader.calibration(spec, work.length)
+            self.loader.events.append(
+                Event("train_calibration", f"calibrated on the text to train on: {learned.origin}")
+            )
+            return learned.rows(spec.samples, work.length)
         self.loader.events += kept[1]
         return kept[0]
 
@@ -334,6 +343,8 @@ class Job:
         new = workspace.work / NEW_TEXT
         found = prepare(steps, self.model, self.loader, new, kept=kept, progress=self.progress)
         self.loader.events += found.events
+        if steps.spec.data != "auto":
+            self._learned = Learned(found, steps.held(len(found)))
         return found
 
     def _text_key(self, work: Work) -> dict[str, Any]:

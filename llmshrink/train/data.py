@@ -137,6 +137,31 @@ class Examples:
             return None
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A text that somebody named to learn from, which is calibrated with too."""
+
+    examples: Examples
+    held: int  # rows of it that are held back
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in words."""
+        return self.examples.told.origin
+
+    def rows(self, samples: int, length: int) -> Rows:
+        """As many tokens as so many rows of one length, in rows that are no longer; none that are held back."""
+        told, room = self.examples.told, samples * length
+        part, found = self.examples.parts(self.held)[0], list[Tensor]()
+        for row in range(len(part)):
+            ids = part[row]["input_ids"][:length]
+            if len(ids) > room:
+                break
+            found.append(ids)
+            room -= len(ids)
+        return Rows(tuple(found), told.data, told.origin, told.split)
+
+
 class Part(Dataset[dict[str, Tensor]]):
     """Some of the rows, one after another."""
 

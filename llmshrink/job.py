@@ -78,7 +78,7 @@ from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train import folders
 
 if TYPE_CHECKING:
-    from llmshrink.train.data import Examples
+    from llmshrink.train.data import Examples, Learned
 
 ROWS = "calibration.json"  # in the folder of work, as
 
@@ -86,9 +86,9 @@ ROWS = "calibration.json"  # in the folder of work, as
 class Job:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool) -> None:
-        """`cached`: what is measured of candidates is kept for other runs."""
-        self.cached = cached
+    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool, learned: Learned | None = None) -> None:
+        """`cached`: what is measured of candidates is kept for other runs; `learned`: that of the run it is part of."""
+        self.cached, self._learned = cached, learned
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
@@ -149,7 +149,9 @@ class Job:
 
     def aside(self, recipe: Recipe, source: Source) -> Job:
         """A run of its own that makes what this one goes on with."""
-        return Job(replace(self.facts, recipe=recipe, source=source), self.progress, cached=False)
+        return Job(
+            replace(self.facts, recipe=recipe, source=source), self.progress, cached=False, learned=self._learned
+        )
 
     def tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -177,10 +179,11 @@ class Job:
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
+            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            known = len(self.loader.events)
             needed = work.needs_data or (choices is not None and choices.needs_data)
             rows = self._calibration(work, workspace) if needed else None
-            happened = list(self.loader.events)
-            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            happened = self.loader.events[known:]
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             if examples is not None:
@@ -331,7 +334,13 @@ class Job:
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None:
-            return self.loader.calibration(self.recipe.calibration, work.length)
+            spec, learned = self.recipe.calibration, self._learned
+            if spec.data != "auto" or learned is None:
+                return self.loader.calibration(spec, work.length)
+            self.loader.events.append(
+                Event("train_calibration", f"calibrated on the text to train on: {learned.origin}")
+            )
+            return learned.rows(spec.samples, work.length)
         self.loader.events += kept[1]
         return kept[0]
 
@@ -343,6 +352,10 @@ class Job:
 
         found = prepare(steps, self.model, self.loader, new, kept=kept, progress=self.progress)
         self.loader.events += found.events
+        if steps.spec.data != "auto":
+            from llmshrink.train.data import Learned
+
+            self._learned = Learned(found, steps.held(len(found)))
         return found
 
     def _text_key(self, work: Work) -> dict[str, Any]:

@@ -11,23 +11,26 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from llmshrink.adapting import masked
 from llmshrink.bottleneck import is_bottleneck
 from llmshrink.calibration.load import TextLoader
 from llmshrink.checks.adapter import check_adapter
+from llmshrink.checks.base import check_base
 from llmshrink.checks.written import probe_tokens
 from llmshrink.engine.workspace import Workspace
 from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.metrics import Scores
+from llmshrink.forms import Event
 from llmshrink.io.files import copy_file, disk_faults, parse_json
 from llmshrink.io.safetensors import Checkpoint, read_header
 from llmshrink.machine import quiet_libraries
-from llmshrink.model.source import open_source
+from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import row_length
 from llmshrink.progress import Progress
 from llmshrink.recipe.schema import EvaluationSpec
-from llmshrink.report.schema import Check, Report, TrainReport
-from llmshrink.train.adaptation import ADAPTER, SETTINGS, given_out, save_adapter
+from llmshrink.report.schema import Check, Report
+from llmshrink.train.adaptation import ADAPTER, BASE, SETTINGS, given_out, save_adapter
 from llmshrink.train.base import load_base
 from llmshrink.train.merging import merge, pruned, save_whole
 
@@ -44,7 +47,9 @@ class AdapterInfo:
     folder: str
     kind: str
     rank: int | None
-    base: str | None
+    task: str | None  # what it is for, in peft's words
+    base: str | None  # its model, as it says itself
+    own: str | None  # the folder of that, where it brings its own
     bytes: int
     tokens: int | None  # that it learned from; None: it does not say
     held_before: float | None
@@ -57,6 +62,28 @@ def look(folder: Path) -> AdapterInfo:
     Raises:
         InputError: the folder holds none.
     """
+    said, report = _read(folder)
+    kind = str(said.get("adapter_type") or said.get("peft_type", "?")).lower().replace("_", "-")
+    if kind == "lora":
+        kind = "dora" if said.get("use_dora") else "rslora" if said.get("use_rslora") else kind
+    stages = [] if report is None else report.stages
+    trained = next((stage.trained for stage in stages if stage.trained), None)
+    return AdapterInfo(
+        folder=str(folder),
+        kind=kind,
+        rank=said.get("r"),
+        task=said.get("task_type"),
+        base=said.get("base_model_name_or_path"),
+        own=str(folder / BASE) if (folder / BASE).is_dir() else None,
+        bytes=Checkpoint(folder, read_header(folder / ADAPTER)).bytes,
+        tokens=None if trained is None else trained.tokens,
+        held_before=None if trained is None else trained.held_before,
+        held_after=None if trained is None else trained.held_after,
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Report | None]:
+    """The settings of an adapter, and the report of the run that made it."""
     path = folder / SETTINGS
     if not path.is_file() or not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} holds no adapter: {SETTINGS} and {ADAPTER} belong into it.")
@@ -64,23 +91,13 @@ def look(folder: Path) -> AdapterInfo:
         said: dict[str, Any] = parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
-    kind = str(said.get("adapter_type") or said.get("peft_type", "?")).lower().replace("_", "-")
-    if kind == "lora":
-        kind = "dora" if said.get("use_dora") else "rslora" if said.get("use_rslora") else kind
-    trained: TrainReport | None = None
-    if (folder / "report.json").is_file():
-        stages = Report.model_validate_json((folder / "report.json").read_bytes()).stages
-        trained = next((stage.trained for stage in stages if stage.trained), None)
-    return AdapterInfo(
-        folder=str(folder),
-        kind=kind,
-        rank=said.get("r"),
-        base=said.get("base_model_name_or_path"),
-        bytes=Checkpoint(folder, read_header(folder / ADAPTER)).bytes,
-        tokens=None if trained is None else trained.tokens,
-        held_before=None if trained is None else trained.held_before,
-        held_after=None if trained is None else trained.held_after,
-    )
+    report = folder / "report.json"
+    return said, Report.model_validate_json(report.read_bytes()) if report.is_file() else None
+
+
+def _check_bases(folders: list[Path], source: Source) -> None:
+    for folder in folders:
+        check_base(folder, *_read(folder), folder / BASE, source)
 
 
 def attach(base: PreTrainedModel, folders: list[Path]) -> PeftModel:
@@ -90,7 +107,6 @@ def attach(base: PreTrainedModel, folders: list[Path]) -> PeftModel:
         InputError: one is no adapter of peft's, or does not fit the model.
     """
     for folder in folders:
-        look(folder)
         if is_bottleneck(folder):
             raise InputError(f"{folder} is an adapter of llmshrink's own: only those of peft can be held together.")
     try:
@@ -110,6 +126,7 @@ def compare(model_id: str, folders: list[Path], spec: EvaluationSpec, *, progres
     """
     with quiet_libraries():
         source = open_source(model_id)
+        _check_bases(folders, source)
         streamed = StreamedModel(source, CPU)
         loader = TextLoader(streamed, embedded=False, progress=progress)
         texts = loader.evaluation(spec, row_length(spec.length, streamed, []), None)
@@ -149,7 +166,7 @@ def combine(
     how: str = "cat",
     into: bool = False,
     overwrite: bool = False,
-) -> list[Check]:
+) -> tuple[list[Check], list[Event]]:
     """Make one adapter of several, or put them into the weights of their model.
 
     Args:
@@ -159,6 +176,9 @@ def combine(
         how: cat is the exact sum, of as many ranks as all have; svd its nearest of the largest rank; others as in peft.
         into: write the whole model with the sum in its weights.
         overwrite: replace an output that llmshrink made.
+
+    Returns:
+        How it was verified, and what should be known of it.
 
     Raises:
         PlanError: they are no products of two matrices, or `how` is none that is known.
@@ -170,6 +190,7 @@ def combine(
         raise PlanError(f"Only adapters of lora and rslora have a sum that is one: {odd[0]} is none.")
     with quiet_libraries(), disk_faults(output, 0), Workspace(output, overwrite=overwrite) as workspace:
         source = open_source(model_id)
+        _check_bases([folder for folder, _ in parts], source)
         streamed = StreamedModel(source, CPU)
         if streamed.weights.format.name != "dense":
             raise PlanError(f"{model_id} is quantized: merge into the model of floats, and quantize the result.")
@@ -182,10 +203,11 @@ def combine(
         model.set_adapter("default")
         for name in names:
             model.delete_adapter(name)
-        meant = given_out(model, tokens)
+        meant, events = given_out(model, tokens), list[Event]()
         if into:
             whole, found = merge(model, source.config.dtype or torch.float32, tokens, meant, pruned(streamed, "auto"))
             save_whole(whole, workspace.folder, source)
+            events = masked(found)
             detail = f"max |difference| of logits {found.merged:.2e}, as it is stored {found.rounded:.2e}"
             checks = [Check(name="merged", passed=found.merged <= 1e-4 * max(1.0, found.spread), detail=detail)]
         else:
@@ -198,7 +220,7 @@ def combine(
         if failed := [check for check in checks if check.passed is False]:
             raise GateError(f"What was written does not verify; it stays in {workspace.folder}: {failed[0].detail}")
         workspace.commit()
-    return checks
+    return checks, events
 
 
 def as_data(infos: list[AdapterInfo]) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ from llmshrink.report.schema import (
 from llmshrink.train.adaptation import (
     ADAPTER,
     BASE,
+    CLASSES,
     MERGE,
     PROBE,
     SETTINGS,
@@ -65,7 +66,7 @@ from llmshrink.train.lesson import Lesson
 from llmshrink.train.merging import Merge
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.prepare import chosen
-from llmshrink.train.run import count, finished, train
+from llmshrink.train.run import count, finished, train, unlearned
 
 if TYPE_CHECKING:
     from llmshrink.job import Job
@@ -113,12 +114,13 @@ def learn_model(
     trained, report = learn(job, adapting, examples, workspace, done)
     written = StreamedModel(Source(job.model.source.id, trained, job.model.source.commit), job.facts.device)
     work = adapting.work(written)
+    work.events += unlearned(report)
     found: dict[str, Any] = {"task": "lora", "method": _settings(adapting), "trained": report, "checks": []}
     found["adapter"] = _told(adapting, report, 0)
     if adapting.stage.merge:
         merged = Merge(**json.loads((trained / MERGE).read_bytes()))
         found["checks"] = [_check_merge(merged)]
-        work.events += _masked(merged)
+        work.events += masked(merged)
     return work, planned(job.recipe, job.model, work, adapting), found
 
 
@@ -133,7 +135,8 @@ def _check_merge(found: Merge) -> Check:
     return Check(name="merged", passed=True, detail=detail, value=found.merged)
 
 
-def _masked(found: Merge) -> list[Event]:
+def masked(found: Merge) -> list[Event]:
+    """What to tell of weights that were pruned and stay zero, whatever an adapter put there."""
     if found.masked is None:
         return []
     message = f"{found.zeros:,} weights that were pruned stay zero; without what the adapter put there logits move by"
@@ -218,12 +221,14 @@ class _Run:
                 examples = examples.moved(workspace.work / TEXT)
             with PeakMonitor(self.device, base=job.facts.base_bytes) as memory:
                 trained, report = learn(job, adapting, examples, workspace, done)
+            adapting.events += unlearned(report)
             job.tell(workspace.events, adapting.events, job.loader.events)
             files = self._files(workspace, trained)
             checks = self._verify(workspace, trained, files, plan)
             measures, seconds = self._measure(workspace.folder, texts)
             done_so = self._stage(plan, workspace.folder, report, checks, memory, seconds)
-            size = (workspace.folder / ADAPTER).stat().st_size
+            own = [workspace.folder / ADAPTER, *(workspace.folder / BASE).glob("*.safetensors")]
+            size = sum(path.stat().st_size for path in own)
             found = job.facts.report(
                 stages=job._judged([done_so], {"before": self.model}, measures, size),
                 calibration=None,
@@ -248,6 +253,7 @@ class _Run:
         source = self.model.source
         found = {name: path for name, path in source.companions.items() if "/" not in name}
         found |= {name: trained / name for name in (ADAPTER, SETTINGS)}
+        found |= {CLASSES: trained / CLASSES} if self.adapting.classes else {}
         found |= {path.relative_to(trained).as_posix(): path for path in sorted((trained / BASE).glob("*"))}
         (workspace.folder / BASE).mkdir() if (trained / BASE).is_dir() else None
         return {name: copy_file(path, workspace.folder / name) for name, path in found.items()}
@@ -294,20 +300,25 @@ class _Run:
             )
             del model, original
             release(self.device)
-        base, own = self.model.source.checkpoint.bytes, _tensors(folder)
+        own = _tensors(folder)
         numbers = sum(info.numel for info in own.infos.values())
-        sizes = {"before": (0, 0), "after": (numbers, own.bytes)}
+        sizes = {"before": (0, self.model.source.checkpoint.bytes), "after": (numbers, self._bytes(folder))}
         measures = {
             label: ModelMeasure(
                 label=label,
                 parameters=self.model.parameters + more,
-                tensor_bytes=base + size,
-                bits_per_weight=8 * (base + size) / self.model.parameters,
+                tensor_bytes=size,
+                bits_per_weight=8 * size / self.model.parameters,
                 scores=found,
             )
             for (label, (more, size)), found in zip(sizes.items(), scores, strict=True)
         }
         return measures, time.perf_counter() - clock
+
+    def _bytes(self, folder: Path) -> int:
+        """Of all tensors of the adapter and of the model that it is for."""
+        base = Checkpoint.open(folder / BASE) if (folder / BASE).is_dir() else self.model.source.checkpoint
+        return base.bytes + _tensors(folder).bytes
 
     def _classes(self, folder: Path) -> dict[str, Any]:
         """What the report says of classes: how many of the rows held back it finds."""
@@ -323,17 +334,19 @@ class _Run:
     def _stage(
         self, plan: Plan, folder: Path, trained: TrainReport, checks: list[Check], memory: PeakMonitor, seconds: float
     ) -> StageReport:
-        adapting, own = self.adapting, _tensors(folder).bytes
+        adapting, own, after = self.adapting, _tensors(folder).bytes, self._bytes(folder)
         return StageReport(
             task="lora",
             method=_settings(adapting),
             format=FORMAT,
             trained=trained,
-            adapter=_told(adapting, trained, own).model_copy(update=self._classes(folder)),
+            adapter=_told(adapting, trained, own).model_copy(
+                update={"at_most": plan.bytes_are_bound, **self._classes(folder)}
+            ),
             bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_before + own,
+            bytes_after=after,
             planned_bytes_after=plan.bytes_after,
-            bits_per_weight=8 * (plan.bytes_before + own) / plan.parameters,
+            bits_per_weight=8 * after / plan.parameters,
             seconds={"learn": trained.seconds, "evaluate": seconds},
             memory=MemoryReport(
                 planned_bytes=plan.memory_bytes,
@@ -348,4 +361,4 @@ def _tensors(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_header(folder / ADAPTER))
 
 
-__all__ = ["adapt", "join", "labelled", "learn_model"]
+__all__ = ["adapt", "join", "labelled", "learn_model", "masked"]

@@ -78,7 +78,7 @@ from llmshrink.summary import RunFacts, eval_stage, rounding, writing_stage
 from llmshrink.train import folders
 
 if TYPE_CHECKING:
-    from llmshrink.train.data import Examples
+    from llmshrink.train.data import Examples, Learned
 
 ROWS = "calibration.json"  # in the folder of work, as
 
@@ -87,7 +87,13 @@ class Job:
     """One run of one recipe."""
 
     def __init__(
-        self, facts: RunFacts, progress: Progress, *, cached: bool, original: StreamedModel | None = None
+        self,
+        facts: RunFacts,
+        progress: Progress,
+        *,
+        cached: bool,
+        learned: Learned | None = None,
+        original: StreamedModel | None = None,
     ) -> None:
         """Open the model.
 
@@ -95,9 +101,10 @@ class Job:
             facts: what is fixed.
             progress: told of the steps.
             cached: what is measured of candidates is kept for other runs.
+            learned: the text that the run it is part of learns from.
             original: what the model was made from by stages before; None: nothing came before.
         """
-        self.cached = cached
+        self.cached, self._learned = cached, learned
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
@@ -162,7 +169,7 @@ class Job:
         # What others left behind is no memory of this run.
         facts = replace(self.facts, recipe=recipe, source=source, base_bytes=anonymous_bytes())
         original = None if source is self.facts.source and self.model.original is self.model else self.model.original
-        return Job(facts, progress or self.progress, cached=False, original=original)
+        return Job(facts, progress or self.progress, cached=False, learned=self._learned, original=original)
 
     def tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -190,10 +197,11 @@ class Job:
         check_room(plan, work.output, self.facts.source, self.recipe.run)
         with disk_faults(work.output, plan.disk_bytes), Workspace(work.output, overwrite=overwrite) as workspace:
             check_finite(self.model, self.progress)
+            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            known = len(self.loader.events)
             needed = work.needs_data or (choices is not None and choices.needs_data)
             rows = self._calibration(work, workspace) if needed else None
-            happened = list(self.loader.events)
-            examples = self.examples(choices.steps, workspace) if isinstance(choices, Training | Adapting) else None
+            happened = self.loader.events[known:]
             length = row_length(self.recipe.evaluation.length, self.model, work.events)
             texts = self.loader.evaluation(self.recipe.evaluation, length, rows)
             if examples is not None:
@@ -351,7 +359,13 @@ class Job:
         """
         kept = Rows.load(workspace.work / ROWS, self._text_key(work)) if self.recipe.run.resume else None
         if kept is None:
-            return self.loader.calibration(self.recipe.calibration, work.length)
+            spec, learned = self.recipe.calibration, self._learned
+            if spec.data != "auto" or learned is None:
+                return self.loader.calibration(spec, work.length)
+            self.loader.events.append(
+                Event("train_calibration", f"calibrated on the text to train on: {learned.origin}")
+            )
+            return learned.rows(spec.samples, work.length)
         self.loader.events += kept[1]
         return kept[0]
 
@@ -363,6 +377,10 @@ class Job:
 
         found = prepare(steps, self.model, self.loader, new, kept=kept, progress=self.progress)
         self.loader.events += found.events
+        if steps.spec.data != "auto":
+            from llmshrink.train.data import Learned
+
+            self._learned = Learned(found, steps.held(len(found)))
         return found
 
     def _text_key(self, work: Work) -> dict[str, Any]:

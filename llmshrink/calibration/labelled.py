@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from llmshrink.calibration.text import TEXT_COLUMNS, quiet_datasets
 from llmshrink.errors import InputError
 from llmshrink.io.files import parse_json
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_labelled(
     """All records of a text, in an order that the seed draws.
 
     Args:
-        data: a .json, .jsonl or .parquet file, or a dataset id on the Hub.
+        data: a .csv (its first line names the columns), .json, .jsonl or .parquet file, or a dataset id on the Hub.
         tokenizer: of the model.
         label: the column or key of the class.
         text: that of the text; None: the first known name.
@@ -105,7 +106,9 @@ def _records(data: str, split: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise InputError(f"There is no file {data!r}.")
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix == ".csv":
+            yield from _from_csv(path)
+        elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
@@ -118,8 +121,18 @@ def _records(data: str, split: str) -> Iterator[tuple[str, Any]]:
 
             for number, record in enumerate(ParquetFile(path).read().to_pylist(), 1):
                 yield f"{path}, row {number}", record
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as {path.suffix[1:]}: {error}.") from error
+
+
+def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        for record in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in record:
+                raise InputError(f"{where} has more values than the first line has names: quote text with commas.")
+            yield where, record
 
 
 def _from_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:

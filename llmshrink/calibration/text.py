@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from llmshrink.errors import InputError, LlmshrinkError, ModelNotFoundError, UnsafeError
 from llmshrink.io.files import parse_json
+from llmshrink.io.texts import text_file
 from llmshrink.model.hub import check_token
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 TEXT_COLUMNS = ("text", "content", "document", "story", "prompt")
 KEPT_BYTES = 2**30  # a dataset up to this size goes into the cache
 SHUFFLE_WINDOW = 10_000  # documents of a stream that are shuffled together
@@ -25,6 +31,7 @@ LONGEST = 1 << 22  # characters of a document of a text file: longer ones become
 PARQUET_ROWS = 1024  # of a table that are read at a time
 SHOWN = 60  # characters of a value that a message repeats
 
+T = TypeVar("T")
 
 Columns = Callable[[list[str], str], list[str]]  # of the names that there are, and where: those that are wanted
 
@@ -78,67 +85,85 @@ def records(data: str, *, seed: int, split: str, columns: Columns) -> Iterator[R
 
         told = stories((CALIBRATION_SEED if split == "train" else EVALUATION_SEED) + SETS * seed)
         return (Record(story, "the generator") for story in told)
-    path = Path(data).expanduser()
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise InputError(f"There is no text file {data!r}.")
-        found: Iterable[Record] = _read(path, columns)
-    elif path.exists():
-        raise InputError(f"{data!r} is not a text file I can read; known endings: {', '.join(SUFFIXES)}.")
-    else:
-        found = _from_hub(data, split, columns)
-    return _shuffled(found, seed) if seed else iter(found)
+    path = text_file(data)
+    found = rows_of_hub(data, split, columns) if path is None else _read(path, columns)
+    return shuffled(found, seed) if seed else iter(found)
 
 
-def _read(path: Path, columns: Columns) -> Iterator[Record]:
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file that is not what its ending says."""
     try:
-        if path.suffix == ".txt":
-            yield from (Record(text, str(path)) for text in _paragraphs(path))
-        elif path.suffix == ".json":
-            values = parse_json(path.read_text(encoding="utf-8"))
-            if not isinstance(values, list):
-                raise InputError(f"{path} must hold a JSON list of strings or objects.")
-            yield from (Record(value, f"{path}, entry {number}") for number, value in enumerate(values))
-        elif path.suffix == ".jsonl":
-            yield from _lines(path)
-        else:
-            yield from _parquet(path, columns)
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid {path.suffix[1:]}: {error}.") from error
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
-    """A text file is one document for every stretch between blank lines, or of so many characters."""
-    lines: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8") as file:
+def _read(path: Path, columns: Columns) -> Iterator[Record]:
+    with reading(path):
+        if path.suffix == ".txt":
+            yield from _paragraphs(path)
+        elif path.suffix == ".json":
+            yield from json_entries(path)
+        elif path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                found = (json_line(line, path, number) for number, line in enumerate(lines, 1))
+                yield from (record for record in found if record is not None)
+        else:
+            batches = parquet_batches(path, columns)
+            yield from table(enumerate((row for batch in batches for row in batch.to_pylist()), 1), str(path))
+
+
+def json_entries(path: Path) -> Iterator[Record]:
+    """Those of a list in JSON, which is read whole."""
+    values = parse_json(path.read_text(encoding="utf-8"))
+    if not isinstance(values, list):
+        raise InputError(f"{path} must hold a JSON list of strings or objects.")
+    return (Record(value, f"{path}, entry {number}") for number, value in enumerate(values))
+
+
+def json_line(line: bytes, path: Path, number: int) -> Record | None:
+    """What a line of JSON holds; None: it is blank."""
+    where = f"{path}, line {number}"
+    text = line.decode()
+    try:
+        return Record(parse_json(text), where) if text.strip() else None
+    except ValueError as error:
+        raise InputError(f"{where} is not valid json: {error}.") from error
+
+
+def paragraph_starts(path: Path) -> Iterator[int]:
+    """The bytes at which the documents of a text file begin, and its end.
+
+    A document is every stretch between blank lines, or of so many characters.
+    """
+    at = size = 0  # in bytes of the file, in characters of the document
+    with path.open(encoding="utf-8", newline="") as file:
         for line in iter(partial(file.readline, LONGEST), ""):
             blank = not line.strip()
-            if not blank:
-                lines.append(line)
-                size += len(line)
-            if lines and (blank or size >= LONGEST):
-                yield "".join(lines).strip()
-                lines, size = [], 0
-    if lines:
-        yield "".join(lines).strip()
+            if not blank and not size:
+                yield at
+            size = 0 if blank or size + len(line) >= LONGEST else size + len(line)
+            at += len(line.encode())
+    yield at
 
 
-def _lines(path: Path) -> Iterator[Record]:
-    """JSON, a value on each line."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            try:
-                if line.strip():
-                    yield Record(parse_json(line), where)
-            except ValueError as error:
-                raise InputError(f"{where} is not valid json: {error}.") from error
+def paragraph(raw: bytes) -> str:
+    """A document of a text file, whose lines end in one way."""
+    return raw.decode().replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
+def _paragraphs(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for start, end in pairwise(paragraph_starts(path)):
+            file.seek(start)
+            yield Record(paragraph(file.read(end - start)), str(path))
+
+
+def parquet_batches(path: Path, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """The wanted columns of a table, some rows at a time."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -146,14 +171,12 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
         file = ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a parquet file: {error}.") from error
-    wanted = columns(file.schema_arrow.names, str(path))
-    rows = (row for batch in file.iter_batches(PARQUET_ROWS, columns=wanted) for row in batch.to_pylist())
-    yield from _table(rows, str(path))
+    yield from file.iter_batches(PARQUET_ROWS, columns=columns(file.schema_arrow.names, str(path)))
 
 
-def _table(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Record]:
-    """The rows of a table that are not empty."""
-    for number, row in enumerate(rows, 1):
+def table(rows: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[Record]:
+    """The numbered rows of a table that are not empty."""
+    for number, row in rows:
         if any(value is not None for value in row.values()):
             yield Record(row, f"{name}, row {number}")
 
@@ -205,23 +228,32 @@ def quiet_datasets() -> Any:
     return datasets
 
 
-def _from_hub(name: str, split: str, columns: Columns) -> Iterator[Record]:
+def rows_of_hub(name: str, split: str, columns: Columns, *, drawn: int | None = None) -> Iterator[Record]:
+    """The entries of a dataset on the Hub; `drawn` is the seed of their order, None: as they are there.
+
+    Raises:
+        ModelNotFoundError: no such dataset, no permission, or no network.
+        UnsafeError: the dataset is loaded by code of its own.
+    """
     load_dataset_builder = quiet_datasets().load_dataset_builder
     check_token()
     repository, _, config = name.partition(":")
     where = f"dataset {name!r}"
     try:
         builder = load_dataset_builder(repository, config or None)
+        stream: Iterator[tuple[int, Any]]
         if _is_small(builder):
             builder.download_and_prepare()
             rows = builder.as_dataset(split=split)
+            stream = enumerate(rows, 1) if drawn is None else ((i + 1, rows[i]) for i in order(len(rows), drawn))
         else:
-            rows = builder.as_streaming_dataset(split=split)
-        stream = iter(rows)
+            stream = enumerate(builder.as_streaming_dataset(split=split), 1)
+            stream = stream if drawn is None else shuffled(stream, drawn)
         first = next(stream, None)
         if first is not None:
-            wanted = columns(list(first), where)
-            yield from _table(({key: row[key] for key in wanted} for row in chain([first], stream)), where)
+            wanted = columns(list(first[1]), where)
+            chosen = ((number, {key: row[key] for key in wanted}) for number, row in chain([first], stream))
+            yield from table(chosen, where)
     except LlmshrinkError:
         raise
     except Exception as error:  # noqa: BLE001 - datasets raises its own, the Hub's, fsspec's and plain OS errors
@@ -249,9 +281,15 @@ def _is_small(builder: Any) -> bool:
     return all(total <= KEPT_BYTES for total in accumulate(hub.info(file)["size"] for file in files))
 
 
-def _shuffled(found: Iterable[Record], seed: int) -> Iterator[Record]:
-    order = random.Random(seed)  # noqa: S311 - which rows, not a secret
+def order(count: int, seed: int) -> Iterator[int]:
+    """So many numbers in an order that the seed draws."""
+    return map(int, np.random.default_rng(seed).permutation(count))
+
+
+def shuffled(found: Iterable[T], seed: int) -> Iterator[T]:
+    """A stream in an order that the seed draws, stretch by stretch."""
+    draw = random.Random(seed)  # noqa: S311 - which rows, not a secret
     stream = iter(found)
     while window := list(islice(stream, SHUFFLE_WINDOW)):
-        order.shuffle(window)
+        draw.shuffle(window)
         yield from window

@@ -42,6 +42,7 @@ NOTICES = {
     "target_above",
     "target_below",
     "not_tuned",
+    "train_calibration",
     "ratios_bounded",
     "other_tokens",
 }

@@ -32,14 +32,14 @@ def list_adapters(folders: Folders, json: Json = False) -> None:
         console.show_json(adapters.as_data(found))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("adapter", "kind", "rank", "model", "size", "learned from", "loss on rows held back"):
+    for column in ("adapter", "kind", "rank", "for", "model", "size", "learned from", "loss on rows held back"):
         table.add_column(column)
     for one in found:
         learned = "" if one.tokens is None else f"{one.tokens:,} tokens"
         held = "" if one.held_after is None else f"{one.held_before:.4f} -> {one.held_after:.4f}"
         table.add_row(
-            clean(one.folder), clean(one.kind), str(one.rank or ""), clean(one.base or ""), decimal(one.bytes),
-            learned, held,
+            clean(one.folder), clean(one.kind), str(one.rank or ""), clean(one.task or ""),
+            clean(one.own or one.base or ""), decimal(one.bytes), learned, held,
         )  # fmt: skip
     console.show(table)
 
@@ -86,11 +86,18 @@ def merge(
     ] = "cat",
     into: Annotated[bool, typer.Option("--into", help="Write the whole model with them in its weights.")] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make one adapter of several, or put them into the weights of their model."""
     from llmshrink import adapters
+    from llmshrink.report.table import render_checks
 
-    adapters.combine(model, [_weighed(part) for part in parts], output, how=how, into=into, overwrite=overwrite)
+    found = [_weighed(part) for part in parts]
+    checks, events = adapters.combine(model, found, output, how=how, into=into, overwrite=overwrite)
+    if not quiet:
+        for event in events:
+            console.say(f"{event.kind}: {event.message}")
+        console.show(render_checks(checks))
     print(output)
 
 

@@ -236,6 +236,7 @@ def lora(
     max_steps: opt.MaxSteps = None,
     max_tokens: opt.MaxTokens = None,
     max_minutes: opt.MaxMinutes = None,
+    report_to: opt.ReportTo = None,
 ) -> None:
     """Learn a text by a small adapter beside a model, verify it, and measure what it gained."""
 

@@ -97,6 +97,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {  # what each effort means, by 
     },
 }
 WRITING = ("quantize", "prune", "cluster", "factorize", "distill", "lora", "export")  # commands
+CALIBRATING = ("calibration", "samples", "length", "seed", "sequential")  # flags
 QUALITY_GATES = ("max_ppl_increase", "max_kl", "min_top1")
 _WHAT, _TEXT, _GATES, _HOW, _SHOW = "What", "Text", "Gates (exit 9)", "How", "Show"  # panels of the help page
 _PARTS = "Whole parts: smaller tensors that load everywhere"
@@ -503,6 +504,19 @@ def _with_qat(data: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     return data
 
 
+def _refuse_calibration(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Raise UsageError for a flag of calibration where an adapter is learned: it would do nothing."""
+    from llmshrink.errors import UsageError
+    from llmshrink.recipe.lora import LoraStage
+
+    told = [flag for flag in CALIBRATING if values.get(flag) is not None]
+    if told and any(isinstance(stage, LoraStage) and not stage.writes_model for stage in recipe.stages):
+        raise UsageError(
+            f"--{told[0]} is about calibration, and nothing is calibrated where an adapter learns",
+            hint="--data names the text to learn from; its rows are set by train.length, train.seed (--set)",
+        )
+
+
 def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     """The recipe of a command: the named recipe, under the flags, under `--set`.
 
@@ -536,6 +550,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
         for place in _places(key, task, data):
             data = load.override(data, place, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
+    _refuse_calibration(recipe, values)
     tasks = [stage.task for stage in recipe.stages]
     writing = [name for name in tasks if name in WRITING]
     command = "run" if len(writing) > 1 else next(iter(writing), "eval")

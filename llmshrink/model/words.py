@@ -27,15 +27,12 @@ def check_same_tokens(student: Source, teacher: Source) -> None:
         PlanError: a probe is encoded otherwise, or one of them knows more tokens.
     """
     one, other = student.tokenizer, teacher.tokenizer
-    why = None
-    if len(one) != len(other):
-        why = f"one knows {len(one)} tokens, the other {len(other)}"
-    for text in PROBES:
-        if one(text)["input_ids"] != other(text)["input_ids"]:
-            why = f"{text!r} is encoded otherwise"
-    if why is not None:
+    why = [f"it knows {len(other)} tokens, and {student.id} {len(one)}"] if len(one) != len(other) else []
+    probe = next((text for text in PROBES if one(text)["input_ids"] != other(text)["input_ids"]), None)
+    why += [] if probe is None else [f"{probe!r} is encoded otherwise"]
+    if why:
         raise PlanError(
-            f"{teacher.id} reads other tokens than {student.id}: {why}.",
+            f"{teacher.id} reads other tokens than {student.id}: {'; '.join(why)}.",
             hint="Chances are compared token by token: choose a teacher of the same family, or loss.name uld (--loss "
             "uld), which compares them where both end a token.",
         )

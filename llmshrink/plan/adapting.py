@@ -29,6 +29,7 @@ from llmshrink.plan.work import Work
 from llmshrink.recipe.adapter import WRITES_MODEL
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import Recipe
+from llmshrink.recipe.stages import QuantizeStage
 from llmshrink.recipe.train import TrainSpec
 
 if TYPE_CHECKING:
@@ -238,6 +239,15 @@ class Adapting:
             return AdapterSize(each * len(self.places), 4 * each * len(self.places))
         skeleton = self._sorter if self.classes else build(model.source.config, model.dtype, all_meta=True)
         return adapter_size(spec, self.config(self.steps.limit or SOME_STEPS), skeleton)
+
+    @cached_property
+    def own_base(self) -> int:
+        """Bytes of all tensors of the base that is written below an adapter of LoftQ; 0: it is for the model itself."""
+        if self.name != "loftq" or self.stage.writes_model:
+            return 0
+        rounding = {"task": "quantize", "method": {"name": "nf4", "block_size": 64, "double_quant": False}}
+        recipe = self._recipe.model_copy(update={"output": str(self.output)})
+        return sum(resolve(recipe, QuantizeStage.model_validate(rounding), self.model).tensor_bytes.values())
 
     def work(self, model: StreamedModel) -> Work:
         """The work of writing a whole model as it was left, quantized again as the one that came in was."""

@@ -12,6 +12,7 @@ from llmshrink.recipe.adapter import WRITES_MODEL
 
 FORMAT = "peft"  # of an adapter folder
 NAME = "adapter_model.safetensors"
+OWN = "base/model.safetensors"  # of a model in four bits that comes with it
 STATES = 3 * 4  # bytes for each number that learns in a saved state: itself, and two averages
 KEPT = 3  # saved states on disk at a time: two, and one that is being written
 
@@ -27,6 +28,8 @@ def describe_adapter(adapting: Adapting, *, memory_bytes: int, evaluation_bytes:
     """
     model, size, output = adapting.model, adapting.size, adapting.output
     infos, before = model.weights.infos, model.source.checkpoint.bytes
+    after = (adapting.own_base or before) + size.bytes
+    files = {NAME: size.bytes} | ({OWN: adapting.own_base} if adapting.own_base else {})
     inside = {m.key for block in model.anatomy.blocks for m in block.matrices}
     return Plan(
         model=model.source.id,
@@ -51,14 +54,14 @@ def describe_adapter(adapting: Adapting, *, memory_bytes: int, evaluation_bytes:
         parameters=model.parameters,
         parameters_compressed=0,
         bytes_before=before,
-        bytes_after=before + size.bytes,
+        bytes_after=after,
         bytes_are_bound=size.at_most,
-        file_bytes={NAME: size.bytes},
+        file_bytes=files,
         max_bytes=max_bytes,
-        bits_per_weight=8 * (before + size.bytes) / model.parameters,
+        bits_per_weight=8 * after / model.parameters,
         memory_bytes=memory_bytes,
         evaluation_bytes=evaluation_bytes,
-        disk_bytes=size.bytes + KEPT * STATES * size.learns,
+        disk_bytes=size.bytes + 2 * adapting.own_base + KEPT * STATES * size.learns,
         disk_free=shutil.disk_usage(nearest(output)).free,
         output=str(output),
         loads_in=[],

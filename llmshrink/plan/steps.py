@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llmshrink import ranks
 from llmshrink.errors import PlanError
+from llmshrink.io.texts import text_file
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.layout import row_length
 from llmshrink.plan.trackers import check_trackers
@@ -15,6 +16,7 @@ from llmshrink.recipe.train import TrainSpec
 LENGTH = 512  # tokens in a row, where nobody says how many
 ENDLESS = 1 << 20  # tokens of a text without end, where no limit says how many
 LOGITS = 64 << 20  # bytes of one model's logits that are in memory at a time while a loss is found
+MADE = ("auto", "generator", "self")  # texts that are plain
 FEW = 20  # rows of which none are held back
 
 
@@ -30,11 +32,45 @@ class Steps:
         """Refuse what cannot be trained on, and whom nobody can tell of it.
 
         Raises:
-            PlanError: a tracker is not installed, or the text has no such entries.
+            InputError: the text is no file that is there.
+            PlanError: a tracker is not installed, the text has no such entries, or limits leave no step or no row.
         """
         check_trackers(self.spec.report_to)
-        if self.spec.kind in ("prompt", "chat") and self.spec.data in ("generator", "self"):
+        if self.spec.kind in ("prompt", "chat") and self.spec.data in MADE[1:]:
             raise PlanError(f"What {self.spec.data} gives is plain text: train.kind cannot be {self.spec.kind}.")
+        if ranks.first():  # the others read what it writes
+            text_file(self.spec.data)
+        self._check_patience()
+        if self.spec.packing and (self.spec.kind == "text" or self.spec.data in MADE):
+            self._check_step(self.length)  # rows will be full
+
+    def check_rows(self, rows: int, tokens: int) -> None:
+        """Refuse rows that do not go with the limits, before anything is made for them.
+
+        Raises:
+            PlanError: as `held` and `count`.
+        """
+        self.held(rows)
+        self.count(rows, tokens)
+
+    def _check_step(self, width: float) -> None:
+        """Refuse a single step of more tokens than all may be; its rows have so many, on average."""
+        most, needed = self.spec.max_tokens, int(self.per_step * width)
+        if most is not None and needed > most:
+            raise PlanError(
+                f"One step is {needed:,} tokens ({self.per_step} rows of {width:.0f}), and train.max_tokens allows "
+                f"{most:,}.",
+                hint="Raise it (--max-tokens), or lower train.batch, train.accumulate or train.length.",
+            )
+
+    def _check_patience(self) -> None:
+        spec = self.spec
+        if spec.patience is not None and not (spec.hold and spec.evaluations):
+            raise PlanError(
+                f"train.patience {spec.patience} waits for a gain on rows held back: it takes train.hold (here "
+                f"{spec.hold}) and train.evaluations (here {spec.evaluations}).",
+                hint="Raise them, or leave out train.patience.",
+            )
 
     @property
     def length(self) -> int:
@@ -64,7 +100,7 @@ class Steps:
     def endless(self) -> bool:
         """Whether neither the text nor the recipe says how long to train."""
         spec = self.spec
-        return spec.max_steps is None and spec.max_tokens is None and spec.data in ("auto", "generator", "self")
+        return spec.max_steps is None and spec.max_tokens is None and spec.data in MADE
 
     @property
     def rows(self) -> int:
@@ -81,16 +117,30 @@ class Steps:
         return math.ceil(steps * self.per_step / (1 - self.spec.hold))
 
     def count(self, rows: int, tokens: int | None = None) -> int:
-        """Steps of gradient on so many rows, which have so many tokens; None: they are full."""
-        limit = self._limit(self.length if tokens is None else tokens / rows)
-        return limit or max(1, math.ceil(self.spec.epochs * rows / self.per_step))
+        """Steps of gradient on so many rows, which have so many tokens; None: they are full.
+
+        Raises:
+            PlanError: one step is more tokens than all may be.
+        """
+        width = self.length if tokens is None else tokens / rows
+        self._check_step(width)
+        return self._limit(width) or max(1, math.ceil(self.spec.epochs * rows / self.per_step))
 
     def held(self, rows: int) -> int:
         """How many of so many rows are held back: whole batches of all processes, none of a few.
 
         A batch that is short is filled with rows that were measured before, where several processes share it.
+
+        Raises:
+            PlanError: none are, and somebody waits for what they show.
         """
-        if rows < FEW or not self.spec.hold:
-            return 0
-        each = self.spec.batch * self.processes
-        return min(rows // 2, max(each, round(self.spec.hold * rows) // each * each))
+        spec, each = self.spec, self.spec.batch * self.processes
+        if rows >= FEW and spec.hold:
+            return min(rows // 2, max(each, round(spec.hold * rows) // each * each))
+        if spec.patience is not None:
+            raise PlanError(
+                f"train.patience {spec.patience} waits for a gain on rows held back, and of {rows} rows none are: "
+                f"train.hold is {spec.hold}, and it takes {FEW} rows.",
+                hint="Give more text or shorter rows (train.length), or leave out train.patience.",
+            )
+        return 0

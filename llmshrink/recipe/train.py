@@ -86,7 +86,12 @@ class TrainSpec(Section):
         description="zeros of pruned matrices stay zero while the other weights learn: auto, in matrices of blocks of "
         "which a share is zero that is no accident (5 %); true, any zero of these; false, none",
     )
-    seed: int = Field(0, ge=0, description="of the order of rows, and of all that is drawn")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="of the order of entries, over all of the text (a Hub dataset of more than 1 GiB is streamed, and "
+        "10,000 entries at a time are mixed), of that of rows, and of all that is drawn",
+    )
 
 
 __all__ = ["TrainSpec"]

@@ -56,13 +56,30 @@ four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb
 """
 ADAPTER = """\
 from {package} import {reader}
-from transformers import {auto}, AutoTokenizer, BitsAndBytesConfig
+from transformers import {auto}, AutoTokenizer{config}
 
 {four}base = {auto}.from_pretrained({base}{more})
 model = {reader}.from_pretrained(base, "path/to/this/folder").eval()
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))"""
+CLASSES = """\
+import json
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "path/to/this/folder"
+names = json.loads(Path(folder, "classes.json").read_text())
+numbers = {{name: number for number, name in enumerate(names)}}
+base = AutoModelForSequenceClassification.from_pretrained(
+    {base}, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers
+)
+model = PeftModel.from_pretrained(base, folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(names[int(model(**tokens).logits.argmax())])"""
 VLLM = """\
 ```sh
 vllm serve path/to/this/folder{file}
@@ -116,10 +133,11 @@ def front_matter(report: Report) -> str:
     if report.model.licence:
         data["license"] = clean(report.model.licence)
     formats = [stage.format for stage in report.stages]
+    classes = any(stage.adapter and stage.adapter.classes for stage in report.stages)
     tags = dict.fromkeys(["llmshrink", *(clean(name) for name in formats), *_methods(report)])
     data |= {
         "library_name": next((name for name in ("gguf", "peft") if name in formats), "transformers"),
-        "pipeline_tag": report.model.task,
+        "pipeline_tag": "text-classification" if classes else report.model.task,
         "tags": list(tags),
     }
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
@@ -208,15 +226,17 @@ def _adapter_usage(report: Report, stage: StageReport) -> list[str]:
     """How an adapter is put beside its model."""
     assert stage.adapter is not None
     base = source_name(report.model)
+    if stage.adapter.classes:
+        return ["## How to load it\n", fenced(CLASSES.format(base=json.dumps(base)), "python"), ""]
     own = stage.adapter.name == "adapter"
     reader, package = ("BottleneckModel", "llmshrink.bottleneck") if own else ("PeftModel", "peft")
-    four, more = "", ""
+    four, more, config = "", "", ""
     if stage.adapter.four_bits and stage.adapter.name == "qlora":
-        four = FOUR_BITS
+        four, config = FOUR_BITS, ", BitsAndBytesConfig"
         more = ", quantization_config=four_bits"
     path = '"path/to/this/folder/base"' if stage.adapter.name == "loftq" else json.dumps(base)
     snippet = ADAPTER.format(
-        package=package, reader=reader, auto=report.model.auto_class, base=path, four=four, more=more
+        package=package, reader=reader, auto=report.model.auto_class, base=path, four=four, more=more, config=config
     )
     return ["## How to load it\n", fenced(snippet, "python"), ""]
 

@@ -17,7 +17,7 @@ SMOOTH = 2  # drawn so much larger, then made smaller: edges become soft
 TICKS = 6  # about so many on each axis
 INK, GRID = (60, 60, 60), (225, 225, 225)
 LOSS, HELD = (31, 119, 180), (230, 85, 13)
-UNIT = "nats per token"
+TOKEN, ROW = "nats per token", "nats per row"
 
 Points = list[tuple[float, float]]  # step, value
 
@@ -37,10 +37,10 @@ class Axes:
 
 
 def table(trained: TrainReport) -> str:
-    """Every point as CSV: step, kind, value, and what that is of, in nats per token."""
+    """Every point as CSV: step, kind, value, and what that is of."""
     out = io.StringIO()
     rows, of = csv.writer(out, lineterminator="\n"), {"loss": trained.loss, "held": _held(trained)}
-    rows.writerow(("step", "kind", f"value ({UNIT})", "of"))
+    rows.writerow(("step", "kind", f"value ({_unit(trained)})", "of"))
     rows.writerows((step, kind, value, of[kind]) for kind, points in _series(trained).items() for step, value in points)
     return out.getvalue()
 
@@ -63,10 +63,15 @@ def picture(trained: TrainReport) -> bytes:
         draw.dot(place, HELD)
     draw.text((LEFT, 10), f"of the steps: {trained.loss}", LOSS)
     draw.text((LEFT, 32), _held(trained), HELD if held else GRID)
-    draw.text((WIDTH - RIGHT, 10), UNIT, INK, "ra")
+    draw.text((WIDTH - RIGHT, 10), _unit(trained), INK, "ra")
     out = io.BytesIO()
     image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(out, "PNG")
     return out.getvalue()
+
+
+def _unit(trained: TrainReport) -> str:
+    """Of what a loss is the mean."""
+    return ROW if trained.text is not None and trained.text.kind == "classes" else TOKEN
 
 
 def axes_of(points: Points) -> Axes:

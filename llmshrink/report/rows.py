@@ -278,8 +278,9 @@ def stage_lines(stage: StageReport) -> list[str]:
     if stage.packed is not None:
         lines.append(_packed(stage.packed))
     if (limit := stage.planned_bytes_after) is not None:
-        kept = stage.bytes_after <= limit if stage.packed is not None else stage.bytes_after == limit
-        most = f" (at most {decimal(limit)})" if stage.packed is not None else ""
+        bound = stage.packed is not None or (stage.adapter is not None and stage.adapter.at_most)
+        kept = stage.bytes_after <= limit if bound else stage.bytes_after == limit
+        most = f" (at most {decimal(limit)})" if bound else ""
         lines.append(f"{decimal(stage.bytes_after)} of tensors, {'' if kept else 'NOT '}as planned{most}")
     planned, measured = stage.memory.planned_bytes, stage.memory.measured_bytes
     if measured is not None:
@@ -366,14 +367,15 @@ def _learned(blocks: list[BlockReport], *, fitted: bool) -> str:
 
 def _trained(found: TrainReport) -> str:
     """What a training gained."""
-    held = "no rows were held back"
+    held, classes = "no rows were held back", found.text is not None and found.text.kind == "classes"
     if found.held_before is not None and found.held_after is not None:
         measure = "KL to it" if found.measure == "kl" else "loss"
         if found.cache is not None:
             measure += ", estimated," if found.cache.method == "sampled" else ", at least,"
-        held = f"{measure} on {found.tokens_held:,} tokens held back {found.held_before:.4f} -> {found.held_after:.4f}"
+        what = count(found.tokens_held, "row") if classes else f"{found.tokens_held:,} tokens"
+        held = f"{measure} on {what} held back {found.held_before:.4f} -> {found.held_after:.4f}"
     of = "" if found.text is None else f" of {found.text.origin}"
-    if found.text is not None and found.text.kind != "text":
+    if found.text is not None and found.text.kind not in ("text", "classes"):
         of += f" ({found.text.counted / found.text.tokens:.0%} of it learned)"
     text = f"{found.tokens:,} tokens of {count(found.rows, 'row')}{of} in {count(found.steps, 'step')} of gradient"
     text += f" by {found.processes} processes" if found.processes > 1 else ""

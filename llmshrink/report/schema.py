@@ -293,6 +293,7 @@ class AdapterReport(Record):
     learns: int = Field(description="numbers that learned")
     share: float = Field(description="of the numbers of the model")
     bytes: int = Field(description="of all tensors of the adapter; 0: it is part of the model")
+    at_most: bool = Field(default=False, description="what was planned of these is a bound")
     targets: list[str] = Field(description="ends of the names of the linears that have it; empty: it is beside none")
     classes: list[str] = Field(default_factory=list, description="that it tells apart; empty: it predicts tokens")
     accuracy: float | None = Field(default=None, description="share of the rows held back whose class it finds")
@@ -393,7 +394,9 @@ class StageReport(Record):
     packed: PackReport | None = Field(default=None, description="None: codes are not entropy-coded")
     bytes_before: int = Field(description="of all tensors of the model")
     bytes_after: int = Field(description="of all tensors of the model")
-    planned_bytes_after: int | None = Field(default=None, description="where codes are packed, what it may be at most")
+    planned_bytes_after: int | None = Field(
+        default=None, description="where codes are packed or ranks move, what it may be at most"
+    )
     bits_per_weight: float = Field(description="of all tensors over all parameters, scales and embeddings counted")
     seconds: dict[str, float] = Field(
         default_factory=dict, description="step -> seconds; those of an interrupted run count, but for compress_stage"

@@ -16,19 +16,30 @@ PATTERN = "rank_pattern"
 class Ranks(TrainerCallback):  # type: ignore[misc] # it has no types
     """Moves ranks after each step, and knows what peft keeps in memory alone: importance, and what is masked."""
 
-    def __init__(self, model: PeftModel, batches: int) -> None:
-        """Of a model that learns from so many batches in a step, of all processes."""
+    def __init__(self, model: PeftModel) -> None:
         self._tuner = model.base_model
         self._config = model.peft_config["default"]
-        self._weight, self._batches = self._config.orth_reg_weight, batches
+        self._weight = float(self._config.orth_reg_weight)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """A loss of each batch has the whole penalty of factors that are not orthogonal, and a step should have one."""
-        self._config.orth_reg_weight = self._weight / self._batches
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """From here on `pull` counts what peft would add to the loss of every batch, however many a step has."""
+        self._config.orth_reg_weight = 0.0
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Nobody learns any more."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The settings are written as they were."""
         self._config.orth_reg_weight = self._weight
+
+    def pull(self) -> Tensor:
+        """How far the outer factors are from orthogonal, weighed, [] (equation 4; as in peft the norm, not its square).
+
+        It is the mean of |A A^T - I| and |B^T B - I| over all factors A [rank, in] and B [out, rank].
+        """
+        found = []
+        for name, factor in self._tuner.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                gram = factor @ factor.T if ".lora_A." in name else factor.T @ factor
+                found.append((gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).norm())
+        return self._weight * torch.stack(found).mean()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from transformers import PreTrainedModel
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
 from llmshrink.calibration.labelled import Labelled
 from llmshrink.evaluate.foreign import compute_in_float32
-from llmshrink.io.files import write_json
+from llmshrink.io.files import write_bytes, write_json
 from llmshrink.model.source import Source
-from llmshrink.plan.adapters import let_learn
+from llmshrink.plan.adapters import PROMPTS, let_learn
 from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.zeros import matrices_of
 from llmshrink.report.schema import TrainReport
@@ -32,6 +33,7 @@ from llmshrink.train.prompts import begin
 from llmshrink.train.zeros import Zeros
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
+CLASSES = "classes.json"  # the names of what an adapter tells apart, by number
 MERGE = "merge.json"  # what merging changed
 BASE = "base"  # the model in four bits that an adapter of LoftQ is for, below it
 PROBE = "probe.safetensors"  # what a model gave out when it had learned, beside what it learned
@@ -97,10 +99,13 @@ class Adaptation:
         given["anchor"] = self._adapting.stage.anchor
         if self._adapting.name != "adalora":
             return Learner(model=self.model, classes=classes, **given)
-        steps = self._adapting.steps
-        moving = Ranks(self.model, steps.spec.accumulate * steps.processes)
+        moving = Ranks(self.model)
         given["callbacks"] = [moving, *given["callbacks"]]
         return Learner(model=self.model, beside=moving, classes=classes, **given)
+
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """The model without what stands before the text; other adapters add nothing before they have learned."""
+        return self.model.disable_adapter() if self._adapting.name in PROMPTS else nullcontext()
 
     def tell(self, report: TrainReport) -> TrainReport:
         """The report as it is."""
@@ -110,6 +115,8 @@ class Adaptation:
         """Write the adapter as peft does, and what it gives out."""
         source = self._adapting.model.source
         save_adapter(self.model, folder, source, beside=BASE if self._adapting.name == "loftq" else None)
+        if self._adapting.classes:  # peft has no place for their names
+            write_bytes(folder / CLASSES, (json.dumps(self._adapting.classes, indent=2) + "\n").encode())
         save_file({"logits": given_out(self.model, self._probe)}, folder / PROBE)
         if self._adapting.name == "loftq" and not self._adapting.stage.merge:
             save_codes(self.model.unload(), folder / BASE, source)
@@ -151,6 +158,10 @@ class Whole:
     def trainer(self, **given: Any) -> Learner:
         """Who makes its steps."""
         return Learner(model=self.model, zeros=self._zeros, **given)
+
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """The model itself."""
+        return nullcontext()
 
     def tell(self, report: TrainReport) -> TrainReport:
         """The report, with the zeros that stayed."""
@@ -200,9 +211,9 @@ def save_adapter(model: PeftModel, folder: Path, base: Source, *, beside: str | 
 
 
 def _ordered(value: Any) -> Any:
-    """Lists of names in one order: peft holds them in sets, which differ from process to process."""
+    """Lists of names in one order, each once: peft holds them in sets, which differ from process to process."""
     words = isinstance(value, list) and all(isinstance(one, str) for one in value)
-    return sorted(value) if words else value
+    return sorted(set(value)) if words else value
 
 
 def _by_place(logits: Tensor) -> Tensor:

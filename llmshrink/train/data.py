@@ -59,7 +59,7 @@ class Lines(Protocol):
     def __len__(self) -> int: ...
 
     def parts(self, held: int) -> tuple[Held, Held]:
-        """Rows to learn from, and the last `held`, which are measured."""
+        """Rows to learn from, and `held` others, which are measured."""
         ...
 
 
@@ -76,12 +76,16 @@ class Examples:
         return len(self.table)
 
     def parts(self, held: int) -> tuple[Part, Part]:
-        """The rows to learn from, and the last `held`, which are measured.
+        """The rows to learn from, and `held` others, which are measured.
 
-        No entry is in both: what is left of one that was learned from is not measured, where anything else is.
+        These are drawn evenly; where entries are cut at the ends of rows they are the last. No entry is in both: what
+        is left of one that was learned from is not measured, where anything else is.
         """
         count = len(self)
         first, begins = count - held, self.table["begins"]
+        if held and not pc.any(pc.not_equal(begins, 0)).as_py():
+            seen = [(2 * i + 1) * count // (2 * held) for i in range(held)]
+            return Part(self.table, sorted(set(range(count)) - set(seen))), Part(self.table, seen)
         whole = next((row for row in range(first, count) if begins[row].as_py() < len(self.table["ids"][row])), None)
         if whole is None:
             return Part(self.table, range(first)), Part(self.table, range(first, count))
@@ -132,10 +136,35 @@ class Examples:
             return None
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A text that somebody named to learn from, which is calibrated with too."""
+
+    examples: Examples
+    held: int  # rows of it that are held back
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in words."""
+        return self.examples.told.origin
+
+    def rows(self, samples: int, length: int) -> Rows:
+        """As many tokens as so many rows of one length, in rows that are no longer; none that are held back."""
+        told, room = self.examples.told, samples * length
+        part, found = self.examples.parts(self.held)[0], list[Tensor]()
+        for row in range(len(part)):
+            ids = part[row]["input_ids"][:length]
+            if len(ids) > room:
+                break
+            found.append(ids)
+            room -= len(ids)
+        return Rows(tuple(found), told.data, told.origin, told.split)
+
+
 class Part(Dataset[dict[str, Tensor]]):
     """Some of the rows, one after another."""
 
-    def __init__(self, table: pa.Table, rows: range, seen: int = 0) -> None:
+    def __init__(self, table: pa.Table, rows: Sequence[int], seen: int = 0) -> None:
         """`seen`: tokens at the beginning of the first row on which no loss is taken."""
         self._ids, self._learned = table["ids"], table["learned"]
         self._rows, self._seen = rows, seen

@@ -22,7 +22,11 @@ LEARNED = "learned.safetensors"  # in a saved state
 
 
 class Beside(Protocol):
-    """What a method remembers between steps, beside what learns."""
+    """What a method remembers between steps, beside what learns, and what it asks of that."""
+
+    def pull(self) -> Tensor:
+        """What is made small besides the loss, once in each step, and is no part of what is told of it, []."""
+        ...
 
     def state(self) -> dict[str, Tensor]:
         """All of it."""
@@ -97,6 +101,10 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
                 loss = total * self.accelerator.num_processes / num_items_in_batch
             else:
                 loss = functional.cross_entropy(logits.float(), labels)
+        if model.training and self._beside is not None:  # its gradients, and nothing of its size
+            once = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            pull = self._beside.pull() / once  # what is not divided by that yet
+            loss = loss + (pull - pull.detach())
         check_number(loss, self.state.global_step, inputs)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,10 @@ class Lesson(Protocol):
 
     def trainer(self, **given: Any) -> Trainer:
         """Who makes its steps; `given` is all that does not depend on the task."""
+        ...
+
+    def as_it_was(self) -> AbstractContextManager[Any]:
+        """Within it, before the first step, the model says what it said before anything was put beside it."""
         ...
 
     def tell(self, report: TrainReport) -> TrainReport:

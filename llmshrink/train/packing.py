@@ -32,9 +32,9 @@ class Row:
 class Fitting:
     """Entries that are too long for a row: their ends are cut off, and what leaves nothing to learn is left out."""
 
-    def __init__(self, length: int) -> None:
-        """`length`: tokens of a row."""
-        self._length = length
+    def __init__(self, length: int, positions: int | None = None) -> None:
+        """`length`: tokens of a row; `positions`: those that the model has; None: no end is known."""
+        self._length, self._positions = length, positions
         self._first: Example | None = None  # that was left out
         self._kept = self._cut = self._left = 0
 
@@ -55,7 +55,7 @@ class Fitting:
                 example = Example(example.ids[: self._length], example.learned[: self._length], example.where)
             yield example
         if self._first is not None and not self._kept:
-            raise InputError(self._why(), hint="Raise train.length (--set train.length=N), or shorten what is asked.")
+            raise InputError(self._why(), hint=self._help())
 
     def _why(self) -> str:
         assert self._first is not None
@@ -64,6 +64,14 @@ class Fitting:
             return f"{where}: nothing follows its only token."
         asked = int(np.argmax(learned))
         return f"{where}: its prompt of {asked} tokens leaves no room for an answer in a row of {self._length}."
+
+    def _help(self) -> str:
+        assert self._first is not None
+        if len(self._first.ids) < MIN_ROW:
+            return "Give longer texts."
+        if self._positions is not None and self._length >= self._positions:
+            return f"Shorten the prompts, or take a model with more than {self._positions} positions: rows fill them."
+        return "Raise train.length (--set train.length=N), or shorten what is asked."
 
     def events(self) -> list[Event]:
         """What happened, once all have been seen."""

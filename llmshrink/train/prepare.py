@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
+from llmshrink.calibration.drawn import drawn
 from llmshrink.calibration.load import TextLoader, origin
-from llmshrink.calibration.text import records
-from llmshrink.errors import OutputError
+from llmshrink.errors import InputError, OutputError
 from llmshrink.forms import Event
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.plan.steps import Steps
@@ -46,6 +46,7 @@ def prepare(
 
     Raises:
         InputError: the text gives nothing to learn from, or an entry, which is named, is none.
+        PlanError: its rows do not go with the limits.
     """
     decides = {name: value for name, value in steps.spec.model_dump(mode="json").items() if name in (*DECIDES, *LIMITS)}
     key = {"model": model.source.hashes, "train": decides, "length": steps.length}
@@ -54,7 +55,9 @@ def prepare(
         return found
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        return _made(steps, model, loader, folder, key, progress)
+        made = _made(steps, model, loader, folder, key, progress)
+        steps.check_rows(len(made), made.count)
+        return made
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # what was there before stays
@@ -88,8 +91,12 @@ def _made(
         sampled = loader.samples(steps.rows, steps.length, spec.seed)
         told = told.model_copy(update={"origin": sampled.origin})
         return write(folder, map(_whole, sampled.tokens), key, lambda: (told, chosen))
-    reader, fitting = Records(spec, model.source.tokenizer), Fitting(steps.length)
-    examples = reader.examples(records(data, seed=spec.seed, split=split, columns=reader.columns))
+    reader, fitting = Records(spec, model.source.tokenizer), Fitting(steps.length, model.positions)
+    examples = reader.examples(drawn(data, seed=spec.seed, split=split, columns=reader.columns))
+    first = next(examples, None)
+    if first is None:
+        raise InputError(f"The text {data!r} is empty.", hint="Name another (--data).")
+    examples = itertools.chain([first], examples)
     rows = _enough(_rows(examples, reader, fitting, steps), steps, progress)
 
     def about() -> tuple[TextReport, list[Event]]:
@@ -102,9 +109,7 @@ def _made(
 
 
 def _rows(examples: Iterator[Example], reader: Records, fitting: Fitting, steps: Steps) -> Iterator[Row]:
-    """The rows of all entries, whose kind is known when the first of them is there."""
-    first = list(itertools.islice(examples, 1))
-    examples = itertools.chain(first, examples)
+    """The rows of all entries; what they are is known, as the first of them was read."""
     if not steps.spec.packing:
         return alone(fitting(examples))
     return end_to_end(examples, steps.length) if reader.kind == "text" else together(fitting(examples), steps.length)

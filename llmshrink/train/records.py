@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -46,12 +47,16 @@ class Records:
         """`spec` says what the entries are, `tokenizer` is the model's."""
         self._spec, self._tokenizer = spec, tokenizer
         self.kind: Kind | None = None if spec.kind == "auto" else spec.kind
+        self._column = spec.column  # of texts
+        self._begun = False  # its keys were seen
 
     def columns(self, names: list[str], where: str) -> list[str]:
-        """Which columns of a table are read."""
-        kind = self.kind or kind_of(names, self._spec.column)
+        """Which columns of a table are read; what the first entry is by its keys, all others are."""
+        self._begun = True
+        kind = self.kind = self.kind or kind_of(names, self._spec.column)
         if kind == "text":
-            return [text_column(names, self._spec.column, where)]
+            self._column = text_column(names, self._column, where)
+            return [self._column]
         keys = ("messages", "tools") if kind == "chat" else ("input", *pair_of(names, where))
         return [name for name in names if name in keys]
 
@@ -62,9 +67,9 @@ class Records:
             InputError: an entry, which is named, is not of this kind, or says nothing.
         """
         for batch in _together(records):
-            if self.kind is None:
-                first = batch[0].value
-                self.kind = kind_of(list(first), self._spec.column) if isinstance(first, dict) else "text"
+            if not self._begun and isinstance(batch[0].value, dict):
+                self.columns(list(batch[0].value), batch[0].where)
+            self._begun, self.kind = True, self.kind or "text"
             yield from self._encode(batch)
 
     @property
@@ -75,25 +80,57 @@ class Records:
 
     def _texts(self, records: list[Record]) -> Iterator[Example]:
         start = frame_of_decoder(self._tokenizer, self._spec.packing)
-        for record, ids in zip(records, self._ids([text_of(r, self._spec.column) for r in records]), strict=True):
+        for record, ids in zip(records, self._ids([self._text(record) for record in records]), strict=True):
             if ids:
                 yield _example([*start.start, *start.before, *ids], 0, record)
 
+    def _text(self, record: Record) -> str:
+        """Refuse what has an answer where the first entry had none: it would not be learned."""
+        keys = list(record.value) if isinstance(record.value, dict) else []
+        if self._spec.kind == "auto" and (kind := kind_of(keys, self._spec.column)) != "text":
+            what = {"prompt": "a prompt with its answer", "chat": "a conversation"}[kind]
+            raise InputError(
+                f"{record.where} is {what} by its keys ({', '.join(keys)}), and the first entry is a text.",
+                hint="Give entries of one kind, or say which key holds the text (train.column).",
+            )
+        return text_of(record, self._column)
+
     def _prompts(self, records: list[Record]) -> Iterator[Example]:
-        """Both parts are tokenized apart, as whoever asks the model later gives it the prompt alone."""
+        """Both parts are one text: apart, many tokenizers would put a space between them."""
         pairs = [prompt_of(record) for record in records]
         start, end = frame_of_encoder(self._tokenizer).start, self._tokenizer.eos_token_id
-        both = zip(*(self._ids(list(part)) for part in zip(*pairs, strict=True)), strict=True)
-        for record, (asked, answer) in zip(records, both, strict=True):
-            ids = [*start, *asked, *answer, *([] if end is None else [end])]
-            yield _example(ids, len(start) + len(asked) if self._spec.answers_only else 0, record)
+        for record, ids, asked in zip(records, *self._joined(pairs), strict=True):
+            whole = [*start, *ids, *([] if end is None else [end])]
+            yield _example(whole, len(start) + asked if self._spec.answers_only else 0, record)
+
+    def _joined(self, pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each prompt with its answer, and how many of them lie in the prompt alone."""
+        whole = [asked + answer for asked, answer in pairs]
+        if not self._tokenizer.is_fast:  # it does not say where a token ends: those that the prompt has alone
+            ids = self._ids(whole)
+            alone = self._ids([asked for asked, _ in pairs])
+            return ids, [_in_common(*both) for both in zip(ids, alone, strict=True)]
+        ids, ends = self._encoded(whole)
+        inside = [sum(end <= len(asked) for end in found) for found, (asked, _) in zip(ends, pairs, strict=True)]
+        return ids, inside
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text; of a long one, stretch by stretch."""
+        """The tokens of each text."""
+        return self._encoded(texts, ends=False)[0]
+
+    def _encoded(self, texts: list[str], *, ends: bool = True) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of each text, of a long one stretch by stretch; and behind which character each of them ends."""
         parts = [list(_stretches(text)) for text in texts]
         flat = [part for text in parts for part in text]
-        ids = iter(self._tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
-        return [[token for _ in text for token in next(ids)] for text in parts]
+        asked = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": ends}
+        found = self._tokenizer(flat, **asked) if flat else {"input_ids": [], "offset_mapping": []}
+        ids = iter(found["input_ids"])
+        joined = [[token for _ in text for token in next(ids)] for text in parts]
+        if not ends:
+            return joined, []
+        offsets = iter(found["offset_mapping"])
+        starts = [accumulate(map(len, text[:-1]), initial=0) for text in parts]
+        return joined, [[start + end for start in text for _, end in next(offsets)] for text in starts]
 
 
 def kind_of(names: Iterable[str], column: str | None) -> Kind:
@@ -157,6 +194,11 @@ def _example(ids: list[int], asked: int, record: Record) -> Example:
     learned = np.ones(len(ids), dtype=np.bool_)
     learned[:asked] = False
     return Example(np.asarray(ids, dtype=np.int32), learned, record.where)
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 def _together(records: Iterable[Record]) -> Iterator[list[Record]]:

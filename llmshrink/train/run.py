@@ -96,7 +96,7 @@ def train(
     journal.goes_on(newest)
     progress.start(lesson.task, total, 0 if newest is None else newest["step"])
     with missing_none():
-        journal.begin = partial(_begin, trainer, newest)
+        journal.begin = partial(_begin, lesson, trainer, newest)
         trainer.train(resume_from_checkpoint=None if newest is None else str(workspace.folder / newest["folder"]))
         after = _measured(trainer)
         make_whole(lesson.model)
@@ -209,7 +209,7 @@ def _measured(trainer: Trainer) -> float | None:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _begin(trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
+def _begin(lesson: Lesson, trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
     """What is measured before a model has learned anything, or was then; no point of the curve.
 
     It must be ready to be trained: one that Trainer measures before that would never be wrapped, and each of several
@@ -219,7 +219,8 @@ def _begin(trainer: Trainer, newest: dict[str, Any] | None) -> float | None:
     if newest is not None or not trainer.eval_dataset:
         return None if newest is None else newest["before"]
     loader = trainer.get_eval_dataloader()
-    found = trainer.evaluation_loop(loader, "before", prediction_loss_only=True).metrics
+    with lesson.as_it_was():
+        found = trainer.evaluation_loop(loader, "before", prediction_loss_only=True).metrics
     return float(found["eval_loss"])
 
 

@@ -157,6 +157,15 @@ def test_recipe_then_flags_then_set(library, tmp_path):
     assert last_recipe(library).model.id == "theirs"
 
 
+def test_flags_of_calibration_where_nothing_is_calibrated(library, capsys):
+    for given in (["--calibration", "missing.json"], ["--sequential", "block"], ["--seed", "1"]):
+        assert main(["lora", "mine", *given]) == 2
+        assert f"{given[0]} is about calibration, and nothing is calibrated" in capsys.readouterr().err
+        assert not library.calls
+    assert main(["lora", "mine", "--merge", "--calibration", "some.json"]) == 0
+    assert last_recipe(library).calibration.data == "some.json"
+
+
 @pytest.mark.parametrize(("arguments", "called"), [(["quantize", "--plan"], "make_plan"), (["plan"], "make_plan")])
 def test_plan(library, capsys, arguments, called):
     assert main(arguments) == 0

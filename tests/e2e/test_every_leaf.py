@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from tiny import TEXT, build_model, config
 
 from llmshrink import cli, run
-from llmshrink.cli.options import RECIPE_KEYS
+from llmshrink.cli.options import CALIBRATING, RECIPE_KEYS
 from llmshrink.errors import LlmshrinkError
 from llmshrink.evaluate import measure
 from llmshrink.evaluate.reader import Found, ReadResult
@@ -634,6 +634,7 @@ def test_a_flag_for_a_key_reaches_it(
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
     base += ["--qat"] if command == "distill" else []
+    base += ["--merge"] if command == "lora" and flag.name in CALIBRATING else []  # else nothing is calibrated
     value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2, "report_to": "wandb"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":

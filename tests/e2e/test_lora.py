@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from llmshrink import run
 from llmshrink.bottleneck import BottleneckModel, is_bottleneck
+from llmshrink.calibration.labelled import read_labelled
 from llmshrink.cli import main
-from llmshrink.errors import InputError, InterruptedRun, PlanError, RecipeError
+from llmshrink.errors import GateError, InputError, InterruptedRun, PlanError, RecipeError
 from llmshrink.evaluate.reader import read
 from llmshrink.model.source import open_source
 from llmshrink.model.streamed import StreamedModel
@@ -29,8 +32,10 @@ from llmshrink.progress import Silent
 from llmshrink.recipe.load import validate
 from llmshrink.recipe.schema import Recipe
 from llmshrink.recipe.stages import EvalStage
+from llmshrink.report.rows import stage_lines
 from llmshrink.report.schema import Check, Report, StageReport
 from llmshrink.train.adaptation import Adaptation
+from llmshrink.train.data import Examples
 from llmshrink.train.learner import Learner
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
@@ -125,6 +130,7 @@ def test_each_kind_learns_and_is_read_by_peft(
     saved = load_file(out / "adapter_model.safetensors")
     assert adapter.bytes == sum(tensor.nbytes for tensor in saved.values()) <= plan.adapter.bytes
     assert (adapter.bytes == plan.adapter.bytes) or plan.adapter.at_most
+    assert any(" of tensors, as planned" in line for line in stage_lines(stage))
     assert {check.name: check.passed for check in stage.checks} == {"hashes": True, "decode": True, "reader": True}
     assert not (given_out(as_peft_reads(model, out)) - logits(load(model)[0])).abs().max() < 1e-3
     assert not (out / ".work").exists() and str(model) not in (out / "adapter_config.json").read_text()
@@ -251,7 +257,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["qlora", pytest.param("loftq", marks=SLOW)])
-def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_model_in_four_bits_learns(
+    name: str, wide: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = wanted(wide, tmp_path / name, text_file, {"name": name, "rank": 8}, max_steps=20)
     data = {"data": [str(text_file)], "rows": 2, "length": 16, "speed": False}
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_validate(data)})
@@ -262,6 +270,19 @@ def test_a_model_in_four_bits_learns(name: str, wide: Path, text_file: Path, tmp
     assert report.before is not None and report.after is not None
     assert report.after.scores[0].perplexity < report.before.scores[0].perplexity  # type: ignore[operator]
     assert (tmp_path / name / "base" / "config.json").exists() == (name == "loftq")
+    if name == "loftq":  # it is for no base but its own
+        weights = (tmp_path / name).rglob("*.safetensors")
+        size = sum(tensor.nbytes for path in weights for tensor in load_file(path).values())
+        assert stage.bytes_after == report.after.tensor_bytes == run.make_plan(recipe).bytes_after == size
+        assert size < stage.bytes_before
+        measure = ["--evaluation", str(text_file), "--rows", "2", "--length", "16", "--json", "--quiet"]
+        assert main(["adapters", "compare", str(wide), str(tmp_path / name), *measure]) == 8
+        assert f"is for a model of its own, and not for {wide}" in capsys.readouterr().err
+        assert main(["adapters", "compare", str(tmp_path / name / "base"), str(tmp_path / name), *measure]) == 0
+        (line,) = json.loads(capsys.readouterr().out)
+        assert line[str(tmp_path / name)] == pytest.approx(report.after.scores[0].perplexity, rel=1e-4)
+        assert main(["adapters", "ls", str(tmp_path / name), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["own"] == str(tmp_path / name / "base")
     alone = recipe.model_copy(update={"stages": [EvalStage(task="eval")], "output": None})
     plain = run.execute(alone, progress=Silent())
     assert plain.before is not None  # the original itself was measured, not its four bits
@@ -391,6 +412,7 @@ def test_what_was_learned_is_judged(
     assert {gate.name: gate.passed for gate in report.stages[0].gates} == {"max_ppl_increase": True, "max_size": True}
     assert main(["verify", str(out)]) == 0
     card = (out / "README.md").read_text()
+    assert "BitsAndBytes" not in card
     code = card.partition("```python")[2].partition("```")[0]
     code = code.replace('"model"', repr(str(tiny("llama")))).replace(
         f'"{tiny("llama").name}"', repr(str(tiny("llama")))
@@ -402,7 +424,9 @@ def test_what_was_learned_is_judged(
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("bert-masked", "bert-classes"))]
 )
-def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_classes_are_told_apart(
+    family: str, models_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Foxes and herons, by words in the text; a model of classes keeps its head and their names."""
     model, out, data = models_folder(family), tmp_path / "out", tmp_path / "rows.jsonl"
     names = ("LABEL_0", "LABEL_3") if family == "bert-classes" else ("fox", "heron")
@@ -417,6 +441,9 @@ def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path
     assert stage.adapter.accuracy is not None and stage.adapter.most is not None
     first, *_, last = [point.value for point in stage.trained.curve if point.kind == "loss"]
     assert last < first
+    for command in (["compare"], ["merge", "--into", "-o", str(tmp_path / "merged")]):
+        assert main(["adapters", command[0], str(model), str(out), *command[1:]]) == 8
+        assert "does not predict the next token: its task is SEQ_CLS" in capsys.readouterr().err
     if family != "llama":  # which alone learns it in so few steps
         return
     assert stage.adapter.accuracy > max(0.9, stage.adapter.most)
@@ -427,6 +454,52 @@ def test_classes_are_told_apart(family: str, models_folder: Callable[[str], Path
     for kind in (0, 1):
         tokens = tokenizer(kinds[kind][0], return_tensors="pt")
         assert stage.adapter.classes[int(found(tokens["input_ids"]).logits.argmax())] == names[kind]
+    settings = json.loads((out / "adapter_config.json").read_bytes())["modules_to_save"]
+    assert len(settings) == len(set(settings)) and "score" in settings
+    assert json.loads((out / "classes.json").read_bytes()) == ["fox", "heron"]
+    assert any("loss on 12 rows held back" in line for line in stage_lines(stage))
+    assert "value (nats per row)" in (out / "loss.csv").read_text()
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "BitsAndBytes" not in card
+    code = card.partition("```python")[2].partition("```")[0]
+    code = code.replace('"path/to/this/folder"', repr(str(out))).replace(f'"{model.name}"', repr(str(model)))
+    capsys.readouterr()
+    exec(code.replace("Once upon a time", kinds[1][0]), {})
+    assert capsys.readouterr().out == "heron\n"
+
+
+def test_rows_of_csv(models_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same rows as of JSON: quotes, commas, line breaks, a byte order mark; faults by their lines."""
+    rows = [
+        {"text": 'a "fox", red', "kind": "0"},
+        {"text": "two\nlines", "kind": "1"},
+        {"text": "a heron", "kind": "0"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["kind", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    read_rows = partial(
+        read_labelled,
+        tokenizer=open_source(str(models_folder("llama"))).tokenizer,
+        label="kind",
+        text=None,
+        length=16,
+        split=None,
+        seed=0,
+    )
+    one, other = (read_rows(str(tmp_path / f"rows.{ending}")) for ending in ("json", "csv"))
+    assert one.fingerprint == other.fingerprint and one.labels == other.labels
+    for text, told in (
+        ("text,kind\na,x\nb, c,y\n", "line 3 has more values than the first line has names"),
+        ("text,kind\na,x\nb\n", "line 3: column 'kind' holds no class"),
+        ('text,kind\na,x\n"b,y\n', "cannot be read as csv"),
+        ("text,sort\na,x\n", "line 2 has no column 'kind'; it has: text, sort"),
+    ):
+        (tmp_path / "rows.csv").write_text(text)
+        with pytest.raises(InputError, match=told):
+            read_rows(str(tmp_path / "rows.csv"))
 
 
 def test_rows_without_a_class_are_named(models_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -491,6 +564,42 @@ def test_an_anchor_is_what_was_said_before(name: str, tiny: Callable[[str], Path
 def test_an_anchor_needs_what_was_said_before(stage: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="what was said before is not known"):
         wanted(Path("model"), Path("out"), Path("text"), stage={"anchor": 0.5, **stage})
+
+
+@pytest.mark.parametrize("name", ["prefix", pytest.param("prompt", marks=SLOW), "p-tuning"])
+def test_before_is_the_model_alone(name: str, tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    """As `eval` measures it on the same rows, and not behind a prompt that has learned nothing."""
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, {"name": name, **METHODS[name]}, max_steps=12, hold=0.5)
+    seen: list[list[Tensor]] = []
+
+    def look(self: Examples, held: int) -> Any:
+        parts = split(self, held)
+        seen.append([parts[1][i]["input_ids"] for i in range(len(parts[1]))])
+        return parts
+
+    split = Examples.parts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Examples, "parts", look)
+        trained = done(recipe).trained
+    model = load(tiny("llama"))[0]
+    with torch.no_grad():
+        losses = [model(input_ids=row[None], labels=row[None]).loss for row in seen[-1]]
+    assert trained is not None and trained.held_before == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [{}, {"merge": True}])
+def test_what_gains_nothing_is_told(
+    stage: dict[str, Any], tiny: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """A rate at which nothing moves: beside the model and in its weights."""
+    recipe = wanted(tiny("llama"), tmp_path / "out", text_file, stage=stage, rate=1e-12, max_steps=12, hold="20%")
+    report = run.execute(
+        recipe.model_copy(update={"run": recipe.run.model_copy(update={"strict": True})}), progress=Silent()
+    )
+    (told,) = [event for event in report.events if event.kind == "not_learned"]
+    assert "training made nothing better" in told.message
+    with pytest.raises(GateError, match="--strict: 1 event"):
+        run.check_gates(report)
 
 
 def test_what_is_no_number_ends_it(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:

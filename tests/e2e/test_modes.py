@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def test_who_reads_other_tokens_teaches_too(narrow: Path, foreign: Path, text_fi
     with pytest.raises(PlanError, match="reads other tokens") as refused:
         run.make_plan(wanted(narrow, tmp_path / "out", text_file, stage))
     assert "--loss uld" in str(refused.value.hint)
+    sizes = r"it knows \d+ tokens, and .* \d+; 'def f.*' is encoded otherwise\."  # the first probe that is
+    assert re.search(sizes, str(refused.value))
     stage["loss"] = {"name": "uld", "alpha": 0.5}
     recipe = wanted(narrow, tmp_path / "out", text_file, stage, max_steps=12, rate=1e-2)
     evaluation = recipe.evaluation.model_validate({"data": [str(text_file)], "rows": 2, "length": 16, "speed": False})

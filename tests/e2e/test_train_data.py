@@ -86,7 +86,7 @@ def test_answers_are_learned(whole: tuple[Path, Report]) -> None:
     assert 0.5 * found.text.tokens < found.text.counted < found.text.tokens
     assert found.held_after is not None and found.held_before is not None and found.held_after < found.held_before
     assert found.tokens < found.steps * 4 * found.text.length  # padding is not counted
-    assert found.tokens == pytest.approx(1200, rel=0.1)
+    assert found.tokens == pytest.approx(1200, rel=0.12)
     listed = json.loads((out / "llmshrink-manifest.json").read_bytes())["files"]
     assert {"loss.png", "loss.csv"} <= set(listed)
     points = {(point.step, point.kind) for point in found.curve} | {(0, "held")}
@@ -132,7 +132,22 @@ def test_a_run_goes_on_with_the_text_it_began_with(deep: Path, whole: tuple[Path
         ([{"prompt": "a", "completion": ""}], {}, InputError, r"data\.jsonl, line 1: the answer .* is empty"),
         ([{"prompt": "a" * 60, "completion": "b"}], {}, InputError, r"data\.jsonl, line 1: its prompt of \d+ tokens"),
         ([5], {}, InputError, r"data\.jsonl, line 1: expected a string"),
-        ([], {}, InputError, "too short to train on"),
+        ([], {}, InputError, r"data\.jsonl' is empty"),
+        ([{"text": ""}], {}, InputError, r"data\.jsonl' is empty"),
+        (["x"], {}, InputError, "too short to train on"),
+        (
+            [{"text": "x"}, {"prompt": "a", "completion": "b"}],
+            {},
+            InputError,
+            r"data\.jsonl, line 2 is a prompt with its answer by its keys \(prompt, completion\), and the first entry",
+        ),
+        (
+            [{"prompt": "a", "completion": "b" * i} for i in range(5, 40)],
+            {"max_tokens": 30},
+            PlanError,
+            r"4 rows of \d+",
+        ),
+        (["x" * 9] * 30, {"patience": 1}, PlanError, "of 6 rows none are: .* takes 20 rows"),
         (["x"], {"data": "self", "kind": "chat"}, PlanError, "plain text: train.kind cannot be chat"),
         (["x"], {"report_to": ["flyte"]}, PlanError, "not installed: flytekit"),
     ],
@@ -154,3 +169,27 @@ def test_a_text_without_end_gets_one(deep: Path, tmp_path: Path) -> None:
     plan = run.make_plan(wanted(deep, tmp_path / "out", "self", max_steps=None))
     assert [event.kind for event in plan.events] == ["endless_text"] and plan.training is not None
     assert plan.training.steps == (1 << 20) // (4 * 48)
+
+
+@pytest.mark.parametrize(
+    ("text", "train", "error", "why"),
+    [
+        ("self", {"max_tokens": 191}, PlanError, r"One step is 192 tokens \(4 rows of 48\), .* allows 191\."),
+        ("a.txt", {"max_tokens": 191, "kind": "text"}, PlanError, "One step is 192 tokens"),
+        ("a.txt", {"patience": 2, "hold": 0}, PlanError, r"train\.hold \(here 0\.0\)"),
+        ("a.txt", {"patience": 2, "evaluations": 0}, PlanError, r"train\.evaluations \(here 0\)"),
+        ("missing.jsonl", {}, InputError, r"There is no text file .*missing\.jsonl"),
+    ],
+)
+def test_a_plan_refuses_what_it_can_know(
+    deep: Path, tmp_path: Path, text: str, train: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    (tmp_path / "a.txt").write_text("The old fox")
+    data = text if text == "self" else tmp_path / text
+    with pytest.raises(error, match=why):
+        run.make_plan(wanted(deep, tmp_path / "out", data, **train))
+
+
+def test_a_plan_does_not_refuse_what_it_cannot_know(deep: Path, tmp_path: Path) -> None:
+    recipe = wanted(deep, tmp_path / "out", prompts(tmp_path), max_tokens=191)  # rows may be shorter
+    assert run.make_plan(recipe).training is not None

@@ -16,7 +16,7 @@ from llmshrink.errors import InputError
 from llmshrink.forms import Event
 from llmshrink.report.schema import TextReport
 from llmshrink.train import data as module
-from llmshrink.train.data import ARROW, SEAL, Examples, collate, write
+from llmshrink.train.data import ARROW, SEAL, Examples, Learned, collate, write
 from llmshrink.train.overlap import overlaps
 from llmshrink.train.packing import Row
 
@@ -93,6 +93,22 @@ def test_no_entry_is_learned_and_measured(
     assert [int(measured[i]["input_ids"][0]) // 10 for i in range(len(measured))] == held
     for i, row in enumerate(held):
         assert (measured[i]["labels"] == -100).sum() == max(1, marks.get(row, 0))
+
+
+def test_rows_of_whole_entries_are_held_back_evenly(tmp_path: Path) -> None:
+    given = [Row(np.full(4, i, dtype=np.int32), np.ones(4, dtype=bool), 0) for i in range(100)]
+    found = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in written(tmp_path, given).parts(5)]
+    assert found[1] == [10, 30, 50, 70, 90] and found[0] == [i for i in range(100) if i not in found[1]]
+    assert written(tmp_path / "more", given).parts(5)[1].counted == 5 * 3  # all of each, but for its first
+
+
+@pytest.mark.parametrize(("samples", "length", "count"), [(1, 8, 2), (2, 3, 2), (1, 2, 1), (9, 99, 95)])
+def test_what_is_learned_from_is_calibrated_with(tmp_path: Path, samples: int, length: int, count: int) -> None:
+    given = [Row(np.full(4, i, dtype=np.int32), np.ones(4, dtype=bool), 0) for i in range(100)]
+    found = Learned(written(tmp_path, given), 5).rows(samples, length)
+    assert found.origin == "a.txt" and {len(row) for row in found.tokens} == {min(4, length)}
+    free = [i for i in range(100) if i not in (10, 30, 50, 70, 90)]  # not held back
+    assert [int(row[0]) for row in found.tokens] == free[:count]
 
 
 def test_padding_changes_no_logits(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def moving_ranks(batches: int) -> tuple[Any, dict[str, Any]]:
         init_r=3,
     )
     made = get_peft_model(base, wanted)
-    moving = Ranks(made, batches)
+    moving = Ranks(made)
     data = [{"input_ids": row, "labels": row} for row in ROWS]
     return made, {"beside": moving, "callbacks": [moving], "train_dataset": data}
 

@@ -74,5 +74,8 @@ def test_where_nothing_fits_the_first_is_named() -> None:
     with pytest.raises(InputError, match="line 7: its prompt of 12 tokens") as caught:
         list(Fitting(10)([example(7, 20, 12), example(8, 40, 30)]))
     assert "train.length" in str(caught.value.hint)
+    with pytest.raises(InputError) as caught:  # rows cannot be longer
+        list(Fitting(10, 10)([example(7, 20, 12)]))
+    assert "train.length" not in str(caught.value.hint) and "more than 10 positions" in str(caught.value.hint)
     with pytest.raises(InputError, match="line 1: nothing follows its only token"):
         list(Fitting(10)([example(1, 1)]))

@@ -92,6 +92,39 @@ def test_only_the_answer_is_learned(
     assert read(tokenizer, value, answers_only=False) == [(f"{asked}{answer}<s>", f"{asked}{answer}<s>")]
 
 
+SPACED = {"The cat sat on the m": "at.", "Q:": " yes", "": "The fox"}
+
+
+@pytest.fixture
+def spaced() -> PreTrainedTokenizerBase:
+    """One that begins every text with a space, as SentencePiece does, and knows `mat`."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<s>"], show_progress=False)
+    made.train_from_iterator(["The cat sat on the mat. Q: yes The fox"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_prompt_and_its_answer_are_one_text(
+    spaced: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", fast)  # one that is not says not where a token ends
+    found = read(spaced, *({"prompt": asked, "completion": answer} for asked, answer in SPACED.items()))
+    assert found == [
+        ("The cat sat on the mat.<s>", "mat.<s>"),  # a token that crosses the border is of the answer
+        ("Q: yes<s>", "yes<s>"),
+        ("The fox<s>", "The fox<s>"),
+    ]
+
+
+def test_a_border_in_a_long_text_is_found(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STRETCH", 10)
+    asked, answer = "The old fox sat by the river and looked", " at all the boats that went by."
+    ((whole, learned),) = read(tokenizer, {"prompt": asked, "completion": answer})
+    assert (whole, learned) == (f"{asked}{answer}<s>", f"{answer}<s>")
+
+
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert read(tokenizer, {"prompt": "The", "completion": " fox"}) == [("<s>The fox<s>", " fox<s>")]
@@ -136,6 +169,28 @@ def message(role: str = "user", content: Any = "Who?", **more: Any) -> dict[str,
 def test_a_bad_prompt_is_named(tokenizer: PreTrainedTokenizerBase, value: Any, why: str) -> None:
     with pytest.raises(InputError, match=why):
         read(tokenizer, {"prompt": "The", "completion": " fox"}, value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "why"),
+    [
+        (
+            {},
+            {"prompt": "a", "completion": "b"},
+            r"line 2 is a prompt with its answer by its keys \(prompt, completion",
+        ),
+        ({}, {"text": "a", "messages": []}, "line 2 is a conversation by its keys"),
+        ({}, {"story": "a"}, "line 2 has no column 'text'; it has: story"),
+        ({"kind": "text"}, {"prompt": "a", "completion": "b"}, "line 2 has no column 'text'"),
+        ({"column": "text"}, {"prompt": "a", "completion": "b"}, "line 2 has no column 'text'"),
+    ],
+)
+def test_what_is_no_text_among_texts_is_named(
+    tokenizer: PreTrainedTokenizerBase, spec: dict[str, str], value: Any, why: str
+) -> None:
+    assert len(read(tokenizer, {"text": "The old fox"}, {"text": "went", "id": 5}, "home", **spec)) == 3
+    with pytest.raises(InputError, match=why):
+        read(tokenizer, {"text": "The old fox"}, value, **spec)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from llmshrink import run
 from llmshrink.cli import main
 from llmshrink.errors import GateError, InterruptedRun, PlanError
 from llmshrink.progress import Silent
-from llmshrink.recipe.load import validate
+from llmshrink.recipe import load as load_recipe
+from llmshrink.recipe.load import recipes_folder, validate
 from llmshrink.recipe.schema import Recipe
 
 pytestmark = pytest.mark.usefixtures("without_reader")
@@ -143,3 +144,16 @@ def test_the_command(model: Path, text_file: Path, tmp_path: Path, capsys: pytes
     told = " ".join(capsys.readouterr().out.split())
     assert "Stage 1: prune" in told and "Stage 2: distill" in told and "behind it:" in told
     assert told.endswith(str(out))
+
+
+@pytest.mark.parametrize("path", sorted((recipes_folder() / "run").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_pipeline_runs(path: Path, tmp_path: Path) -> None:
+    data = load_recipe.read(str(path))
+    for stage in data["stages"]:
+        if "train" in stage:
+            stage["train"] = {**stage["train"], "max_steps": 2, "length": 32, "batch": 2}
+    data |= {"calibration": {"data": "generator", "samples": 8, "length": 64}, "output": str(tmp_path / "out")}
+    data |= {"evaluation": {"data": ["generator"], "rows": 2, "length": 32, "speed": False}}
+    report = run.execute(validate(data), progress=Silent())
+    assert [stage.task for stage in report.stages] == [stage["task"] for stage in data["stages"]]
+    assert report.stages[-1].bytes_after < report.stages[0].bytes_before / 2

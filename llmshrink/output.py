@@ -22,6 +22,7 @@ from llmshrink.recipe import text
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.card import model_card
 from llmshrink.report.curve import picture, table
+from llmshrink.report.rows import course_names
 from llmshrink.report.schema import LayerReport, PackReport, Report
 from llmshrink.summary import plain
 
@@ -135,9 +136,9 @@ class Packer:
 
 def write_report(folder: Path, report: Report, recipe: Recipe) -> None:
     """The resolved recipe, the model card, the report itself, and the course of each training, as picture and table."""
-    learned = {n: stage.trained for n, stage in enumerate(report.stages, 1) if stage.trained is not None}
-    for number, trained in learned.items():
-        name = "loss" if len(learned) == 1 else f"loss-{number}"
+    for number, name in course_names(report).items():
+        trained = report.stages[number - 1].trained
+        assert trained is not None
         write_bytes(folder / f"{name}.png", picture(trained))
         write_bytes(folder / f"{name}.csv", table(trained).encode())
     write_bytes(folder / "recipe.yaml", text.write(plain(recipe)).encode())

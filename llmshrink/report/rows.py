@@ -216,6 +216,19 @@ def protocols(report: Report) -> list[str]:
 SHOWN = ("sparsity", "pattern", "keep", "rank", "bits", "group_size")  # settings of a method in the line that names it
 
 
+def stage_titles(report: Report) -> list[str]:
+    """What stands above each stage."""
+    if sum(stage.task != "eval" for stage in report.stages) <= 1:
+        return ["What was done" for _ in report.stages]
+    return [f"Stage {number}: {clean(stage.task)}" for number, stage in enumerate(report.stages, 1)]
+
+
+def course_names(report: Report) -> dict[int, str]:
+    """Names of the files that show the course of each training, without their ends, by the number of its stage."""
+    trained = [number for number, stage in enumerate(report.stages, 1) if stage.trained is not None]
+    return {number: "loss" if len(trained) == 1 else f"loss-{number}" for number in trained}
+
+
 def _behind(found: ModelMeasure) -> str:
     """What was measured of the model behind one of several stages."""
     parts = [] if found.parameters is None else [f"{found.parameters:,} parameters"]

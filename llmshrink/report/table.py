@@ -26,6 +26,7 @@ from llmshrink.report.rows import (
     sizes,
     source_name,
     stage_lines,
+    stage_titles,
 )
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
@@ -40,9 +41,7 @@ def render(report: Report) -> Group:
     """The report in one screen: before and after, what was done, checks, events, where the result loads."""
     parts: list[RenderableType] = [Text(source_name(report.model), style="bold"), _comparison(report)]
     parts += [_line(text, "dim") for text in protocols(report)]
-    several = sum(stage.task != "eval" for stage in report.stages) > 1
-    for number, stage in enumerate(report.stages, 1):
-        title = f"Stage {number}: {stage.task}" if several else "What was done"
+    for title, stage in zip(stage_titles(report), report.stages, strict=True):
         parts += [_heading(title), *(_line(text) for text in stage_lines(stage))]
         if stage.checks:
             parts += [_heading("Verified"), _checks_in_short(stage.checks)]

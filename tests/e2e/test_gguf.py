@@ -29,8 +29,8 @@ from llmshrink.progress import Silent
 from llmshrink.report.schema import Check, Report
 
 CPU = torch.device("cpu")
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}SLOW = pytest.mark.slow
-
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,11 +33,8 @@ Per = Literal["row", "matrix"]  # which weights compete
 
 LARGEST_PATTERN = 16  # adjacent inputs of a pattern: the table of its 2^M masks is looked up
 ENOUGH = 1e-4  # of the error's gradient is left where conjugate gradients stop
-ROWS, LOOKED, DIFFER = (
-    64,
-    32,
-    0.75,
-)  # of the first rows some adjacent weights, and the share of them that differ at least where nothing was rounded
+ROWS, LOOKED = 16, 32  # of the first rows, weights beside each other
+DIFFER = 0.75  # share of these that differ at least where nothing was rounded
 PRUNED = 0.05  # of a matrix is zero where somebody pruned it; trained weights hardly ever are
 
 
@@ -186,9 +184,9 @@ def kept_before(weight: Tensor) -> Tensor | None:
     mask = weight != 0
     if float(mask.sum()) > (1 - PRUNED) * mask.numel():
         return None
-    looked = weight[:ROWS][mask[:ROWS]][:LOOKED]
-    few = len(looked) == LOOKED and len(set(looked.tolist())) < DIFFER * LOOKED
-    return None if few else mask
+    looked = [row[row != 0][:LOOKED].tolist() for row in weight[:ROWS]]
+    differ = [len(set(row)) / LOOKED for row in looked if len(row) == LOOKED]
+    return None if differ and median(differ) < DIFFER else mask
 
 
 def zeros_kept(weight: Tensor, keep: Literal["auto"] | bool) -> Tensor | None:

@@ -95,8 +95,13 @@ def test_plain_transformers_loads_what_is_left(
     assert main(["verify", str(out), "--quiet"]) == 0
 
 
+OTHERS: list[dict[str, Any]] = [{"hidden": 48}, {"heads": 2}]
+
+
 @reader
-@pytest.mark.parametrize("cut", [{"neurons": 96}, {"layers": 3}, {"hidden": 48}, {"heads": 2}])
+@pytest.mark.parametrize(
+    "cut", [{"neurons": 96}, {"layers": 3}, *(pytest.param(c, marks=pytest.mark.slow) for c in OTHERS)]
+)
 def test_repair_brings_it_nearer(deep: Path, other_text: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
     kl = {}
     for repair in (True, False):
@@ -113,7 +118,7 @@ def test_repair_brings_it_nearer(deep: Path, other_text: Path, tmp_path: Path, c
 
 
 @reader
-@pytest.mark.parametrize("cut", [{"neurons": 96}, {"layers": 3}])
+@pytest.mark.parametrize("cut", [pytest.param({"neurons": 96}, marks=pytest.mark.slow), {"layers": 3}])
 def test_learning_brings_it_nearer_still(deep: Path, other_text: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
     data = wanted(deep, tmp_path / "out", other_text, **cut).model_dump(mode="json")
     data["calibration"] |= {"samples": 100}

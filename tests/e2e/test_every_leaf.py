@@ -541,7 +541,15 @@ def without(value: Any, keys: set[str]) -> Any:
     return [without(v, keys) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf not in ELSEWHERE])
+def trials() -> list[Any]:
+    """A leaf each; how a training goes is tried in the slow tests, but for a few."""
+    seldom = tuple(f"stages.distill.{part}." for part in ("train", "loss", "lottery", "cache")) + ("stages.lora.",)
+    often = {"stages.distill.train.rate", "stages.distill.loss.alpha", "stages.lora.method.rank", "stages.lora.anchor"}
+    slow = {leaf for leaf in LEAVES if leaf.startswith(seldom) and leaf not in often}
+    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in LEAVES if n not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("leaf", trials())
 def test_a_leaf_changes_something(leaf: str, places: dict[str, Path], outcome: Outcome) -> None:
     assert leaf in TRIALS, f"{leaf} is new: does it change anything? Say how in TRIALS, or where in ELSEWHERE."
     trial, key = TRIALS[leaf], key_of(leaf)

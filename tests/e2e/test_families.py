@@ -40,7 +40,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("binary", {"name": "binary", "group_size": -1}),
 ]
 BNB = ("nf4", "fp4", "int8")
-USUAL = {("gptq4", "compressed-tensors"), ("rtn4-asymmetric", "compressed-tensors"), ("nf4", "bnb")}  # the default tier
+USUAL = {("gptq4", "compressed-tensors"), ("nf4", "bnb")}  # the default tier of every family
+PLAIN = {("rtn4-asymmetric", "compressed-tensors")}  # of these
+PLAINEST = ("llama", "gemma2", "qwen2", "opt", "bert")
 
 
 def family_of(name: str) -> Family:
@@ -66,7 +68,8 @@ def cases() -> list[Any]:
                 if (label, fmt) == ("int8", "dense"):
                     continue  # nor that inputs are rounded
                 reads = entry(stored(family, method, fmt), "transformers").support != "no"
-                marks = [] if (label, fmt) in USUAL or not reads else [pytest.mark.slow]
+                usual = USUAL | PLAIN if family in PLAINEST else USUAL
+                marks = [] if (label, fmt) in usual or not reads else [pytest.mark.slow]
                 found.append(pytest.param(family, method, fmt, reads, marks=marks, id=f"{family}-{label}-{fmt}"))
     return found
 

@@ -30,6 +30,7 @@ from llmshrink.report.schema import Check, Report
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_head_is_compressed_for_its_own_inputs(tiny: Callable[..., Path], te
     assert [table.method for table in tables] == ["rtn", "rtn"], "rows that are looked up have no inputs"
 
 
-@pytest.mark.parametrize("after", range(1, 5))
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 def test_a_stopped_run_gives_the_same_bytes(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -177,6 +177,7 @@ def test_two_processes_train_as_one_does(whole: tuple[Path, list[Ended]], made: 
     assert all(torch.allclose(value, weights[name], atol=1e-4) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow  # adapters are stopped by default, on the same way
 def test_they_stop_together_and_go_on(
     server: RanksServer, whole: tuple[Path, list[Ended]], made: Any, tmp_path: Path
 ) -> None:

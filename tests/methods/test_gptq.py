@@ -246,9 +246,10 @@ def test_activation_order_pays_where_a_few_inputs_dominate() -> None:
 
 
 BLOCK_WIDTH = 256
+SWEPT = ("Q2_K", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "Q8_0", "TQ2_0")  # one of each kind; all in the slow tests
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SWEPT else pytest.mark.slow) for n in BLOCK_TYPES])
 def test_block_types_are_swept_as_brute_force_does(name: str) -> None:
     config = GptqConfig(type=name)
     method, statistic, weight = Gptq(config), hessian(BLOCK_WIDTH, tokens=400), matrix(3, BLOCK_WIDTH)

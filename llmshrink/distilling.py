@@ -134,7 +134,7 @@ def join(job: Job, order: dict[str, Any]) -> None:
 def taught_by(job: Job, training: Training) -> StreamedModel:
     """With what the student is compared: its teacher, or the model as it was where they read other tokens."""
     if training.stage.teacher is None or training.teacher is None or training.foreign:
-        return job.model
+        return job.model.original
     return StreamedModel(training.teacher, job.facts.device)
 
 

@@ -43,7 +43,7 @@ from llmshrink.errors import GateError, InputError, PlanError
 from llmshrink.evaluate.measure import measure_models
 from llmshrink.forms import Event
 from llmshrink.io.files import disk_faults
-from llmshrink.memory import PeakMonitor
+from llmshrink.memory import PeakMonitor, anonymous_bytes
 from llmshrink.model.source import Source, open_source
 from llmshrink.model.streamed import StreamedModel
 from llmshrink.output import finish_files, save_companions, write_report
@@ -86,13 +86,30 @@ ROWS = "calibration.json"  # in the folder of work, as
 class Job:
     """One run of one recipe."""
 
-    def __init__(self, facts: RunFacts, progress: Progress, *, cached: bool, learned: Learned | None = None) -> None:
-        """`cached`: what is measured of candidates is kept for other runs; `learned`: that of the run it is part of."""
+    def __init__(
+        self,
+        facts: RunFacts,
+        progress: Progress,
+        *,
+        cached: bool,
+        learned: Learned | None = None,
+        original: StreamedModel | None = None,
+    ) -> None:
+        """Open the model.
+
+        Args:
+            facts: what is fixed.
+            progress: told of the steps.
+            cached: what is measured of candidates is kept for other runs.
+            learned: the text that the run it is part of learns from.
+            original: what the model was made from by stages before; None: nothing came before.
+        """
         self.cached, self._learned = cached, learned
         self.start = time.perf_counter()
         self.facts, self.recipe, self.progress = facts, facts.recipe, progress
         self.model = StreamedModel(facts.source, facts.device)
-        self.loader = TextLoader(self.model, embedded=facts.embedded, progress=progress)
+        self.model.original = original
+        self.loader = TextLoader(self.model.original, embedded=facts.embedded, progress=progress)
 
     def evaluate(self) -> Report:
         """Measure the model as it is, beside another one where the recipe names it."""
@@ -147,11 +164,12 @@ class Job:
         self.tell(events)
         return costs.sensitivities(choices, found, events)
 
-    def aside(self, recipe: Recipe, source: Source) -> Job:
+    def aside(self, recipe: Recipe, source: Source, progress: Progress | None = None) -> Job:
         """A run of its own that makes what this one goes on with."""
-        return Job(
-            replace(self.facts, recipe=recipe, source=source), self.progress, cached=False, learned=self._learned
-        )
+        # What others left behind is no memory of this run.
+        facts = replace(self.facts, recipe=recipe, source=source, base_bytes=anonymous_bytes())
+        original = None if source is self.facts.source and self.model.original is self.model else self.model.original
+        return Job(facts, progress or self.progress, cached=False, learned=self._learned, original=original)
 
     def tell(self, *events: list[Event]) -> int:
         """Tell of events as they happen; returns the length of the last list."""
@@ -227,7 +245,7 @@ class Job:
             checks = [*chosen.pop("checks", []), *self._verify(work, written, result, files, probe, ends)]
             done_so = writing_stage(work, plan, result, checks, memory, written, seconds)
             stages = [done_so.model_copy(update=chosen)]
-            original = self.model
+            original = self.model.original
             if isinstance(choices, Training):
                 from llmshrink.distilling import taught_by
 
@@ -326,6 +344,13 @@ class Job:
         wanted = sorted(self.recipe.stages, key=lambda stage: isinstance(stage, EvalStage))
         gates = [judge(stage.gate, outcome) for stage in wanted]
         return [done.model_copy(update={"gates": found}) for done, found in zip(stages, gates, strict=True)]
+
+    def judged_again(self, report: Report, folder: Path) -> Report:
+        """What this run reported before, with the verdicts of the gates that there are now."""
+        written = StreamedModel(Source(str(folder), folder, None), self.facts.device)
+        models = {"before": self.model.original, "after": written}
+        measures = {name: found for name in models if (found := getattr(report, name)) is not None}
+        return report.model_copy(update={"stages": self._judged(report.stages, models, measures)})
 
     def _calibration(self, work: Work, workspace: Workspace) -> Rows:
         """The rows to calibrate with: those that an unfinished run of this output began with, or new.

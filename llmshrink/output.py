@@ -22,6 +22,7 @@ from llmshrink.recipe import text
 from llmshrink.recipe.schema import Recipe
 from llmshrink.report.card import model_card
 from llmshrink.report.curve import picture, table
+from llmshrink.report.rows import course_names
 from llmshrink.report.schema import LayerReport, PackReport, Report
 from llmshrink.summary import plain
 
@@ -134,10 +135,12 @@ class Packer:
 
 
 def write_report(folder: Path, report: Report, recipe: Recipe) -> None:
-    """The resolved recipe, the model card, the report itself, and the course of a training as a picture and a table."""
-    for trained in (stage.trained for stage in report.stages if stage.trained is not None):
-        write_bytes(folder / "loss.png", picture(trained))
-        write_bytes(folder / "loss.csv", table(trained).encode())
+    """The resolved recipe, the model card, the report itself, and the course of each training, as picture and table."""
+    for number, name in course_names(report).items():
+        trained = report.stages[number - 1].trained
+        assert trained is not None
+        write_bytes(folder / f"{name}.png", picture(trained))
+        write_bytes(folder / f"{name}.csv", table(trained).encode())
     write_bytes(folder / "recipe.yaml", text.write(plain(recipe)).encode())
     write_bytes(folder / "README.md", model_card(report, text.write(plain(_shareable(recipe)))).encode())
     write_bytes(folder / "report.json", (report.model_dump_json(indent=2, ensure_ascii=True) + "\n").encode())

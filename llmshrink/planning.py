@@ -46,17 +46,21 @@ Writing = MatrixStage | CutStage | DistillStage | LoraStage | ExportStage
 Open = Choices | Cuts | Ratios | Training | Adapting  # what a plan leaves to be found out
 
 
+def stages_of(recipe: Recipe) -> list[Writing]:
+    """The stages of a recipe that write a model."""
+    return [stage for stage in recipe.stages if isinstance(stage, Writing)]
+
+
 def writing_stage_of(recipe: Recipe) -> Writing | None:
     """The stage of a recipe that writes a model; None: it only evaluates.
 
     Raises:
         PlanError: there are several.
     """
-    stages = [stage for stage in recipe.stages if isinstance(stage, Writing)]
+    stages = stages_of(recipe)
     if len(stages) > 1:
         raise PlanError(
-            "A recipe can hold one stage that writes a model.",
-            hint="Make two recipes, the second with the first one's output as its model.",
+            f"The recipe has {len(stages)} stages that write a model.", hint="`llmshrink run` carries out all of them."
         )
     return stages[0] if stages else None
 
@@ -123,7 +127,7 @@ def planned(recipe: Recipe, model: StreamedModel, work: Work, choices: Open | No
         work.events += work.scoring.told("compare both models")
         states = evaluation_states(model, recipe.evaluation.rows, length)
         scratch = max(scratch, states if work.scoring.on_disk else 0)
-    limit = size_limit(recipe, model.source.checkpoint.file_bytes)
+    limit = size_limit(recipe, model.original.source.checkpoint.file_bytes)
     return describe(
         work, choices, memory_bytes=memory, evaluation_bytes=evaluation, scratch_bytes=scratch, max_bytes=limit
     )

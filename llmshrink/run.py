@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmshrink import ranks
+from llmshrink import pipeline, ranks
 from llmshrink.checks.finished import verify_folder
 from llmshrink.checks.gates import check_gates, check_size
 from llmshrink.errors import InterruptedRun, UsageError
@@ -25,7 +25,7 @@ from llmshrink.model.streamed import StreamedModel
 from llmshrink.model.truncate import truncate
 from llmshrink.plan.adapting import Adapting
 from llmshrink.plan.schema import Plan
-from llmshrink.planning import adapter_plan, open_model, plan_of, writing_stage_of
+from llmshrink.planning import adapter_plan, open_model, plan_of, stages_of, writing_stage_of
 from llmshrink.progress import Progress, Silent
 from llmshrink.recipe.distill import DistillStage
 from llmshrink.recipe.lora import LoraStage
@@ -91,8 +91,11 @@ def execute(
         InterruptedRun: a signal came; the same call goes on where it was.
         LlmshrinkError: any of the errors of `llmshrink.errors`.
     """
-    stage = writing_stage_of(recipe)
+    stages = stages_of(recipe)
+    stage = stages[-1] if stages else None
     with _begun(recipe, progress, command, resumable=resumable and stage is not None) as job:
+        if len(stages) > 1:
+            return pipeline.carry_out(job, overwrite)
         if isinstance(stage, LoraStage) and not stage.writes_model:
             from llmshrink.adapting import adapt
 

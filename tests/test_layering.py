@@ -156,6 +156,7 @@ ALLOWED = {
     "output": {"formats", "engine", "gguf", "io", "plan", "recipe", "report", "summary"},
     "planning": {"checks", "demo", "engine", "errors", "model", "plan", "recipe"},
     "smoke": {"demo", "patterns", "plan", "recipe"},
+    "pipeline": None,  # the story of several runs one behind the other
     "job": None,  # the story: it may import everything but the command line
     "run": None,
     "__init__": {"plugin"},

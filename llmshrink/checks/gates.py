@@ -202,6 +202,11 @@ def _worst(name: str, limit: float, values: Values, outcome: Outcome, *, sign: i
 # --- once the report is shown
 
 
+def failed_gates(report: Report) -> list[str]:
+    """What the result does not keep to, a line each."""
+    return [gate_line(gate) for stage in report.stages for gate in stage.gates if not gate.passed]
+
+
 def check_gates(report: Report) -> None:
     """Fail a run whose report is shown: by its gates, and by `run.strict`; both are told.
 
@@ -209,7 +214,7 @@ def check_gates(report: Report) -> None:
         GateError: a gate failed, or the recipe is strict and an event says that something was degraded; the result is
             kept.
     """
-    failed = [gate_line(gate) for stage in report.stages for gate in stage.gates if not gate.passed]
+    failed = failed_gates(report)
     events = [event.message for event in report.events if event.kind not in NOTICES]
     degraded = events if report.recipe["run"]["strict"] else []
     if not failed and not degraded:
@@ -221,4 +226,13 @@ def check_gates(report: Report) -> None:
     raise GateError(f"{', '.join(what)}{where}:\n{shown}")
 
 
-__all__ = ["NOTICES", "Outcome", "check_gates", "check_size", "judge", "refuse_unanswerable", "size_limit"]
+__all__ = [
+    "NOTICES",
+    "Outcome",
+    "check_gates",
+    "check_size",
+    "failed_gates",
+    "judge",
+    "refuse_unanswerable",
+    "size_limit",
+]

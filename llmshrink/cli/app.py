@@ -26,7 +26,7 @@ EPILOG = (
     "12 interrupted and resumable, 130 interrupted."
 )
 
-TRAINING = ("distill", "lora")  # commands that several processes can share
+TRAINING = ("distill", "lora", "run")  # commands that several processes can share
 
 app = typer.Typer(
     name="llmshrink",
@@ -239,6 +239,37 @@ def lora(
     report_to: opt.ReportTo = None,
 ) -> None:
     """Learn a text by a small adapter beside a model, verify it, and measure what it gained."""
+
+
+@app.command("run", rich_help_panel="Work")
+def run_stages(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a file.")],
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    output: opt.Output = None,
+    set: opt.Set = None,  # noqa: A002 - the option's name
+    data: opt.Data = None,
+    calibration: opt.Calibration = None,
+    samples: opt.Samples = None,
+    length: opt.Length = None,
+    seed: opt.Seed = None,
+    evaluation: opt.Evaluation = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    memory: opt.Memory = None,
+    strict: opt.Strict = None,
+    resume: opt.Resume = None,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Carry out a recipe, of one stage or of several, each of which goes on with what the one before made."""
+    wanted = opt.build_recipe("run", ctx.params)
+    _tell_default(wanted.model.id, quiet)
+    report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
+    _finish(report, json=json, table=not quiet, path=report.output is not None)
 
 
 @app.command(rich_help_panel="Work")

@@ -472,6 +472,14 @@ def _place(key: str, task: str) -> str:
     return f"qat.{key}" if key.startswith(("method.", "format.")) else key.replace("cut.", "student.")
 
 
+def _places(key: str, task: str, data: Mapping[str, Any]) -> list[str]:
+    """Where a key stands in a recipe: of several stages, in each that trains."""
+    if task != "run" or not key.startswith("train."):
+        return [_place(key, task)]
+    trains = [n for n, stage in enumerate(data["stages"]) if stage.get("task") in ("distill", "lora")]
+    return [f"stages.{n}.{key}" for n in trains]
+
+
 def _with_qat(data: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's data with training through rounding, where it is asked for.
 
@@ -513,7 +521,7 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
     """The recipe of a command: the named recipe, under the flags, under `--set`.
 
     Args:
-        task: a stage that the recipe must have; without `--recipe` it is the only one.
+        task: a stage that the recipe must have; without `--recipe` it is the only one; run: any, or several.
         values: the command's parameters by name; None means not given.
 
     Raises:
@@ -537,12 +545,15 @@ def build_recipe(task: str, values: Mapping[str, Any]) -> Recipe:
         data = _with_qat(data, values)
     for flag, key in RECIPE_KEYS.items():
         value = values.get(flag)
-        if value not in (None, (), []):
-            data = load.override(data, _place(key, task), _plain(flag, value), task=task)
+        if value in (None, (), []):
+            continue
+        for place in _places(key, task, data):
+            data = load.override(data, place, _plain(flag, value), task=task)
     recipe = load.validate(load.apply_overrides(data, values.get("set") or []), origin=name or "recipe")
     _refuse_calibration(recipe, values)
-    tasks = {stage.task for stage in recipe.stages}
-    command = next((name for name in WRITING if name in tasks), "eval")
-    if command != task:
+    tasks = [stage.task for stage in recipe.stages]
+    writing = [name for name in tasks if name in WRITING]
+    command = "run" if len(writing) > 1 else next(iter(writing), "eval")
+    if task not in (command, "run"):
         raise UsageError(f"{name or 'the recipe'} is for llmshrink {command}", hint=f"its stages: {', '.join(tasks)}")
     return recipe

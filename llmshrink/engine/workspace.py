@@ -247,6 +247,15 @@ class Workspace:
         step()
 
 
+def whole(folder: Path) -> bool:
+    """Whether a finished output has all its files as they were written."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return all(has_hash(folder / name, entry["sha256"]) for name, entry in listed.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _is_entry(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("files", {}), dict)
 

@@ -45,6 +45,7 @@ class StreamedModel:
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source = source
         self.device = device
+        self._original: StreamedModel | None = None
         config = source.config
         self._refuse_more_blocks()
         self.task: Task = task_of(config)
@@ -69,6 +70,15 @@ class StreamedModel:
         self._replaced: dict[str, Callable[[Rows], Tensor]] = {}
         self._rounding: dict[int, ExitStack] = {}  # of the blocks in memory
         self._recorder = Recorder(self.model, self._blocks, self.anatomy.returns)
+
+    @property
+    def original(self) -> StreamedModel:
+        """The model that this one was made from by stages before; itself, where there were none."""
+        return self._original or self
+
+    @original.setter
+    def original(self, model: StreamedModel | None) -> None:
+        self._original = model
 
     def _refuse_more_blocks(self) -> None:
         """Nothing is built from a number of blocks that the tensors on disk cannot fill."""

@@ -60,6 +60,8 @@ class Training:
         self._check_lottery()
         self.steps.check()
         known = model.source if stage.student or stage.exits or stage.lottery or stage.qat else None
+        if model.original is not model and not stage.alone:
+            known = model.original.source  # of a stage behind others
         self.teacher: Source | None = known if stage.teacher is None else open_source(stage.teacher)
         self.keeping = keeping(stage, model.source, self.teacher)
         if self.teacher is None and (self.keeping is None or self.keeping.found is None):
@@ -190,7 +192,7 @@ class Training:
             return {}
         student = len(self.guess.model.anatomy.blocks)
         teacher: int = self.teacher.config.get_text_config(decoder=True).num_hidden_layers
-        own = kept if self.stage.teacher is None else None
+        own = kept if self.teacher is self.model.source else None
         return layer_pairs(self.stage.hidden, student, teacher, own)
 
     def student_recipe(self, folder: Path) -> Recipe:

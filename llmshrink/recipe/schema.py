@@ -74,6 +74,7 @@ class RunSpec(Section):
         "gate,up, then down: slower)",
     )
     resume: bool = Field(True, description="go on with an interrupted run of the same recipe")
+    keep: bool = Field(False, description="of several stages: keep what those before the last wrote, beside the output")
     strict: bool = Field(False, description="exit 9 where an event says that something was degraded")
     batch_tokens: int | None = Field(
         None,

@@ -16,11 +16,13 @@ from llmshrink.formats.runtimes import PACKAGES
 from llmshrink.report.rows import (
     clean,
     comparison,
+    course_names,
     gate_line,
     grouped_events,
     protocols,
     source_name,
     stage_lines,
+    stage_titles,
 )
 from llmshrink.report.schema import Check, Report, RuntimeSupport, StageReport
 
@@ -105,10 +107,11 @@ def model_card(report: Report, recipe_yaml: str) -> str:
         title = f"{name}, adapted by {escape(adapter.name)}"
     parts = [front_matter(report), f"# {title}\n", _introduction(report, name)]
     parts += ["## Before and after\n", _table(report), *(f"- {escape(line)}" for line in protocols(report)), ""]
-    for stage in report.stages:
-        parts += ["## What was done\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
-        if stage.trained is not None:
-            parts += ["![The loss, step by step](loss.png)", ""]
+    courses = course_names(report)
+    for number, (title, stage) in enumerate(zip(stage_titles(report), report.stages, strict=True), 1):
+        parts += [f"## {escape(title)}\n", *(f"- {escape(line)}" for line in stage_lines(stage)), ""]
+        if number in courses:
+            parts += [f"![The loss, step by step]({courses[number]}.png)", ""]
     parts += _usage(report)
     checks = [check for stage in report.stages for check in stage.checks]
     if checks:
@@ -171,7 +174,7 @@ def _introduction(report: Report, name: str) -> str:
     text = [f"Made from {name}{commit} with llmshrink {escape(report.llmshrink_version)} on {report.created:%Y-%m-%d}."]
     if report.calibration is not None:
         data = report.calibration
-        learned = any(stage.trained for stage in report.stages)
+        learned = len(report.stages) == 1 and report.stages[0].trained is not None
         how = "It learned from" if learned else "Calibrated on"
         text.append(f"{how} {data.rows} rows of {data.length} tokens: {escape(data.origin)}.")
     if report.model.licence:

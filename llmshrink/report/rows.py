@@ -216,6 +216,30 @@ def protocols(report: Report) -> list[str]:
 SHOWN = ("sparsity", "pattern", "keep", "rank", "bits", "group_size")  # settings of a method in the line that names it
 
 
+def stage_titles(report: Report) -> list[str]:
+    """What stands above each stage."""
+    if sum(stage.task != "eval" for stage in report.stages) <= 1:
+        return ["What was done" for _ in report.stages]
+    return [f"Stage {number}: {clean(stage.task)}" for number, stage in enumerate(report.stages, 1)]
+
+
+def course_names(report: Report) -> dict[int, str]:
+    """Names of the files that show the course of each training, without their ends, by the number of its stage."""
+    trained = [number for number, stage in enumerate(report.stages, 1) if stage.trained is not None]
+    return {number: "loss" if len(trained) == 1 else f"loss-{number}" for number in trained}
+
+
+def _behind(found: ModelMeasure) -> str:
+    """What was measured of the model behind one of several stages."""
+    parts = [] if found.parameters is None else [f"{found.parameters:,} parameters"]
+    parts += [] if found.bits_per_weight is None else [f"{_bits(found.bits_per_weight)} bits each"]
+    for score in found.scores:
+        values = [] if score.perplexity is None else [f"perplexity {_perplexity(score.perplexity)}"]
+        values += [] if score.kl is None else [f"KL {_divergence(score.kl)}"]
+        parts.append(f"{text_name(score.dataset)} {', '.join(values)}")
+    return f"behind it: {'; '.join(parts)}"
+
+
 def stage_lines(stage: StageReport) -> list[str]:
     """What a stage did, what it took, and what it had planned."""
     done = [layer for layer in stage.layers if layer.method is not None]
@@ -259,6 +283,8 @@ def stage_lines(stage: StageReport) -> list[str]:
         lines.append(_trained(stage.trained))
         lines += [cached(stage.trained.cache)] if stage.trained.cache is not None else []
         lines += [*_stayed(stage.trained), *_drawn(stage.trained)]
+    if stage.after is not None:
+        lines.append(_behind(stage.after))
     fallbacks = sum(layer.fallback for layer in stage.layers)
     if fallbacks:
         lines.append(f"{count(fallbacks, 'layer')} by the method's fallback")

@@ -48,6 +48,7 @@ class EventRecord(Record):
     message: str
     layer: str | None = None
     data: dict[str, float] | None = None
+    stage: int | None = Field(default=None, description="which of several it was in, from 1; None: there is one")
 
 
 class LayerReport(Record):
@@ -405,6 +406,9 @@ class StageReport(Record):
     checks: list[Check] = Field(default_factory=list)
     gates: list[GateReport] = Field(default_factory=list)
     loads_in: list[RuntimeSupport] = Field(default_factory=list)
+    after: ModelMeasure | None = Field(
+        default=None, description="of several stages: the model behind this one; None: there is one, or not measured"
+    )
 
 
 class ModelInfo(Record):

@@ -26,6 +26,7 @@ from llmshrink.report.rows import (
     sizes,
     source_name,
     stage_lines,
+    stage_titles,
 )
 from llmshrink.report.schema import Check, EventRecord, GateReport, Report, Support
 
@@ -40,15 +41,15 @@ def render(report: Report) -> Group:
     """The report in one screen: before and after, what was done, checks, events, where the result loads."""
     parts: list[RenderableType] = [Text(source_name(report.model), style="bold"), _comparison(report)]
     parts += [_line(text, "dim") for text in protocols(report)]
-    for stage in report.stages:
-        parts += [_heading("What was done"), *(_line(text) for text in stage_lines(stage))]
+    for title, stage in zip(stage_titles(report), report.stages, strict=True):
+        parts += [_heading(title), *(_line(text) for text in stage_lines(stage))]
         if stage.checks:
             parts += [_heading("Verified"), _checks_in_short(stage.checks)]
         if stage.gates:
             parts += [_heading("Gates"), _gates(stage.gates)]
     parts += _samples(report)
     parts += _events(report.events)
-    runtimes = [line for stage in report.stages for line in stage.loads_in]
+    runtimes = next((stage.loads_in for stage in reversed(report.stages) if stage.loads_in), [])
     if runtimes:
         rows = [(line.runtime, line.support, line.reason, line.proof) for line in runtimes]
         parts += [_heading("Loads in"), _runtimes(rows)]

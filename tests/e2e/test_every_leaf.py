@@ -360,6 +360,7 @@ ELSEWHERE = {
     "stages.lora.label": "tests/e2e/test_lora.py::test_classes_are_told_apart",
     "stages.lora.train.keep_zeros": "tests/e2e/test_lora.py::test_what_was_pruned_stays_pruned",
     "stages.lora.merge": "tests/e2e/test_lora.py::test_merged_is_the_same_function",
+    "run.keep": "tests/e2e/test_pipeline.py::test_each_stage_goes_on_with_what_the_one_before_made",
     "run.strict": "the exit code: tests/e2e/test_quantize.py::test_strict_fails_on_events_and_keeps_the_result",
 }
 AS_DISTILLED = (
@@ -637,16 +638,18 @@ def test_a_flag_for_a_key_reaches_it(
     monkeypatch.setattr(run, "measure", look)
     key = RECIPE_KEYS[flag.name]
     task = command if command in ("prune", "cluster", "factorize", "distill", "lora", "export", "eval") else "quantize"
+    task = "distill" if command == "run" else task
     first = (f"stages.{task}.", "stages.quantize.")  # how a student is rounded is said in the words of quantize
     own = sorted(LEAVES, key=lambda leaf: [not leaf.startswith(stage) for stage in first])
     leaf = next(leaf for leaf in own if key_of(leaf).removeprefix("stages.0.") == key)
     base = [command, *(["somewhere", "--to", "codebook"] if command == "export" else [])]
     base += ["--qat"] if command == "distill" else []
+    base += ["prune-distill-quantize"] if command == "run" else []
     base += ["--merge"] if command == "lora" and flag.name in CALIBRATING else []  # else nothing is calibrated
     value = {"revision": "main", "device": "cpu", "to": "dense", "max_minutes": 2, "report_to": "wandb"}.get(flag.name)
     value = filled(TRIALS[leaf].value, places) if value is None and leaf in TRIALS else value
     if flag.param_type_name == "argument":
-        base, given = [command, *base[2:]], [str(value)]
+        base, given = [command, *base[1 if command == "run" else 2 :]], [str(value)]
     elif flag.is_flag:
         given = [(flag.secondary_opts or flag.opts)[0]]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -82,12 +83,15 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Transformers says nothing below an error, and draws no bars: this program speaks for it."""
-    from transformers.utils import logging
+    """Transformers and bitsandbytes say nothing below an error, and draw no bars: this program speaks for them."""
+    from transformers.utils import logging as transformers_logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    other = logging.getLogger("bitsandbytes")  # it misses kernels of the Hub that nothing here asks for
+    level = other.level
+    other.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():  # of peft: it asks transformers by an older name, and AdaLoRA by a wrong one
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -95,9 +99,10 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", "Adapter .* have invalid shape")  # a linear that AdaLoRA leaves no rank
             yield
     finally:
-        logging.set_verbosity(before)
+        other.setLevel(level)
+        transformers_logging.set_verbosity(before)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -55,9 +55,13 @@ __all__ = [
 def make_plan(recipe: Recipe) -> Plan:
     """What `execute` would do, without doing it; only an export looks at the weights.
 
+    Of several stages it is the plan of the first: the others depend on what that one makes.
+
     Raises:
         PlanError: the recipe cannot be carried out on this model.
     """
+    if len(stages_of(recipe)) > 1:
+        recipe = pipeline.recipes_of(recipe)[0]
     with quiet_libraries(), enough_memory(), memory_limit(recipe.run.memory):
         source, _ = open_model(recipe)
         model, stage = StreamedModel(source, pick_device(recipe.run.device)), writing_stage_of(recipe)

@@ -82,7 +82,7 @@ ALLOWED = {
         "report",
         "statistics",
     },
-    "report": {"formats", "plan", "progress"},
+    "report": {"errors", "formats", "plan", "progress"},
     "summary": {
         "calibration",
         "engine",

@@ -261,6 +261,7 @@ def run_stages(
     strict: opt.Strict = None,
     resume: opt.Resume = None,
     overwrite: opt.Overwrite = False,
+    plan: opt.Plan = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -268,6 +269,11 @@ def run_stages(
     """Carry out a recipe, of one stage or of several, each of which goes on with what the one before made."""
     wanted = opt.build_recipe("run", ctx.params)
     _tell_default(wanted.model.id, quiet)
+    if plan:
+        if (later := len(wanted.stages) - 1) and not quiet:
+            console.say(f"stage 1; {later} more: they are planned on what the stages before them make")
+        _plan(wanted, json=json)
+        return
     report = _execute(wanted, quiet=quiet, verbose=verbose, overwrite=overwrite)
     _finish(report, json=json, table=not quiet, path=report.output is not None)
 
@@ -421,6 +427,30 @@ def measure(
         console.show_json(found.model_dump(mode="json"))
     elif not quiet:
         console.show(render(found))
+
+
+@app.command(rich_help_panel="Look")
+def compare(
+    results: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results of llmshrink, of one model.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="A table for a comment in CI.")] = False,
+    json: opt.Json = False,
+) -> None:
+    """Put results side by side: what each takes and keeps, and which of them no other beats."""
+    from llmshrink.report import compare as side
+
+    names = [path.name or path.resolve().name for path in results]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in results]
+    if len(set(labels)) < len(labels):
+        raise UsageError("a result is named twice")
+    found = side.compare({label: side.read_report(path) for label, path in zip(labels, results, strict=True)})
+    if json:
+        console.show_json(found.model_dump(mode="json"))
+    elif markdown:
+        print(side.markdown(found), end="")
+    else:
+        console.show(side.table(found))
+        for line in side.notes(found):
+            print(line)
 
 
 @app.command(rich_help_panel="Look")

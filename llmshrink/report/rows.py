@@ -216,6 +216,17 @@ def protocols(report: Report) -> list[str]:
 SHOWN = ("sparsity", "pattern", "keep", "rank", "bits", "group_size")  # settings of a method in the line that names it
 
 
+def stage_methods(report: Report) -> list[str]:
+    """Each stage in a few words: its task, its method, and the settings that matter most."""
+    found = []
+    for stage in report.stages:
+        settings = [f"{key} {value}" for key, value in stage.method.items() if key in SHOWN and value is not None]
+        name = str(stage.method.get("name", ""))
+        words = [stage.task, *([name] if name and name != stage.task else []), *settings]
+        found.append(clean(" ".join(words)))
+    return found
+
+
 def stage_titles(report: Report) -> list[str]:
     """What stands above each stage."""
     if sum(stage.task != "eval" for stage in report.stages) <= 1:

@@ -117,8 +117,15 @@ def test_another_size_needs_no_measuring(
     assert measured == [0, 1] * 5
 
 
-@pytest.mark.parametrize("step", ["measure the candidates", "compress"])
-@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize(
+    ("step", "block"),
+    [
+        ("measure the candidates", 1),
+        ("compress", 0),
+        pytest.param("measure the candidates", 0, marks=pytest.mark.slow),
+        pytest.param("compress", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_and_gives_the_same_bytes(
     smallest: Path, text_file: Path, tmp_path: Path, measured: list[int], step: str, block: int, monkeypatch: Any
 ) -> None:

@@ -62,13 +62,13 @@ def plain() -> Iterator[Plain]:
     ("family", "cut"),
     [
         ("llama", {"neurons": "75%", "heads": "50%", "hidden": 48}),
-        ("llama-tied", {"hidden": "75%"}),
+        pytest.param("llama-tied", {"hidden": "75%"}, marks=pytest.mark.slow),
         ("gpt2", {"neurons": 128, "layers": 1}),
         ("phi3", {"neurons": 64, "heads": 2}),
-        ("gemma2", {"neurons": 96, "layers": [1]}),
+        pytest.param("gemma2", {"neurons": 96, "layers": [1]}, marks=pytest.mark.slow),
         ("opt", {"neurons": "50%"}),
-        ("qwen2", {"heads": 2, "layers": 1}),
-        ("mixtral", {"heads": 2, "experts": 3}),
+        pytest.param("qwen2", {"heads": 2, "layers": 1}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"heads": 2, "experts": 3}, marks=pytest.mark.slow),
         ("qwen3-moe", {"experts": "50%"}),
     ],
 )
@@ -186,6 +186,7 @@ def test_a_target_is_met_from_below(deep: Path, text_file: Path, tmp_path: Path,
     assert numbers > 0.7 * whole
 
 
+@pytest.mark.slow
 @reader
 def test_a_search_is_no_worse_than_any_criterion(text_file: Path, tmp_path: Path) -> None:
     deep = tmp_path / "deeper"
@@ -221,7 +222,7 @@ def test_each_criterion_keeps_others(deep: Path, text_file: Path, tmp_path: Path
 
 
 @reader
-@pytest.mark.parametrize("cut", [{"neurons": 96, "layers": 3}, {"hidden": 48}])
+@pytest.mark.parametrize("cut", [{"neurons": 96, "layers": 3}, pytest.param({"hidden": 48}, marks=pytest.mark.slow)])
 def test_a_stopped_run_gives_the_same_bytes(deep: Path, text_file: Path, tmp_path: Path, cut: dict[str, Any]) -> None:
     made(deep, tmp_path / "whole", text_file, **cut)
     with pytest.raises(InterruptedRun):

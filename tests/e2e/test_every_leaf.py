@@ -588,6 +588,8 @@ FLAGS_ELSEWHERE = {
     "version": f"{APP}::test_version_and_no_arguments",
     "save": "tests/e2e/test_allocate.py::test_measure",
     "folder": f"what is verified: {APP}::test_smoke_and_verify",
+    "results": "tests/report/test_compare.py::test_the_commands_tell_it",
+    "markdown": "tests/report/test_compare.py::test_the_commands_tell_it",
     **{
         f"adapters {name}": "tests/e2e/test_adapters.py::test_adapters_are_listed_compared_and_merged"
         for name in ("ls folders", "compare folders", "compare model", "merge parts", "merge how", "merge into")

@@ -98,7 +98,7 @@ def test_export_gives_the_same_weights_dense(smallest: Path, text_file: Path, tm
             assert torch.equal(value.float(), dense[key].to(value.dtype).float())
 
 
-@pytest.mark.parametrize("settings", [{}, {"bits": 2, "rank": 2}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"bits": 2, "rank": 2}, marks=pytest.mark.slow)])
 def test_a_stopped_run_gives_the_same_bytes(
     smallest: Path, text_file: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -140,6 +140,9 @@ def test_the_command(model: Path, text_file: Path, tmp_path: Path, capsys: pytes
         "2, length: 16, batch: 2}}], evaluation: {rows: 2, length: 16, speed: false}}"
     )
     texts = ["--data", text_file, "--evaluation", text_file, "--calibration", text_file]
+    assert main(["run", str(path), str(model), *map(str, texts), "-o", str(out), "--plan"]) == 0
+    found = capsys.readouterr()
+    assert "cut -> dense" in found.out and "1 more" in found.err and not out.exists()
     assert main(["run", str(path), str(model), *map(str, texts), "-o", str(out)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Stage 1: prune" in told and "Stage 2: distill" in told and "behind it:" in told

@@ -323,6 +323,7 @@ def test_a_token_that_cannot_be_sent_is_not_quoted(
     assert TOKEN not in said.out + said.err and said.err.count("Correct HF_TOKEN") >= 2 and not hub.requests
 
 
+@pytest.mark.slow  # two starts of python; all else of this file runs in this process
 def test_the_command_in_processes_of_its_own(hub: Hub, model: Path, tmp_path: Path, text_file: Path) -> None:
     """What HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean where nothing is patched."""
     commit = hub.add(NAME, model, token=TOKEN).commit

@@ -22,10 +22,11 @@ from llmshrink.memory import release
 from llmshrink.model.source import Source, open_source
 from llmshrink.output import write_report
 from llmshrink.plan.layout import default_output
-from llmshrink.planning import plan_of, stages_of
+from llmshrink.planning import Writing, plan_of, stages_of
 from llmshrink.progress import Progress
 from llmshrink.recipe.lora import LoraStage
 from llmshrink.recipe.schema import ModelSpec, Recipe
+from llmshrink.recipe.stages import Stage
 from llmshrink.report.schema import EventRecord, Report, StageReport
 
 if TYPE_CHECKING:
@@ -71,18 +72,17 @@ def recipes_of(recipe: Recipe) -> list[Recipe]:
     Raises:
         PlanError: one of them is no model, and something follows.
     """
-    parts: list[list[int]] = []
-    writing = {id(stage) for stage in stages_of(recipe)}
+    parts: list[list[Stage]] = []
     for number, stage in enumerate(recipe.stages):
-        if not parts or (id(stage) in writing and any(id(recipe.stages[i]) in writing for i in parts[-1])):
+        if not parts or (isinstance(stage, Writing) and any(isinstance(one, Writing) for one in parts[-1])):
             parts.append([])
-        parts[-1].append(number)
+        parts[-1].append(stage)
         if isinstance(stage, LoraStage) and not stage.writes_model:
             raise PlanError(
                 f"stages[{number}]: an adapter is no model that other stages could go on with.",
                 hint="Give the stage `merge: true`, or run it alone by `llmshrink lora`.",
             )
-    return [recipe.model_copy(update={"stages": [recipe.stages[i] for i in part]}) for part in parts]
+    return [recipe.model_copy(update={"stages": part}) for part in parts]
 
 
 def _stage(job: Job, part: Recipe, source: Source, folder: Path, workspace: Workspace, progress: Progress) -> Report:
@@ -161,7 +161,7 @@ def _told(job: Job, reports: list[Report], lost: list[Event], output: Path) -> R
         stages += [first.model_copy(update={"after": report.after}), *others]
     events = [EventRecord.model_validate(event) for event in lost]
     for number, report in enumerate(reports, 1):
-        events += [e.model_copy(update={"stage": number}) for e in report.events if e not in events]
+        events += [event.model_copy(update={"stage": number}) for event in report.events]
     found = job.facts.report(
         stages=stages,
         calibration=None,

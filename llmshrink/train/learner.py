@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Trainer
 
 from llmshrink.recipe.distill import LossSpec
 from llmshrink.train.data import averaged
 from llmshrink.train.finite import check_number
 from llmshrink.train.losses import divergence
-from llmshrink.train.zeros import Zeros
+from llmshrink.train.zeros import KeepingZeros
 
 AS_IT_IS = LossSpec(temperature=1.0)
 LEARNED = "learned.safetensors"  # in a saved state
@@ -37,7 +36,7 @@ class Beside(Protocol):
         ...
 
 
-class Learner(Trainer):  # type: ignore[misc] # it has no types
+class Learner(KeepingZeros):
     """Teaches a model a text.
 
     A saved state holds what learns and nothing else; of a model in shards it is what accelerate writes.
@@ -47,7 +46,6 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
         self,
         *,
         beside: Beside | None = None,
-        zeros: Zeros | None = None,
         anchor: float = 0.0,
         classes: bool = False,
         **given: Any,
@@ -56,23 +54,13 @@ class Learner(Trainer):  # type: ignore[misc] # it has no types
 
         Args:
             beside: has a state of its own; None: nothing has.
-            zeros: weights that stay zero; None: all learn.
             anchor: share of the loss that is the divergence from the model with its adapter off.
             classes: rows have one each.
-            **given: as for Trainer.
+            **given: as for Trainer, and `zeros`.
         """
         super().__init__(**given)
         self.model_accepts_loss_kwargs |= classes  # so that the rows of a step are counted
-        self._beside, self._zeros, self._anchor, self._classes = beside, zeros, anchor, classes
-        if zeros:
-            self.add_callback(zeros)
-
-    def training_step(self, *given: Any, **more: Any) -> Tensor:
-        """The loss of a batch, with its gradients."""
-        loss: Tensor = super().training_step(*given, **more)
-        if self._zeros:
-            self._zeros.hold(self.accelerator.unwrap_model(self.model))
-        return loss
+        self._beside, self._anchor, self._classes = beside, anchor, classes
 
     def compute_loss(
         self,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from llmshrink.plan.steps import LOGITS
 from llmshrink.recipe.distill import LossSpec
@@ -23,13 +22,13 @@ from llmshrink.train.losses import mixed
 from llmshrink.train.policy import Policy
 from llmshrink.train.teachers import Teacher
 from llmshrink.train.uld import Shared
-from llmshrink.train.zeros import Zeros
+from llmshrink.train.zeros import KeepingZeros
 
 DIVERGENCE = LossSpec(name="kl", temperature=1.0, alpha=1.0)  # what is measured, whatever is made small, ...
 TEXT = LossSpec(alpha=0.0)  # ... but by a teacher of another vocabulary
 
 
-class Distiller(Trainer):  # type: ignore[misc] # it has no types
+class Distiller(KeepingZeros):
     """Makes a student's distribution that of a teacher."""
 
     loss_is_scaled_for_ga = True  # by the tokens of the whole step
@@ -43,7 +42,6 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
         policy: PolicySpec | None = None,
         shared: Shared | None = None,
         exits: Sequence[int] = (),
-        zeros: Zeros | None = None,
         **given: Any,
     ) -> None:
         """Begin.
@@ -55,15 +53,12 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
             policy: how rows are continued by the student itself; None: none are.
             shared: of a teacher with another vocabulary, tokens that stand for the same text.
             exits: layers that learn to say what the last one says.
-            zeros: weights that stay as they are; None: all learn.
-            given: as for Trainer.
+            given: as for Trainer, and `zeros`.
         """
         super().__init__(**given)
         self.model_accepts_loss_kwargs = True  # so that the tokens of a step are counted
-        self._loss, self._teacher, self._shared, self._zeros = loss, teacher, shared, zeros
+        self._loss, self._teacher, self._shared = loss, teacher, shared
         self._held = TEXT if loss.name == "uld" else DIVERGENCE
-        if zeros:
-            self.add_callback(zeros)
         own = self.accelerator.unwrap_model(self.model)
         self._own, self._hidden = Halves(own), hidden
         self._policy = None if policy is None else Policy(own, policy, self.args.seed)
@@ -93,13 +88,6 @@ class Distiller(Trainer):  # type: ignore[misc] # it has no types
                 self._own.body(self.model, batch)
                 self._teacher.look(batch)
             yield labels[:, 1:] != -100
-
-    def training_step(self, *given: Any, **more: Any) -> Tensor:
-        """The loss of a batch, with its gradients."""
-        loss: Tensor = super().training_step(*given, **more)
-        if self._zeros:
-            self._zeros.hold(self.accelerator.unwrap_model(self.model))
-        return loss
 
     def compute_loss(
         self,

@@ -12,12 +12,30 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from llmshrink.errors import GateError
 from llmshrink.formats.bits import pack_mask, unpack_mask
 from llmshrink.methods.sparsity import zeros_kept
 from llmshrink.report.schema import ZerosReport
+
+
+class KeepingZeros(Trainer):  # type: ignore[misc] # it has no types
+    """A trainer under whose steps zeros stay."""
+
+    def __init__(self, *, zeros: Zeros | None = None, **given: Any) -> None:
+        """Begin; `zeros` None: all weights learn; `given` as for Trainer."""
+        super().__init__(**given)
+        self._zeros = zeros
+        if zeros:
+            self.add_callback(zeros)
+
+    def training_step(self, *given: Any, **more: Any) -> Tensor:
+        """The loss of a batch, with its gradients."""
+        loss: Tensor = super().training_step(*given, **more)
+        if self._zeros:
+            self._zeros.hold(self.accelerator.unwrap_model(self.model))
+        return loss
 
 
 class Zeros(TrainerCallback):  # type: ignore[misc] # it has no types
